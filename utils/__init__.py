@@ -1,0 +1,1 @@
+"""Metrics, figures, and what the scripts share. Imports no other room."""
