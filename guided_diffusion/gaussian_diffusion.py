@@ -1,0 +1,321 @@
+"""Gaussian diffusion: the forward process, its posterior, ancestral and DDIM sampling, the training loss.
+
+Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021, Dhariwal & Nichol 2021. Timesteps count
+from 0 (x_0 with the first bit of noise) to T − 1; images are [N, C, H, W].
+"""
+
+import enum
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Model = Callable[..., Tensor]
+StepNoise = Callable[[int], Tensor]
+
+
+class ModelMeanType(enum.Enum):
+    """What the network predicts."""
+
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """The variance of a reverse step: the posterior's (small) or the forward step's β (large)."""
+
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """What is minimised."""
+
+    MSE = enum.auto()
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
+    """The β of every step, float64 [num_diffusion_timesteps].
+
+    `linear`: Ho et al. 2020, 1e-4 … 0.02 over 1000 steps, scaled so that fewer steps end at the same noise.
+    `cosine`: Nichol & Dhariwal 2021, eq. 17, each β at most 0.999.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    n = num_diffusion_timesteps
+    if schedule_name == "linear":
+        scale = 1000 / n
+        return np.linspace(scale * 1e-4, scale * 0.02, n, dtype=np.float64)
+    if schedule_name == "cosine":
+        alpha_bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        return np.array([min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(n)])
+    raise ValueError(f"unknown noise schedule {schedule_name!r}: choose linear or cosine")
+
+
+class GaussianDiffusion:
+    """The forward and the reverse process for a given list of β.
+
+    A model is any callable `model(x_t, timesteps, **model_kwargs)` that returns a tensor shaped like x_t; what
+    conditions it comes in through `model_kwargs`.
+
+    Args:
+        betas: [T], each in (0, 1].
+        model_mean_type: what the model predicts.
+        model_var_type: variance of the reverse steps.
+        loss_type: what `training_losses` computes.
+        rescale_timesteps: the model is given timesteps scaled to 0 … 1000 whatever T is.
+
+    Raises:
+        ValueError: betas that are not one-dimensional or leave (0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: np.ndarray,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+    ):
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be a one-dimensional array of values in (0, 1]")
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+        self.betas = betas
+        self.num_timesteps = len(betas)
+
+        alphas = 1.0 - betas
+        self.alphas_cumprod = np.cumprod(alphas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        # q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 6 and 7
+        one_minus_prev = 1.0 - self.alphas_cumprod_prev
+        self.posterior_variance = betas * one_minus_prev / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+        self.posterior_mean_coef2 = one_minus_prev * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
+        # The posterior's variance is 0 at t = 0, so its logarithm there is taken from the step after.
+        after_first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(after_first, self.posterior_variance[1:]))
+        self.large_variance = np.append(after_first, betas[1:])
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """The timesteps that the model is told, for the step numbers t [N]; overridden where steps are skipped."""
+        return t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0) for x_start [N, …] and t [N], from the given standard normal noise or a new one."""
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        return (
+            _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and (at t = 0 clipped) log variance of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
+        mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
+        variance = _at(self.posterior_variance, t, x_t)
+        return mean, variance, _at(self.posterior_log_variance_clipped, t, x_t)
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """One evaluation of the model: the distribution p(x_{t-1} | x_t) and the predicted x_0.
+
+        Args:
+            model: `model(x, timesteps, **model_kwargs)`.
+            x: x_t, [N, …].
+            t: step numbers, int64 [N].
+            clip_denoised: clip the predicted x_0 to [−1, 1].
+            model_kwargs: the condition, whatever the model takes.
+
+        Returns:
+            mean and pred_xstart [N, …]; variance and log_variance, shaped so that they broadcast to these.
+        """
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        if self.model_mean_type is ModelMeanType.START_X:
+            pred_xstart = output
+        else:
+            pred_xstart = self._xstart_from_eps(x, t, output)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        mean, variance, log_variance = self.q_posterior_mean_variance(pred_xstart, x, t)
+        if self.model_var_type is ModelVarType.FIXED_LARGE:
+            variance = _at(self.large_variance, t, x)
+            log_variance = variance.log()
+        return {
+            "mean": mean,
+            "variance": variance,
+            "log_variance": log_variance,
+            "pred_xstart": pred_xstart,
+        }
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One ancestral step x_t → x_{t-1} (no noise is added at t = 0).
+
+        Args as in `p_mean_variance`; `noise` is standard normal, shaped like x, or None to draw it.
+
+        Returns:
+            sample and pred_xstart, [N, …].
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
+        if noise is None:
+            noise = torch.randn_like(x)
+        sample = out["mean"] + _not_first(t, x) * (0.5 * out["log_variance"]).exp() * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One DDIM step x_t → x_{t-1} (Song et al. 2021, eq. 12); deterministic for eta 0.
+
+        Args and returns as in `p_sample`; eta ≥ 0 scales the noise that is added, 1 being as much as DDPM's.
+        """
+        pred_xstart = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)["pred_xstart"]
+        alpha_bar = _at(self.alphas_cumprod, t, x)
+        alpha_bar_prev = _at(self.alphas_cumprod_prev, t, x)
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
+        direction = (1 - alpha_bar_prev - sigma**2).sqrt() * self._eps_from_xstart(x, t, pred_xstart)
+        sample = alpha_bar_prev.sqrt() * pred_xstart + direction
+        if eta > 0:
+            if noise is None:
+                noise = torch.randn_like(x)
+            sample = sample + _not_first(t, x) * sigma * noise
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        step_noise: StepNoise | None = None,
+    ) -> Tensor:
+        """Sample x_0 of the given shape by ancestral steps from x_T.
+
+        Args:
+            model, clip_denoised, model_kwargs: as in `p_mean_variance`.
+            shape: [N, …] of what is sampled.
+            noise: x_T, or None to draw it.
+            device: where to sample, unless `noise` says it.
+            step_noise: `step_noise(t)` gives the noise added in step t, or None to draw it.
+        """
+
+        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
+            return self.p_sample(model, x, t, clip_denoised, model_kwargs, noise=added)
+
+        return self._loop(step, shape, noise, device, step_noise)
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        eta: float = 0.0,
+        step_noise: StepNoise | None = None,
+    ) -> Tensor:
+        """Sample x_0 of the given shape by DDIM steps from x_T; args as in `p_sample_loop` and `ddim_sample`."""
+
+        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
+            return self.ddim_sample(model, x, t, clip_denoised, model_kwargs, eta=eta, noise=added)
+
+        return self._loop(step, shape, noise, device, step_noise if eta > 0 else None)
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of one training step.
+
+        Args:
+            model: `model(x_t, timesteps, **model_kwargs)`.
+            x_start: [N, …].
+            t: step numbers, int64 [N].
+            model_kwargs: the condition, whatever the model takes.
+            noise: standard normal, shaped like x_start, or None to draw it.
+
+        Returns:
+            {"loss": [N]}: the squared error of what the model predicts, averaged over each sample.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = self.q_sample(x_start, t, noise)
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
+        return {"loss": (target - output).square().flatten(1).mean(1)}
+
+    def _loop(
+        self,
+        step: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        step_noise: StepNoise | None,
+    ) -> Tensor:
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        with torch.no_grad():
+            for i in reversed(range(self.num_timesteps)):
+                t = torch.full((shape[0],), i, device=x.device)
+                x = step(x, t, step_noise(i) if step_noise else None)["sample"]
+        return x
+
+    def _xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return (x_t - _at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps) / _at(
+            self.sqrt_alphas_cumprod, t, x_t
+        )
+
+    def _eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        return (x_t - _at(self.sqrt_alphas_cumprod, t, x_t) * x_start) / _at(
+            self.sqrt_one_minus_alphas_cumprod, t, x_t
+        )
+
+
+def _at(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
+    """values[t] as float32, shaped [N, 1, …] so that it broadcasts over `like`; float64 ends here."""
+    picked = torch.from_numpy(values).float().to(t.device)[t]
+    return picked.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _not_first(t: Tensor, like: Tensor) -> Tensor:
+    """1 where t > 0 and 0 where t = 0, shaped to broadcast over `like`: the last step adds no noise."""
+    return (t > 0).float().reshape(-1, *[1] * (like.ndim - 1))

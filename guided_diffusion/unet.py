@@ -1,0 +1,253 @@
+"""The UNet of Dhariwal & Nichol 2021 ("ADM"), with or without a diffusion timestep.
+
+Parameter names and shapes are those of the public guided-diffusion library, so that its checkpoints load.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .nn import timestep_embedding, zero_module
+
+
+class Upsample(nn.Module):
+    """Double the resolution (nearest neighbour), followed by a 3×3 convolution where `use_conv` is set."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution, by a 3×3 convolution of stride 2 where `use_conv` is set, else by 2×2 averages."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block with an optional timestep embedding and an optional change of resolution.
+
+    Args:
+        channels: channels that come in.
+        emb_channels: width of the timestep embedding.
+        out_channels: channels that go out.
+        dropout: probability in [0, 1).
+        use_scale_shift_norm: the embedding scales and shifts the second norm (FiLM) instead of being added.
+        norm_groups: groups of every group norm.
+        resample: a parameterless `Upsample` or `Downsample` applied to both branches, or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        norm_groups: int,
+        resample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resample = resample or nn.Identity()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(norm_groups, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels),
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(norm_groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x: [N, channels, H, W]; emb: [N, emb_channels], or None to leave the timestep out."""
+        norm, activate, conv = self.in_layers
+        h = conv(self.resample(activate(norm(x))))
+        if emb is None:
+            h = self.out_layers(h)
+        else:
+            emb_out = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
+            if self.use_scale_shift_norm:
+                scale, shift = emb_out.chunk(2, dim=1)
+                h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+            else:
+                h = self.out_layers(h + emb_out)
+        return self.skip_connection(self.resample(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over all positions. Each head's q, k and v lie next to each other in `qkv`."""
+
+    def __init__(self, channels: int, num_heads: int, num_head_channels: int, norm_groups: int):
+        super().__init__()
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if channels % self.num_heads or (num_head_channels != -1 and channels % num_head_channels):
+            raise ValueError(
+                f"{channels} channels do not split into attention heads "
+                f"(num_heads={num_heads}, num_head_channels={num_head_channels})"
+            )
+        self.norm = nn.GroupNorm(norm_groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x: [N, C, H, W]. `emb` is not used: blocks of every kind are called alike."""
+        n, c, *spatial = x.shape
+        qkv = self.qkv(self.norm(x).reshape(n, c, -1))
+        # [N, heads, 3·C/heads, T] -> three of [N, heads, T, C/heads]
+        q, k, v = qkv.reshape(n, self.num_heads, -1, qkv.shape[-1]).transpose(2, 3).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, -1)
+        return x + self.proj_out(h).reshape(n, c, *spatial)
+
+
+class EmbedSequential(nn.Sequential):
+    """A sequence that hands the timestep embedding to the blocks that take one."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock | AttentionBlock) else layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """UNet with residual blocks, attention at chosen resolutions and an optional timestep.
+
+    Args:
+        in_channels: channels of the input.
+        model_channels: base width; level i is channel_mult[i] times as wide.
+        out_channels: channels of the output.
+        num_res_blocks: residual blocks a level on the way down (one more on the way up).
+        attention_resolutions: downsampling rates (1, 2, 4, …) at which attention follows each residual block.
+        dropout: probability in [0, 1).
+        channel_mult: width multiplier of each level; the resolution is halved between levels.
+        conv_resample: up- and downsampling learn a convolution (where resblock_updown is not set).
+        num_heads: attention heads.
+        num_head_channels: if not -1, the width of a head, and num_heads is ignored.
+        num_heads_upsample: if not -1, attention heads on the way up.
+        use_scale_shift_norm: FiLM conditioning on the timestep.
+        resblock_updown: residual blocks change the resolution.
+        norm_groups: groups of every group norm (the public library has 32).
+
+    Raises:
+        ValueError: channels that norm_groups or the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        self.model_channels = model_channels
+        self.downsampling = 2 ** (len(channel_mult) - 1)
+        emb_channels = 4 * model_channels
+
+        def resblock(channels: int, out: int, resample: nn.Module | None = None) -> ResBlock:
+            return ResBlock(channels, emb_channels, out, dropout, use_scale_shift_norm, norm_groups, resample)
+
+        def attention(channels: int, heads: int) -> AttentionBlock:
+            return AttentionBlock(channels, heads, num_head_channels, norm_groups)
+
+        def resampler(kind: type[Upsample] | type[Downsample], channels: int) -> nn.Module:
+            if resblock_updown:
+                return resblock(channels, channels, kind(channels, use_conv=False))
+            return kind(channels, use_conv=conv_resample)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        channels = int(channel_mult[0] * model_channels)
+        self.input_blocks = nn.ModuleList([EmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skip_channels = [channels]
+        rate = 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                width = int(mult * model_channels)
+                layers: list[nn.Module] = [resblock(channels, width)]
+                channels = width
+                if rate in attention_resolutions:
+                    layers.append(attention(channels, num_heads))
+                self.input_blocks.append(EmbedSequential(*layers))
+                skip_channels.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(EmbedSequential(resampler(Downsample, channels)))
+                skip_channels.append(channels)
+                rate *= 2
+
+        self.middle_block = EmbedSequential(
+            resblock(channels, channels), attention(channels, num_heads), resblock(channels, channels)
+        )
+
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for block in range(num_res_blocks + 1):
+                width = int(mult * model_channels)
+                layers = [resblock(channels + skip_channels.pop(), width)]
+                channels = width
+                if rate in attention_resolutions:
+                    layers.append(attention(channels, heads_up))
+                if level > 0 and block == num_res_blocks:
+                    layers.append(resampler(Upsample, channels))
+                    rate //= 2
+                self.output_blocks.append(EmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(norm_groups, channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Args: x: [N, in_channels, H, W]; timesteps: [N], or None for a UNet that knows no time.
+
+        Returns: [N, out_channels, H, W].
+
+        Raises:
+            ValueError: H or W cannot be halved once between any two levels.
+        """
+        if any(size % self.downsampling for size in x.shape[-2:]):
+            raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.downsampling}")
+        emb = None
+        if timesteps is not None:
+            emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
