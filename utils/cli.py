@@ -15,12 +15,18 @@ class UserError(Exception):
     """A mistake of the user's; its message is one plain sentence that says what to do about it."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults there are: a flag whose default is None says in its own words what that means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in `--help`, no abbreviated flags, and errors of one line."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         known, unknown = self.parse_known_args(args, namespace)
@@ -31,6 +37,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run_parser(description: str) -> ArgumentParser:
+    """A parser with the flags that training and testing share."""
+    parser = ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
+    add("--dataset", default="brats", help="whose config is used: brats (the paper) or phantom (the demo)")
+    add("--data_dir", help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)")
+    add("--input", help="modality at hand at test time (default: the config's, flair)")
+    add("--trans", help="modality it is translated to (default: the config's, t2)")
+    add("--logdir", default="./experiments", help="folder of all experiments")
+    add("--seed", type=int, help="seed of everything random (default: the config's, 0)")
+    add("--config.KEY", metavar="VALUE", help="override any field of the config, as --config.KEY=VALUE")
+    return parser
+
+
+def parse_run_args(parser: ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The command line's flags, and its `--config.KEY=VALUE` arguments as they stand."""
+    overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+    return parser.parse_args([argument for argument in sys.argv[1:] if argument not in overrides]), overrides
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

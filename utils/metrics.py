@@ -1,28 +1,31 @@
 """How an anomaly map is scored: pure functions of arrays.
 
-Where a score counts. The brain mask eroded by a disk (`scored_region`) is where a score counts; `cut_scores` puts every
-other pixel at -inf, the lowest score there is, so that it is ranked last and no threshold predicts it. The truth is
-never cut: a lesion pixel outside the region is a miss, and `lost_lesion_share` says how many there are.
+Where a score counts. Inside the brain mask eroded by a disk (`scored_region`). `cut_scores` puts every other
+pixel at -inf, the lowest score there is, so that it is ranked last and no threshold predicts it. The truth is
+never cut: a lesion pixel outside is a miss, and `lost_lesion_share` says how many there are.
 
-Which pixels are ranked. AUPRC and AUROC rank the pixels of the whole brain mask, its eroded rim included, and those
-lesion pixels that lie outside the brain mask (`ranked_pixels`), so that no lesion pixel can drop out of the recall.
+Which pixels are ranked. AUPRC and AUROC rank the pixels of the whole brain mask, its eroded rim included, and
+the lesion pixels outside the brain mask if there are any (`ranked_pixels`): none drops out of the recall.
 
-What is a prediction. `score >= threshold`. Segmentation metrics are computed for each slice; what is reported is their
-mean over slices. Degenerate slices, where T is the number of lesion pixels and P the number of predicted ones:
+What a prediction is. `score >= threshold`. Segmentation is measured slice by slice, and what is reported is the
+mean over slices, not a figure pooled over pixels.
 
-    ==============  ==============  ===============  ===========  =========  ===========
-    case            Dice, Jaccard   sensitivity      precision    ASSD,HD95  AUPRC
-    ==============  ==============  ===============  ===========  =========  ===========
-    T > 0, P = 0    0               0                NaN          NaN        (any P) AP
-    T = 0, P > 0    0               NaN              0            NaN        NaN
-    T = 0, P = 0    NaN             NaN              NaN          NaN        NaN
-    ==============  ==============  ===============  ===========  =========  ===========
+What is undefined. NaN means undefined: it is left out of the mean, and the number of slices left out is reported.
 
-NaN means undefined: it is left out of the mean, and the number of slices left out is reported. Constant scores are
-one large tie: AUPRC is then the share of lesion pixels (`chance`), AUROC 0.5. A NaN score counts as -inf (ranked last,
-never predicted), so that a broken map scores badly and not by accident well; `evaluate` reports how many there were.
+    ======  ==========  =============  ===========  =========  ==========
+    truth   prediction  Dice, Jaccard  sensitivity  precision  ASSD, HD95
+    ======  ==========  =============  ===========  =========  ==========
+    lesion  empty       0              0            NaN        NaN
+    empty   some        0              NaN          0          NaN
+    empty   empty       NaN            NaN          NaN        NaN
+    ======  ==========  =============  ===========  =========  ==========
+
+AUPRC is NaN if no pixel is lesion, AUROC if none or all are. Constant scores are one large tie: AUPRC is then the
+share of lesion pixels (`chance`) and AUROC 0.5. A NaN score counts as -inf, ranked last and never predicted, so that
+a broken map scores badly rather than well by accident; `evaluate` counts them.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,8 +38,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
-SEGMENTATION_METRICS = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")
 CONFIDENCE = 0.95
+CHUNK = 1024  # thresholds that `weighted_auprc` takes at once: bounds its memory
 
 
 class Evaluation(NamedTuple):
@@ -46,12 +49,12 @@ class Evaluation(NamedTuple):
     per_slice: dict[str, np.ndarray]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where a score counts
 
 
 def erosion_radius(height: int, width: int) -> int:
-    """Radius in px of the disk that erodes the brain mask: 4 at 128 px, in proportion to the shorter side, at least 1."""
+    """Radius in px of the disk that erodes the brain mask: 4 at 128 px, scaled with the shorter side, >= 1."""
     return max(1, round(4 * min(height, width) / 128))
 
 
@@ -66,8 +69,8 @@ def scored_region(brainmask: ArrayLike) -> BoolArray:
     """
     mask = _as_slices("brainmask", brainmask, bool)
     radius = erosion_radius(*mask.shape[1:])
-    # scikit-image would take a mask that touches the image border to go on beyond it: one pixel of background around
-    # the image says that it does not.
+    # scikit-image would take a mask that touches the image border to go on beyond it: one pixel of background
+    # around the image says that it does not.
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     return np.stack([isotropic_erosion(one, radius)[1:-1, 1:-1] for one in padded])
 
@@ -89,22 +92,22 @@ def cut_scores(scores: ArrayLike, brainmask: ArrayLike) -> FloatArray:
 
 
 def ranked_pixels(truth: ArrayLike, brainmask: ArrayLike) -> BoolArray:
-    """[N, H, W] bool: the pixels that AUPRC and AUROC rank, the brain mask and whatever lesion lies outside it."""
+    """[N, H, W] bool: the pixels that are ranked, the brain mask and whatever lesion lies outside it."""
     return np.asarray(brainmask, dtype=bool) | np.asarray(truth, dtype=bool)
 
 
 def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike) -> float:
-    """Share of the lesion pixels outside the scored region, misses whatever the method; NaN without lesion pixels."""
+    """Share of the lesion pixels outside the scored region, which no method can find; NaN without any."""
     truth = np.asarray(truth, dtype=bool)
     return float(_ratio(np.count_nonzero(truth & ~scored_region(brainmask)), np.count_nonzero(truth)))
 
 
 def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
-    """Share of lesion pixels among the ranked ones, the AUPRC of a random score; NaN without ranked pixels."""
+    """Share of lesion pixels among the ranked ones, the AUPRC of a random score; NaN if none is ranked."""
     return float(_ratio(np.count_nonzero(truth), np.count_nonzero(ranked_pixels(truth, brainmask))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ranking
 
 
@@ -133,14 +136,14 @@ def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
 
 
 def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArray]:
-    """Flattened dense ranks (scikit-learn refuses infinite scores; ranks carry the same order and ties) and truth."""
+    """Both flattened; dense ranks keep the order and the ties, where scikit-learn refuses infinite scores."""
     scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=bool)
     _require_same_shape("truth", truth, scores)
     ranks = rankdata(np.where(np.isnan(scores), -np.inf, scores), method="dense", axis=None)
     return ranks, truth.ravel()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Segmentation at a threshold
 
 
@@ -170,15 +173,16 @@ def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[st
 def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
     """Distances in px between the edges of `scores >= threshold` and of the truth, for each slice.
 
-    The edge of a mask is those of its pixels with at least one of their four neighbours outside it; what lies beyond
-    the image is outside. Every edge pixel has a distance to the nearest edge pixel of the other mask.
+    The edge of a mask is those of its pixels with at least one of their four neighbours outside it; what lies
+    beyond the image is outside. Every edge pixel has a distance to the nearest edge pixel of the other mask.
 
     Args:
         scores, truth, threshold: as in `overlap_at`.
 
     Returns:
-        `assd`: the mean of these distances over the pixels of both edges together. `hd95`: the 95th percentile of the
-        distances of one edge's pixels, of the two edges the larger. Each [N] float64, NaN if either mask is empty.
+        `assd`: the mean of these distances over the pixels of both edges together. `hd95`: the 95th
+        percentile of the distances of one edge's pixels, of the two edges the larger. Each [N] float64, NaN
+        if either mask is empty.
     """
     # MONAI takes seconds to import, and only this function needs it.
     import torch
@@ -191,10 +195,13 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
         "y": torch.from_numpy(truth[defined, None]),
         "include_background": True,  # one channel, and it is the foreground
     }
-    distances = {
-        "assd": compute_average_surface_distance(**masks, symmetric=True),
-        "hd95": compute_hausdorff_distance(**masks, percentile=95),
-    }
+    with warnings.catch_warnings():
+        # MONAI warns of an argument that MONAI itself passes.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
+        distances = {
+            "assd": compute_average_surface_distance(**masks, symmetric=True),
+            "hd95": compute_hausdorff_distance(**masks, percentile=95),
+        }
     columns = {name: np.full(len(truth), np.nan) for name in distances}
     for name, values in distances.items():
         columns[name][defined] = values[:, 0].numpy()
@@ -204,16 +211,16 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
 def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """⌈Dice⌉: the one threshold for all slices with the highest mean over slices of Dice, found exactly.
 
-    Every distinct score is tried, in one pass down the sorted pixels: a pixel that crosses the threshold changes only
-    its own slice's Dice, so the sum over slices is a running sum of such changes.
+    Every distinct score is tried, in one pass down the sorted pixels: a pixel that crosses the threshold
+    changes only its own slice's Dice, so the sum over slices is a running sum of such changes.
 
     Args:
         scores: [N, H, W] float; pixels at -inf or NaN are never predicted.
         truth: [N, H, W] bool.
 
     Returns:
-        The threshold (of equally good ones the highest; inf if every score is -inf or NaN), and the mean Dice there,
-        which is that of `overlap_at`: slices with no lesion count once anything is predicted in them.
+        The threshold (of equally good ones the highest; inf if every score is -inf or NaN), and the mean Dice
+        there, which is that of `overlap_at`: slices with no lesion count once anything is predicted in them.
     """
     scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
     _require_same_shape("truth", truth, scores)
@@ -227,13 +234,13 @@ def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     values, slice_of = values[descending], slice_of[descending]
     change, newly_defined = _dice_changes(truth[candidates][descending], slice_of, truth)
     n_defined = np.count_nonzero(truth.any(axis=(1, 2))) + np.cumsum(newly_defined)
-    # Before the first lesion-free slice is touched, and with no lesion anywhere, nothing is defined and nothing is won.
-    mean_dice = np.cumsum(change) / np.maximum(n_defined, 1)
+    mean_dice = np.cumsum(change) / n_defined
 
-    # Pixels with equal scores cross together, so only the last of each tie is a state that a threshold can reach.
+    # Pixels with equal scores cross together: a threshold reaches only the state after the last of them.
     reachable = np.flatnonzero(np.append(values[1:] != values[:-1], True))
-    threshold = float(values[reachable[np.argmax(mean_dice[reachable])]])
-    # The running sum has found the place; its rounding errors stay behind.
+    mean_dice = mean_dice[reachable]
+    # The first that is as good as the best but for the rounding errors of the running sum.
+    threshold = float(values[reachable[np.argmax(mean_dice >= mean_dice.max() - 1e-12)]])
     return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
 
 
@@ -275,7 +282,7 @@ def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Boo
     return scores >= threshold, truth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Means over slices and their uncertainty
 
 
@@ -289,7 +296,7 @@ def mean_over_slices(per_slice_values: ArrayLike) -> float:
 def bootstrap_interval(
     per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean over slices: the slices are resampled, any threshold stays what it was.
+    """95 % percentile interval of the mean over slices: the slices are resampled, any threshold is frozen.
 
     Args:
         per_slice_values: [N] float; NaN is left out before the resampling.
@@ -297,7 +304,7 @@ def bootstrap_interval(
         seed: of the resampling.
 
     Returns:
-        Low and high end; both NaN for fewer than two values.
+        Low and high end; both NaN for fewer than two values that are not NaN.
     """
     values = np.asarray(per_slice_values, dtype=np.float64)
     defined = values[~np.isnan(values)]
@@ -320,7 +327,7 @@ def paired_bootstrap(
     """How much better a is than b on the same slices: the difference of their means and its 95 % interval.
 
     Args:
-        values_a, values_b: [N] float, in the same order of slices. A slice that is NaN in either is left out of both.
+        values_a, values_b: [N] float, in the same order of slices. A slice that is NaN in either is left out.
         n_resamples, seed: as in `bootstrap_interval`. A resample takes the same slices of a and of b.
 
     Returns:
@@ -344,8 +351,8 @@ def auprc_bootstrap_interval(
         n_resamples, seed: as in `bootstrap_interval`.
 
     Returns:
-        Low and high end. Resamples with no lesion are left out; both ends are NaN for fewer than two slices, and if no
-        slice has a lesion.
+        Low and high end. Resamples with no lesion are left out; both ends are NaN for fewer than two slices,
+        and if no slice has a lesion.
     """
     truth = _as_slices("truth", truth, bool)
     n_slices = len(truth)
@@ -360,9 +367,9 @@ def auprc_bootstrap_interval(
 def weighted_auprc(scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike) -> FloatArray:
     """The pooled AUPRC of many resamples of the slices at once, exact, ties included.
 
-    Average precision needs the counts of predicted pixels and of hits at the distinct scores of lesion pixels alone:
-    recall does not move at the others. In a resample they are the slices' counts, weighted by how often each slice was
-    drawn, which is one matrix product for all resamples.
+    Average precision needs the counts of predicted pixels and of hits at the distinct scores of lesion pixels
+    alone: recall does not move at the others. In a resample they are the slices' counts, weighted by how
+    often each slice was drawn, which is one matrix product for all resamples.
 
     Args:
         scores, truth, ranked: [N, H, W], as in `auprc_bootstrap_interval`.
@@ -379,14 +386,13 @@ def weighted_auprc(scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws
     thresholds = np.unique(np.concatenate(lesions))[::-1]
 
     area, hits_before = np.zeros(len(draws)), np.zeros(len(draws))
-    for start in range(0, len(thresholds), 1024):  # in chunks, to bound the memory
-        chunk = thresholds[start : start + 1024]
+    for start in range(0, len(thresholds), CHUNK):
+        chunk = thresholds[start : start + CHUNK]
         hits = draws @ _counts_at_least(lesions, chunk)
         predicted = draws @ _counts_at_least(pixels, chunk)
         gained = np.diff(hits, prepend=hits_before[:, None])
-        area += np.sum(
-            gained * hits / np.maximum(predicted, 1), axis=1
-        )  # where predicted is 0, so are the hits
+        precision = hits / np.maximum(predicted, 1)  # where nothing is predicted, nothing is gained either
+        area += np.sum(gained * precision, axis=1)
         hits_before = hits[:, -1]
     return _ratio(area, hits_before)
 
@@ -396,7 +402,7 @@ def _counts_at_least(sorted_scores: list[FloatArray], thresholds: FloatArray) ->
     return np.array([len(one) - np.searchsorted(one, thresholds) for one in sorted_scores], dtype=np.float64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole table
 
 
@@ -414,17 +420,17 @@ def evaluate(
         scores: [N, H, W] float, higher is more anomalous.
         truth: [N, H, W] bool, the lesions.
         brainmask: [N, H, W] bool.
-        val: scores, truth and brain mask of the validation slices, [M, H, W] each. They alone choose the validation
-            threshold; the test set's slices choose the oracle's.
+        val: scores, truth and brain mask of the validation slices, [M, H, W] each. They alone choose the
+            validation threshold; the test set's slices choose the oracle's.
         n_resamples, seed: of the bootstrap over slices; the thresholds are not chosen anew in it.
 
     Returns:
-        The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices left out of that
-        mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels of the scored region), and `oracle` and
-        `validation`, each with the threshold, the mean over slices and `*_interval` of every segmentation metric, and
-        `undefined`, the number of slices left out of each mean; `validation` is None without `val`. A value that is
-        undefined (or not finite) is None.
-        The columns: lesion_area (px), auprc, and oracle_* and validation_* of every segmentation metric, [N] each.
+        The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices left out
+        of that mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels of the scored region), and
+        `oracle` and `validation`, each with the threshold, the mean over slices and `*_interval` of every
+        segmentation metric, and `undefined`, the number of slices left out of each mean; `validation` is None
+        without `val`. What is undefined (or not finite) is None.
+        The columns: lesion_area (px), auprc, oracle_* and validation_* of every segmentation metric, [N] each.
     """
     truth = _as_slices("truth", truth, bool)
     cut = cut_scores(scores, brainmask)
@@ -442,6 +448,7 @@ def evaluate(
         "chance": _number(chance(truth, brainmask)),
         "lost_lesion_share": _number(lost_lesion_share(truth, brainmask)),
         "nan_scores": int(np.isnan(np.asarray(scores)[scored_region(brainmask)]).sum()),
+        "oracle": None,
         "validation": None,
     }
     thresholds = {"oracle": best_threshold(cut, truth)[0]}
@@ -462,9 +469,9 @@ def by_lesion_size(per_slice: Mapping[str, np.ndarray]) -> dict[str, dict]:
         per_slice: the columns of an `Evaluation`, [N] each. Slices with no lesion are left out.
 
     Returns:
-        For `small`, `medium` and `large`: n_slices, area_bounds (smallest and largest lesion in px), the mean of every
-        other column, and `undefined`, the number of slices left out of each mean. Lesions of equal area stay together,
-        so that thirds can differ in size and one can be empty; its means are None.
+        For `small`, `medium` and `large`: n_slices, area_bounds (smallest and largest lesion in px), the mean
+        of every other column, and `undefined`, the number of slices left out of each mean. Lesions of equal
+        area stay together, so that thirds can differ in size and one can be empty; its means are None.
     """
     area = np.asarray(per_slice["lesion_area"])
     with_lesion = area[area > 0]
@@ -495,7 +502,7 @@ def _count_undefined(columns: Mapping[str, FloatArray]) -> dict[str, int]:
     return {name: int(np.isnan(values).sum()) for name, values in columns.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Small helpers
 
 

@@ -1,0 +1,125 @@
+"""Settings: one config for each data set, overridden from the command line by `--config.KEY=VALUE`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from utils.cli import UserError, did_you_mean
+
+from . import brats_config, phantom_config
+
+CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
+MODALITIES = ("flair", "t1", "t1ce", "t2")
+
+
+def get_config(dataset: str) -> ConfigDict:
+    """The settings for `dataset`, locked: values can be changed, keys cannot be added.
+
+    Raises:
+        UserError: an unknown data set.
+    """
+    if dataset in MODALITIES:
+        raise UserError(
+            f"--dataset {dataset!r} is a modality, use --input {dataset} with --dataset {'|'.join(CONFIGS)}"
+        )
+    if dataset not in CONFIGS:
+        raise UserError(
+            f"unknown --dataset {dataset!r}{did_you_mean(dataset, CONFIGS)} (known: {', '.join(CONFIGS)})"
+        )
+    return CONFIGS[dataset]().lock()
+
+
+def resolve(
+    dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[ConfigDict, set[str]]:
+    """The config of a run: the data set's, then the flags that were given, then `--config.KEY=VALUE`.
+
+    Args:
+        dataset: name of the config.
+        flags_given: dotted key of the config to the flag's value, None where the flag was not given.
+        overrides: arguments of the form `--config.KEY=VALUE`.
+
+    Returns:
+        The config, locked, and the keys that the user set.
+
+    Raises:
+        UserError: as `get_config` and `override`.
+    """
+    config = get_config(dataset)
+    given = {key: value for key, value in flags_given.items() if value is not None}
+    config.update_from_flattened_dict(given)
+    return config, {*given, *override(config, overrides)}
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted key, value)."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
+    """Apply command-line arguments of the form `--config.KEY=VALUE` to a locked config, in place.
+
+    Returns:
+        The keys that were set.
+
+    Raises:
+        UserError: an unknown key (the nearest known one is named), or a value of the wrong type.
+    """
+    known, given = dict(leaves(config)), []
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if key not in known:
+            raise UserError(f"unknown config key {key!r}{did_you_mean(key, known)}")
+        if not equals:
+            raise UserError(f"--config.{key} needs a value: write --config.{key}=VALUE")
+        parsed = flags.FlagValues()
+        try:
+            config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=["", argument])
+            parsed(["", argument])
+        except (flags.Error, TypeError, ValueError) as error:
+            raise UserError(f"--config.{key}={text} is not of type {type(known[key]).__name__}") from error
+        given.append(key)
+    return given
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse values that no run can work with, before anything is written.
+
+    Raises:
+        UserError: the first value that is out of range.
+    """
+    data, score_model = config.data, config.score_model
+    if data.input == data.trans:
+        raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
+    for mult in score_model.model.channel_mult:
+        if not isinstance(mult, int) or mult < 1:
+            raise UserError(f"score_model.model.channel_mult holds {mult!r}: use whole numbers from 1 on")
+    halvings = len(score_model.model.channel_mult) - 1
+    if data.image_size < 1 or data.image_size % 2**halvings:
+        raise UserError(
+            f"data.image_size={data.image_size} cannot be halved {halvings} times, as the "
+            f"{halvings + 1} levels of score_model.model.channel_mult ask: use a multiple of {2**halvings}"
+        )
+    if not 1 <= score_model.mask.width <= data.image_size:
+        raise UserError(f"score_model.mask.width={score_model.mask.width} must lie in 1 … {data.image_size}")
+    if not 1 <= score_model.mask.stride <= score_model.mask.width:
+        raise UserError(
+            f"score_model.mask.stride={score_model.mask.stride} must lie in 1 … mask.width, or pixels go unseen"
+        )
+    for section, keys in _AT_LEAST_ONE.items():
+        for key in keys:
+            if not score_model[section][key] >= 1:
+                raise UserError(f"score_model.{section}.{key}={score_model[section][key]} must be at least 1")
+
+
+_AT_LEAST_ONE = {
+    "diffusion": ["steps"],
+    "training": ["iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval"],
+    "sampling": ["batch_size"],
+}

@@ -1,0 +1,59 @@
+"""The paper's settings (Liang et al. 2023), for BraTS 2021."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every setting of a run, unlocked. Sizes are in pixels of the resized slice."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = data = ConfigDict()
+    data.data_dir = "./datasets/data"
+    data.input = "flair"  # the modality at hand at test time
+    data.trans = "t2"  # the modality it is translated to
+    data.image_size = 128
+
+    config.score_model = score_model = ConfigDict()
+
+    score_model.model = model = ConfigDict()  # the UNet of either translator
+    model.model_channels = 32
+    model.channel_mult = (1, 1, 2, 3, 4)
+    model.num_res_blocks = 2
+    model.attention_resolutions = (4, 8, 16)  # downsampling rates: at 32, 16 and 8 px
+    model.num_heads = 1
+    model.dropout = 0.1
+    model.use_scale_shift_norm = True
+    model.resblock_updown = True
+    model.norm_groups = 16
+
+    score_model.diffusion = diffusion = ConfigDict()
+    diffusion.steps = 1000
+    diffusion.noise_schedule = "linear"
+    diffusion.model_mean_type = "START_X"
+    diffusion.model_var_type = "FIXED_LARGE"
+    diffusion.rescale_timesteps = False
+
+    score_model.mask = mask = ConfigDict()  # the bands that hide the input
+    mask.width = 16
+    mask.stride = 2
+
+    score_model.training = training = ConfigDict()
+    training.iterations = 100_000
+    training.batch_size = 32
+    training.lr = 1e-4
+    training.weight_decay = 0.0
+    training.lr_decay_steps = 150_000
+    training.lr_decay_factor = 0.5
+    training.ema_rate = 0.9999
+    training.schedule_sampler = "uniform"
+    training.log_interval = 100
+    training.save_interval = 5_000
+
+    score_model.sampling = sampling = ConfigDict()
+    sampling.batch_size = 32  # network samples at a time
+    sampling.use_ddim = True
+    sampling.eta = 0.0
+    sampling.timestep_respacing = "100"
+    sampling.clip_denoised = False
+    return config

@@ -1,0 +1,33 @@
+"""The demo's settings: the paper's method at a size that two CPU cores train in minutes."""
+
+from ml_collections import ConfigDict
+
+from . import brats_config
+
+
+def get_config() -> ConfigDict:
+    """The paper's settings but for what is named here; bands stay an eighth of the image."""
+    config = brats_config.get_config()
+
+    config.data.data_dir = "./datasets/phantom"
+    config.data.image_size = 64
+
+    model = config.score_model.model
+    model.model_channels = 16
+    model.num_res_blocks = 1
+    model.attention_resolutions = (8, 16)
+
+    config.score_model.mask.width = 8
+    config.score_model.mask.stride = 4
+
+    training = config.score_model.training
+    training.iterations = 2_000
+    training.batch_size = 8
+    training.lr = 5e-4
+    training.ema_rate = 0.995
+    training.save_interval = 500
+
+    sampling = config.score_model.sampling
+    sampling.batch_size = 64
+    sampling.timestep_respacing = "10"
+    return config

@@ -1,0 +1,50 @@
+"""What one experiment writes while it runs: log.txt, progress.csv and TensorBoard events."""
+
+import csv
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Logger:
+    """Writes into `directory`, which is made if it is not there; what an earlier run left in it is appended to.
+
+    Args:
+        directory: the experiment's folder.
+    """
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
+        self._progress_path = directory / "progress.csv"
+        self._events = SummaryWriter(str(directory))
+
+    def info(self, message: str) -> None:
+        """Say something to the terminal (beside a running progress bar) and to log.txt."""
+        tqdm.write(message)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of progress.csv, and the same figures to TensorBoard; the keys are alike in every call."""
+        new = not self._progress_path.exists()
+        with self._progress_path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *values])
+            writer.writerow([step, *(f"{value:.6g}" for value in values.values())])
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A grey image to TensorBoard: float [H, W] in [0, 1]."""
+        self._events.add_image(name, image, step, dataformats="HW")
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._events.close()
+        self._log.close()

@@ -1,0 +1,247 @@
+"""Chain a forward and a backward translator and score the cyclic error on the test slices: Dice, AUPRC and more."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.cli import UserError, parse_run_args, run, run_parser
+
+
+def main() -> None:
+    args, overrides = parse_args()
+
+    # Only now what takes seconds to import.
+    import config as configs
+    from utils.device import pick_device
+    from utils.experiment import trained_steps
+    from utils.figures import cycle_figure
+    from utils.metrics import evaluate
+    from utils.report import table, write_results
+
+    config, given = configs.resolve(args.dataset, config_flags(args), overrides)
+    forward = find_translator("forward", args, config, given)
+    config = forward.config
+    backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
+    configs.check(config)
+    score = create_scorer(args, forward, backward, pick_device(args.gpu_id))
+    slices = {split: load_slices(config, split) for split in ("val", "test")}
+    print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
+
+    maps = {split: score(batch, split) for split, batch in slices.items() if batch}
+    cyclic_error, intensity = (
+        evaluate(*(labelled(maps[split], key) for split in ("test", "val") if split in maps))
+        for key in ("scores", "image")
+    )
+    translators = {"forward": forward, "backward": backward}
+    metrics = {
+        "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
+        "input": config.data.input,
+        "trans": config.data.trans,
+        "image_size": config.data.image_size,
+        "checkpoints": {process: str(found.checkpoint) for process, found in translators.items()},
+        "trained_steps": {process: trained_steps(found.checkpoint) for process, found in translators.items()},
+        **cyclic_error.summary,
+        "baseline_intensity": intensity.summary,
+    }
+    results = Path(args.logdir) / "results" / results_name(args.model_name, forward, backward)
+    write_results(results, metrics, cyclic_error.per_slice, maps)
+    figure = results / "figures" / "slices.png"
+    cycle_figure(
+        figure, maps["test"], cyclic_error.per_slice["oracle_dice"], config.data.input, config.data.trans
+    )
+    print(f"\n{table([metrics])}\nresults: {results}\nfigure:  {figure}")
+
+
+class Translator(NamedTuple):
+    """A trained translator on disk, and the config of this run with what its training fixed."""
+
+    checkpoint: Path
+    config: Any  # ConfigDict
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    parser = run_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model_name",
+        "--model",
+        choices=["unet", "diffusion"],
+        default="unet",
+        help="unet: Cyclic UNet; diffusion: MMCCD",
+    )
+    for process, model in (("forward", "{model}"), ("backward", "unet")):
+        default = f"{model}_{process}_{{dataset}}_{{trans}}_{{input}}"
+        add(
+            f"--experiment_name_{process}",
+            help=f"experiment of the {process} translator (default: {default})",
+        )
+        add(
+            f"--checkpoint_{process}",
+            type=Path,
+            help="state dict to use (default: the experiment's newest EMA)",
+        )
+    add(
+        "--use_ddim",
+        choices=["True", "False"],
+        help="DDIM or ancestral sampling (default: the config's, True)",
+    )
+    add("--timestep_respacing", help="sampling steps; 1000 or empty: all (default: the config's, 100)")
+    return parse_run_args(parser)
+
+
+def config_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that stand for fields of the config; None where they were not given."""
+    return {
+        "data.data_dir": args.data_dir,
+        "data.input": args.input,
+        "data.trans": args.trans,
+        "seed": args.seed,
+        "score_model.sampling.use_ddim": None if args.use_ddim is None else args.use_ddim == "True",
+        "score_model.sampling.timestep_respacing": args.timestep_respacing,
+    }
+
+
+# What the training of a translator fixes, by the beginning of its key in the config.
+HELD_BY_BOTH = ("data.input", "data.trans", "data.image_size")
+HELD = {
+    "unet": (*HELD_BY_BOTH, "score_model.model."),
+    "diffusion": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion.", "score_model.mask.width"),
+}
+
+
+def find_translator(process: str, args: argparse.Namespace, config: Any, given: set[str]) -> Translator:
+    """The checkpoint of one direction, and the config with what its experiment's config.json says.
+
+    A checkpoint without a config.json is taken with the config as it is.
+
+    Raises:
+        UserError: nothing is there, it is a translator of another kind, or it was trained with settings that
+            contradict a `given` key.
+    """
+    from config import leaves
+    from utils.experiment import experiment_name, newest_ema, read_record
+
+    model_name = args.model_name if process == "forward" else "unet"
+    checkpoint = getattr(args, f"checkpoint_{process}")
+    if checkpoint is None:
+        name = getattr(args, f"experiment_name_{process}")
+        name = name or experiment_name(
+            model_name, process, args.dataset, config.data.trans, config.data.input
+        )
+        checkpoint = newest_ema(Path(args.logdir), name)
+    elif not checkpoint.is_file():
+        raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
+    record = read_record(checkpoint)
+    if record is None:
+        return Translator(checkpoint, config)
+    if (record["model_name"], record["training_process"]) != (model_name, process):
+        kind = f"{record['training_process']} {record['model_name']}"
+        raise UserError(f"{checkpoint.parent} is a {kind}, not the {process} {model_name} that is asked for")
+    fixed = config.copy_and_resolve_references()
+    for key, value in leaves(type(config)(record["config"])):
+        if not key.startswith(HELD[model_name]):
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        asked = dict(leaves(config))[key]
+        if key in given and asked != value:
+            raise UserError(f"{key}={asked} contradicts {checkpoint.parent}, which was trained with {value}")
+        fixed.update_from_flattened_dict({key: value})
+    return Translator(checkpoint, fixed)
+
+
+def create_scorer(
+    args: argparse.Namespace, forward: Translator, backward: Translator, device: Any
+) -> Callable[[dict, str], dict]:
+    """Load both translators; what comes back turns slices into error maps, arrays [N, H, W] by name.
+
+    Raises:
+        UserError: a config that no network or diffusion can be made of, or weights that do not fit it.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from models.build import create_masked_translator, create_network
+    from models.cycle import Cycle, cyclic_unet, mmccd
+    from models.masks import sweep
+    from utils.experiment import load_weights
+
+    config = forward.config
+    batch_size = config.score_model.sampling.batch_size
+    networks = []
+    try:
+        for model_name, found in ((args.model_name, forward), ("unet", backward)):
+            network = create_network(model_name, found.config.score_model.model)
+            load_weights(network, found.checkpoint)
+            networks.append(network.eval().to(device))
+        if args.model_name == "diffusion":
+            masked_translator = create_masked_translator(networks[0], config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    def cycle_of(slices: dict, split: str) -> Cycle:
+        image = slices[config.data.input].to(device)
+        if args.model_name == "diffusion":
+            return mmccd(
+                image,
+                slices["brainmask"].to(device),
+                masked_translator,
+                networks[1],
+                bands=sweep(config.data.image_size, config.score_model.mask.stride),
+                batch_size=batch_size,
+                progress=lambda batches: tqdm(batches, desc=f"scoring {split}", unit="batch"),
+            )
+        batches = tqdm(image.split(batch_size), desc=f"scoring {split}", unit="batch")
+        parts = [cyclic_unet(batch, *networks) for batch in batches]
+        return Cycle(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def score(slices: dict, split: str) -> dict:
+        cycle = cycle_of(slices, split)
+        maps = {
+            "image": slices[config.data.input],
+            "translation": cycle.translation,
+            "reconstruction": cycle.reconstruction,
+            "scores": cycle.score,
+            "truth": slices["seg"],
+            "brainmask": slices["brainmask"],
+        }
+        return {"names": slices["name"], **{key: value[:, 0].cpu().numpy() for key, value in maps.items()}}
+
+    return score
+
+
+def load_slices(config: Any, split: str) -> dict | None:
+    """All slices of a split as one batch; None, with a word about it, if there are no validation slices.
+
+    Raises:
+        UserError: there are no test slices, or not of the input modality.
+    """
+    from datasets.brats2021 import BraTS2021Dataset
+    from datasets.loader import all_slices
+
+    if split == "val" and not (Path(config.data.data_dir) / split).is_dir():
+        print(f"no validation slices in {config.data.data_dir}: only the oracle threshold can be shown")
+        return None
+    kinds = [config.data.input, "seg", "brainmask"]
+    return all_slices(BraTS2021Dataset(config.data.data_dir, split, kinds, config.data.image_size))
+
+
+def labelled(maps: dict, key: str) -> tuple:
+    """Scores, truth and brain mask as `evaluate` takes them, with the array named `key` as the score."""
+    return maps[key], maps["truth"], maps["brainmask"]
+
+
+def results_name(model_name: str, forward: Translator, backward: Translator) -> str:
+    """The folder of a test run: what was chained, and how it was sampled."""
+    from guided_diffusion.respace import space_timesteps
+
+    name = f"{forward.checkpoint.parent.name}__{backward.checkpoint.parent.name}"
+    if model_name == "unet":
+        return name
+    sampling, steps = forward.config.score_model.sampling, forward.config.score_model.diffusion.steps
+    kind = "ddim" if sampling.use_ddim else "ancestral"
+    return f"{name}__{kind}{len(space_timesteps(steps, sampling.timestep_respacing))}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,130 @@
+"""Train one translator of the modality cycle, forward (input → trans) or backward (trans → input)."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from utils.cli import UserError, parse_run_args, run, run_parser
+
+
+def main() -> None:
+    args, overrides = parse_args()
+
+    # Only now what takes seconds to import.
+    import torch
+
+    import config as configs
+    from datasets.brats2021 import BraTS2021Dataset
+    from datasets.loader import training_batches
+    from guided_diffusion.logger import Logger
+    from guided_diffusion.train_util import TrainLoop
+    from models.build import create_losses, create_network
+    from utils.device import pick_device
+    from utils.experiment import experiment_name, write_record
+
+    flags = {
+        "data.data_dir": args.data_dir,
+        "data.input": args.input,
+        "data.trans": args.trans,
+        "seed": args.seed,
+    }
+    config, _ = configs.resolve(args.dataset, flags, overrides)
+    configs.check(config)
+    data, training = config.data, config.score_model.training
+    image, target = data.input, data.trans
+    if args.training_process == "backward":
+        image, target = target, image
+
+    device = pick_device(args.gpu_id)
+    torch.manual_seed(config.seed)
+    try:
+        network = create_network(args.model_name, config.score_model.model).to(device)
+        losses = create_losses(args.model_name, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    dataset = BraTS2021Dataset(data.data_dir, "train", [image, target], data.image_size)
+
+    names = (args.model_name, args.training_process, args.dataset)
+    name = args.experiment_name or experiment_name(*names, data.trans, data.input)
+    directory = Path(args.logdir) / name
+    record = dict(zip(("model_name", "training_process", "dataset"), names, strict=True))
+    write_record(directory, {**record, "config": config.to_dict()})
+    logger = Logger(directory)
+    logger.info(f"{name}\n{config}")
+    logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {device}")
+
+    TrainLoop(
+        model=network,
+        compute_losses=lambda model, batch, step: losses(
+            model, batch[image].to(device), batch[target].to(device), step
+        ),
+        batches_from=partial(training_batches, dataset, training.batch_size, config.seed),
+        directory=directory,
+        logger=logger,
+        iterations=training.iterations,
+        batch_size=training.batch_size,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        lr_decay_steps=training.lr_decay_steps,
+        lr_decay_factor=training.lr_decay_factor,
+        ema_rate=training.ema_rate,
+        seed=config.seed,
+        log_interval=training.log_interval,
+        save_interval=training.save_interval,
+        on_save=translation_preview(args.model_name, config, dataset, image, target, logger, device),
+    ).run()
+    logger.close()
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    parser = run_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--training_process",
+        choices=["forward", "backward"],
+        default="forward",
+        help="input → trans, or back",
+    )
+    add(
+        "--model_name",
+        choices=["unet", "diffusion"],
+        default="unet",
+        help="diffusion: MMCCD's forward translator",
+    )
+    add(
+        "--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})"
+    )
+    args, overrides = parse_run_args(parser)
+    if args.model_name == "diffusion" and args.training_process == "backward":
+        raise UserError(
+            "in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward"
+        )
+    return args, overrides
+
+
+def translation_preview(model_name, config, dataset, image, target, logger, device):
+    """What is shown of one slice at every save: input (its hidden band too) | target | translation."""
+    from models.build import create_masked_translator
+    from models.masks import Band
+    from utils.figures import side_by_side
+
+    example = dataset[len(dataset) // 2]
+    source = example[image][None].to(device)
+    middle = Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)
+
+    def show(network, step: int) -> None:
+        shown, translation = source, None
+        if model_name == "diffusion":
+            translator = create_masked_translator(network, config)
+            shown = source.masked_fill(translator.mask([middle]).to(device), 0.0)
+            translation = translator.sample(source, [middle])
+        else:
+            translation = network(source)
+        row = (picture[0, 0].float().cpu().numpy() for picture in (shown, example[target][None], translation))
+        logger.image(step, "input | target | translation", side_by_side(*row))
+
+    return show
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""From a config to the networks, their losses and the diffusion: where a new translation model is entered."""
+
+from collections.abc import Callable
+from enum import Enum
+
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from guided_diffusion.gaussian_diffusion import (
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+
+from .masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
+from .translator import UNetTranslator, translation_losses
+
+NETWORKS = {"unet": UNetTranslator, "diffusion": MaskedConditionalUNet}
+
+
+def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator | MaskedConditionalUNet:
+    """The network of a translator, `unet` or `diffusion`, with fresh weights.
+
+    Raises:
+        ValueError: widths that the norm's groups or the heads do not divide.
+    """
+    return NETWORKS[model_name](**model_config)
+
+
+def create_losses(model_name: str, config: ConfigDict) -> Callable[[nn.Module, Tensor, Tensor, int], Tensor]:
+    """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
+
+    Raises:
+        ValueError: as `create_diffusion`, or an unknown schedule sampler.
+    """
+    if model_name == "unet":
+        return lambda model, image, target, step: translation_losses(model, image, target)
+    score_model = config.score_model
+    diffusion = create_diffusion(score_model.diffusion)
+    schedule_sampler = create_named_schedule_sampler(score_model.training.schedule_sampler, diffusion)
+    return lambda model, image, target, step: masked_diffusion_losses(
+        model,
+        image,
+        target,
+        diffusion=diffusion,
+        schedule_sampler=schedule_sampler,
+        band_width=score_model.mask.width,
+        band_stride=score_model.mask.stride,
+        seed=config.seed,
+        step=step,
+    )
+
+
+def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:
+    """A trained masked diffusion, ready to sample as the config says.
+
+    Raises:
+        ValueError: as `create_diffusion`.
+    """
+    sampling = config.score_model.sampling
+    return MaskedDiffusionTranslator(
+        model,
+        create_diffusion(config.score_model.diffusion, sampling.timestep_respacing),
+        image_size=config.data.image_size,
+        band_width=config.score_model.mask.width,
+        seed=config.seed,
+        use_ddim=sampling.use_ddim,
+        eta=sampling.eta,
+        clip_denoised=sampling.clip_denoised,
+    )
+
+
+def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "") -> SpacedDiffusion:
+    """The diffusion process, with all its steps or respaced to fewer.
+
+    Raises:
+        ValueError: an unknown schedule, prediction or variance, or a respacing that cannot be had.
+    """
+    steps = diffusion_config.steps
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing),
+        betas=get_named_beta_schedule(diffusion_config.noise_schedule, steps),
+        model_mean_type=_member(ModelMeanType, diffusion_config.model_mean_type),
+        model_var_type=_member(ModelVarType, diffusion_config.model_var_type),
+        loss_type=LossType.MSE,
+        rescale_timesteps=diffusion_config.rescale_timesteps,
+    )
+
+
+def _member(kind: type[Enum], name: str) -> Enum:
+    if name not in kind.__members__:
+        raise ValueError(f"unknown {kind.__name__} {name!r}: choose one of {', '.join(kind.__members__)}")
+    return kind[name]
