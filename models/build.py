@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from enum import Enum
 
+import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator 
     Raises:
         ValueError: widths that the norm's groups or the heads do not divide.
     """
-    return NETWORKS[model_name](**model_config)
+    # channels_last is the layout that convolutions are fastest in, on CPUs and GPUs alike
+    return NETWORKS[model_name](**model_config).to(memory_format=torch.channels_last)
 
 
 def create_losses(model_name: str, config: ConfigDict) -> Callable[[nn.Module, Tensor, Tensor, int], Tensor]:

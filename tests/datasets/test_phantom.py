@@ -1,0 +1,248 @@
+"""The phantom cohort: its files, its contrasts, its tumours, its command line. One small cohort serves all tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from datasets import phantom
+
+pytestmark = pytest.mark.xdist_group("phantom")  # one process, so that the cohort is made once
+
+SCRIPT = Path(phantom.__file__)
+COUNTS = {"train": 1, "val": 1, "test": 1}
+SPLITS = ("train", "val", "test")  # by subject number
+SEED = 1  # draws a middling, a faint and an obvious tumour, all with a core
+KINDS = (*phantom.MODALITIES, "seg")
+
+
+def run_script(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Made by the command line with two workers, with a figure beside it."""
+    folder = tmp_path_factory.mktemp("phantom")
+    counts = [arg for split, count in COUNTS.items() for arg in (f"--{split}", count)]
+    done = run_script(
+        "--output_dir", folder / "raw", "--seed", SEED, "--workers", 2, "--figure", folder / "a.png", *counts
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "raw"
+
+
+@pytest.fixture(scope="module")
+def images(cohort) -> list[dict[str, nib.Nifti1Image]]:
+    names = [phantom.subject_name(number) for number in range(len(SPLITS))]
+    return [{kind: nib.load(cohort / name / f"{name}_{kind}.nii.gz") for kind in KINDS} for name in names]
+
+
+@pytest.fixture(scope="module")
+def truths() -> list[tuple]:
+    """(volumes, anatomy, tumour) of every subject of the cohort."""
+    return [phantom.make_subject(SEED, number, split) for number, split in enumerate(SPLITS)]
+
+
+def test_files_are_those_of_brats(cohort, images):
+    lists = {f"brats_split_{part}.txt" for part in ("training", "validation", "testing")}
+    names = [f"BraTS2021_0000{number}" for number in range(3)]
+    scans = {
+        f"{name}/{name}_{kind}.nii.gz" for name in names for kind in ("flair", "t1", "t1ce", "t2", "seg")
+    }
+    assert set(files_of(cohort)) == lists | scans
+    for subject in images:
+        for kind, image in subject.items():
+            assert image.shape == (240, 240, 155)
+            assert image.get_data_dtype() == (np.uint8 if kind == "seg" else np.int16)
+            assert image.header.get_zooms() == (1, 1, 1)
+            assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+            np.testing.assert_array_equal(image.affine[:3, 3], [0, 239, 0])
+
+
+def test_split_lists_have_exact_counts_and_share_no_subject(cohort):
+    lists = {s: (cohort / f"brats_split_{p}.txt").read_text().splitlines() for s, p in phantom.SPLITS.items()}
+    assert {split: len(names) for split, names in lists.items()} == COUNTS
+    everyone = [name for names in lists.values() for name in names]
+    assert sorted(everyone) == sorted(folder.name for folder in cohort.iterdir() if folder.is_dir())
+
+
+def test_figure_is_drawn(cohort):
+    assert (cohort.parent / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_bytes_for_a_seed_whatever_the_number_of_workers(cohort, tmp_path):
+    phantom.write_cohort(tmp_path, COUNTS, SEED, workers=1)
+    assert files_of(tmp_path) == files_of(cohort)
+
+
+def test_another_seed_or_subject_is_another_head(truths):
+    other, _, _ = phantom.make_subject(SEED + 1, 0, "train")
+    for volumes in (other, truths[1][0]):
+        assert all((volumes[kind] != truths[0][0][kind]).any() for kind in KINDS)
+
+
+def test_background_is_zero_and_the_brain_is_not(images, truths):
+    for subject, (_, anatomy, _) in zip(images, truths, strict=True):
+        brain = np.zeros(phantom.SHAPE, bool)
+        brain[tuple(anatomy.coords.T)] = True
+        assert 1.0e6 < brain.sum() < 1.7e6  # mm³, as grown-ups have
+        assert not brain[[0, -1]].any()
+        assert not brain[:, [0, -1]].any()
+        for modality in phantom.MODALITIES:
+            np.testing.assert_array_equal(np.asarray(subject[modality].dataobj) > 0, brain)
+        assert not np.asarray(subject["seg"].dataobj)[~brain].any()
+
+
+def test_labels_are_nested_and_all_there(images):
+    for subject in images:
+        seg = np.asarray(subject["seg"].dataobj)
+        assert set(np.unique(seg)) == {0, 1, 2, 4}
+        around_core = ndimage.binary_dilation(seg == 1) & (seg != 1)
+        assert (seg[around_core] == 4).mean() > 0.9
+
+
+def healthy(anatomy: phantom.Anatomy, tumour: phantom.Tumour) -> dict[str, np.ndarray]:
+    """[V] masks of the voxels that are nothing but one healthy tissue."""
+    unaffected = (tumour.shares[2] == 0) & (anatomy.ageing < 0.02)
+    return {tissue: unaffected & (getattr(anatomy, tissue) > 0.95) for tissue in ("gm", "wm", "csf")}
+
+
+@pytest.mark.parametrize(
+    ("modality", "order"),
+    [
+        ("flair", ("gm", "wm", "csf")),
+        ("t1", ("wm", "gm", "csf")),
+        ("t1ce", ("wm", "gm", "csf")),
+        ("t2", ("csf", "gm", "wm")),
+    ],
+)
+def test_tissue_contrast_is_that_of_the_modality(images, truths, modality, order):
+    for subject, (_, anatomy, tumour) in zip(images, truths, strict=True):
+        voxels = np.asarray(subject[modality].dataobj)[tuple(anatomy.coords.T)]
+        medians = {tissue: np.median(voxels[mask]) for tissue, mask in healthy(anatomy, tumour).items()}
+        bright, middle, dark = (medians[tissue] for tissue in order)
+        assert bright > 1.08 * middle > 1.08 * 1.08 * dark
+        if modality == "flair":
+            assert dark < 0.5 * middle  # fluid is attenuated
+
+
+@pytest.mark.parametrize("label", [1, 2, 4])
+@pytest.mark.parametrize("modality", phantom.MODALITIES)
+def test_tumour_contrast_is_that_of_the_table(images, truths, label, modality):
+    """Against the grey matter nearby: the bias field is part of the image, and still moves a ratio by up to 12 %."""
+    low, high = sorted(phantom.TUMOUR_CONTRAST[label][modality])
+    for subject, (_, anatomy, tumour) in zip(images, truths, strict=True):
+        voxels = np.asarray(subject[modality].dataobj)[tuple(anatomy.coords.T)]
+        inner = sum(share for other, share in tumour.shares.items() if is_inside(other, label))
+        compartment = (tumour.shares[label] > 0.95) & (inner < 0.05)
+        assert compartment.sum() >= 20
+        center = anatomy.coords[compartment].mean(0)
+        near = np.linalg.norm(anatomy.coords - center, axis=1) < 40
+        ratio = np.median(voxels[compartment]) / np.median(voxels[near & healthy(anatomy, tumour)["gm"]])
+        assert 0.88 * low < ratio < 1.12 * high
+        assert ratio == pytest.approx(phantom.tumour_ratio(label, modality, tumour.obviousness), rel=0.12)
+
+
+def is_inside(label: int, other: int) -> bool:
+    """Whether compartment `label` lies within `other`: core in rim in oedema."""
+    order = (2, 4, 1)
+    return order.index(label) > order.index(other)
+
+
+def test_obviousness_moves_every_contrast_from_one_end_of_the_table_to_the_other(truths):
+    drawn = [tumour.obviousness for _, _, tumour in truths]
+    assert 0 <= min(drawn) < 0.4
+    assert 0.6 < max(drawn) <= 1
+    for label, row in phantom.TUMOUR_CONTRAST.items():
+        for modality, (faint, obvious) in row.items():
+            assert phantom.tumour_ratio(label, modality, 0) == faint
+            assert phantom.tumour_ratio(label, modality, 1) == pytest.approx(obvious)
+
+
+def window(anatomy: phantom.Anatomy, tumour: phantom.Tumour) -> np.ndarray:
+    """[20] tumour voxels in each slice of [70, 90)."""
+    slices = anatomy.coords[tumour.shares[2] > 0.5, 2]
+    return np.bincount(slices, minlength=phantom.SHAPE[2])[70:90]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_val_and_test_subjects_have_tumour_in_the_window(truths, split):
+    _, anatomy, tumour = truths[SPLITS.index(split)]
+    assert window(anatomy, tumour).any()
+    rng = np.random.default_rng(0)
+    more = [phantom.grow_tumour(rng, anatomy, phantom.TUMOUR_SLICES[split]) for _ in range(15)]
+    areas = [window(anatomy, tumour).max() for tumour in more]
+    assert min(areas) > 0
+    assert max(areas) > 4 * min(areas)  # small and large
+
+
+def test_most_training_subjects_keep_healthy_slices_in_the_window(truths):
+    rng = np.random.default_rng(0)
+    _, anatomy, _ = truths[0]
+    tumours = [phantom.grow_tumour(rng, anatomy, phantom.TUMOUR_SLICES["train"]) for _ in range(25)]
+    slices = np.array([(window(anatomy, tumour) == 0).sum() for tumour in tumours])
+    assert (slices >= 3).mean() >= 0.7
+    assert (slices < 20).mean() >= 0.3  # and many have tumour there, as patients do
+
+
+def test_smooth_noise_is_smooth_and_of_unit_variance():
+    noise = np.stack([phantom.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)])
+    np.testing.assert_allclose(noise.std(0), 1, atol=0.25)
+    assert np.abs(np.diff(noise, axis=1)).mean() < 0.2
+
+
+def test_help_needs_no_heavy_import():
+    heavy = {"numpy", "scipy", "nibabel", "nilearn", "matplotlib", "tqdm"}
+    program = f"""
+import runpy, sys
+sys.argv = [{str(SCRIPT)!r}, "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("heavy:", sorted({heavy!r} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--output_dir" in done.stdout
+    assert done.stdout.endswith("heavy: []\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--train", "0"], "--train is 0"),
+        (["--val", "-1"], "--val is -1"),
+        (["--test", "0"], "--test is 0"),
+        (["--test", "many"], "--test"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--figure", "picture.txt"], "--figure is picture.txt"),
+        (["--figure", "nowhere/picture.png"], "--figure is nowhere/picture.png"),
+        (["--trian", "3"], "did you mean '--train'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, args, named):
+    done = run_script("--output_dir", tmp_path / "raw", *args)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "raw").exists()
+
+
+def test_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "raw").write_text("")
+    done = run_script("--output_dir", tmp_path / "raw")
+    assert done.returncode == 2
+    assert "--output_dir" in done.stderr
+    assert done.stderr.count("\n") == 1
