@@ -25,12 +25,12 @@ def main() -> None:
     backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
     configs.check(config)
     score = create_scorer(args, forward, backward, pick_device(args.gpu_id))
-    slices = {split: load_slices(config, split) for split in ("val", "test")}
+    slices = {split: load_slices(config, split) for split in ("test", "val")}
     print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
 
     maps = {split: score(batch, split) for split, batch in slices.items() if batch}
     cyclic_error, intensity = (
-        evaluate(*(labelled(maps[split], key) for split in ("test", "val") if split in maps))
+        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
         for key in ("scores", "image")
     )
     translators = {"forward": forward, "backward": backward}
@@ -56,6 +56,7 @@ def main() -> None:
 class Translator(NamedTuple):
     """A trained translator on disk, and the config of this run with what its training fixed."""
 
+    name: str  # of its experiment, or of a checkpoint without one
     checkpoint: Path
     config: Any  # ConfigDict
 
@@ -134,7 +135,9 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
     record = read_record(checkpoint)
     if record is None:
-        return Translator(checkpoint, config)
+        return Translator(checkpoint.stem, checkpoint, config)
+    if not {"model_name", "training_process", "config"} <= set(record):
+        raise UserError(f"{checkpoint.parent / 'config.json'} is not what training writes: restore it")
     if (record["model_name"], record["training_process"]) != (model_name, process):
         kind = f"{record['training_process']} {record['model_name']}"
         raise UserError(f"{checkpoint.parent} is a {kind}, not the {process} {model_name} that is asked for")
@@ -147,7 +150,7 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         if key in given and asked != value:
             raise UserError(f"{key}={asked} contradicts {checkpoint.parent}, which was trained with {value}")
         fixed.update_from_flattened_dict({key: value})
-    return Translator(checkpoint, fixed)
+    return Translator(checkpoint.absolute().parent.name, checkpoint, fixed)
 
 
 def create_scorer(
@@ -219,7 +222,7 @@ def load_slices(config: Any, split: str) -> dict | None:
     from datasets.brats2021 import BraTS2021Dataset
     from datasets.loader import all_slices
 
-    if split == "val" and not (Path(config.data.data_dir) / split).is_dir():
+    if split == "val" and not any(Path(config.data.data_dir, split).glob("*/*.npy")):
         print(f"no validation slices in {config.data.data_dir}: only the oracle threshold can be shown")
         return None
     kinds = [config.data.input, "seg", "brainmask"]
@@ -235,7 +238,7 @@ def results_name(model_name: str, forward: Translator, backward: Translator) -> 
     """The folder of a test run: what was chained, and how it was sampled."""
     from guided_diffusion.respace import space_timesteps
 
-    name = f"{forward.checkpoint.parent.name}__{backward.checkpoint.parent.name}"
+    name = f"{forward.name}__{backward.name}"
     if model_name == "unet":
         return name
     sampling, steps = forward.config.score_model.sampling, forward.config.score_model.diffusion.steps

@@ -18,9 +18,9 @@ def main() -> None:
     from datasets.loader import training_batches
     from guided_diffusion.logger import Logger
     from guided_diffusion.train_util import TrainLoop
-    from models.build import create_losses, create_network
+    from models.build import create_losses, create_masked_translator, create_network
     from utils.device import pick_device
-    from utils.experiment import experiment_name, write_record
+    from utils.experiment import experiment_name, refuse_other_settings, write_record
 
     flags = {
         "data.data_dir": args.data_dir,
@@ -40,20 +40,25 @@ def main() -> None:
     try:
         network = create_network(args.model_name, config.score_model.model).to(device)
         losses = create_losses(args.model_name, config)
+        if args.model_name == "diffusion":
+            create_masked_translator(network, config)  # so that it fails now, not at the first save
     except ValueError as error:
         raise UserError(str(error)) from error
-    dataset = BraTS2021Dataset(data.data_dir, "train", [image, target], data.image_size)
 
     names = (args.model_name, args.training_process, args.dataset)
     name = args.experiment_name or experiment_name(*names, data.trans, data.input)
     directory = Path(args.logdir) / name
     record = dict(zip(("model_name", "training_process", "dataset"), names, strict=True))
-    write_record(directory, {**record, "config": config.to_dict()})
+    record["config"] = config.to_dict()
+    refuse_other_settings(directory, record)
+
+    dataset = BraTS2021Dataset(data.data_dir, "train", [image, target], data.image_size)
+    write_record(directory, record)
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
     logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {device}")
 
-    TrainLoop(
+    loop = TrainLoop(
         model=network,
         compute_losses=lambda model, batch, step: losses(
             model, batch[image].to(device), batch[target].to(device), step
@@ -72,8 +77,13 @@ def main() -> None:
         log_interval=training.log_interval,
         save_interval=training.save_interval,
         on_save=translation_preview(args.model_name, config, dataset, image, target, logger, device),
-    ).run()
-    logger.close()
+    )
+    try:
+        loop.run()
+    except FloatingPointError as error:
+        raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
+    finally:
+        logger.close()
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:

@@ -1,6 +1,7 @@
 """Settings: one config for each data set, overridden from the command line by `--config.KEY=VALUE`."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from absl import flags
@@ -97,9 +98,27 @@ def check(config: ConfigDict) -> None:
     data, score_model = config.data, config.score_model
     if data.input == data.trans:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must lie in 0 … {2**32 - 1}")
+    for section, keys in _AT_LEAST_ONE.items():
+        for key in keys:
+            if not score_model[section][key] >= 1:
+                raise UserError(f"score_model.{section}.{key}={score_model[section][key]} must be at least 1")
+    for section, highest in _AT_LEAST_ZERO.items():
+        for key, top in highest.items():
+            if not 0 <= score_model[section][key] <= top:
+                value = score_model[section][key]
+                raise UserError(f"score_model.{section}.{key}={value} must lie in 0 … {top}")
+    if not score_model.model.channel_mult:
+        raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
     for mult in score_model.model.channel_mult:
         if not isinstance(mult, int) or mult < 1:
             raise UserError(f"score_model.model.channel_mult holds {mult!r}: use whole numbers from 1 on")
+        if mult * score_model.model.model_channels % score_model.model.norm_groups:
+            raise UserError(
+                f"score_model.model.norm_groups={score_model.model.norm_groups} does not divide the "
+                f"{mult * score_model.model.model_channels} channels of a level (model_channels × channel_mult)"
+            )
     halvings = len(score_model.model.channel_mult) - 1
     if data.image_size < 1 or data.image_size % 2**halvings:
         raise UserError(
@@ -112,14 +131,15 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"score_model.mask.stride={score_model.mask.stride} must lie in 1 … mask.width, or pixels go unseen"
         )
-    for section, keys in _AT_LEAST_ONE.items():
-        for key in keys:
-            if not score_model[section][key] >= 1:
-                raise UserError(f"score_model.{section}.{key}={score_model[section][key]} must be at least 1")
 
 
 _AT_LEAST_ONE = {
+    "model": ["model_channels", "num_res_blocks", "num_heads", "norm_groups"],
     "diffusion": ["steps"],
     "training": ["iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval"],
     "sampling": ["batch_size"],
+}
+_AT_LEAST_ZERO = {  # and at most
+    "training": {"lr": inf, "weight_decay": inf, "lr_decay_factor": inf, "ema_rate": 1},
+    "sampling": {"eta": 1},
 }

@@ -26,7 +26,7 @@ class BraTS2021Dataset(CacheDataset):
         image_size: H = W of what comes out, px.
 
     Raises:
-        UserError: the split or a modality is not there, or the kinds do not have the same slices.
+        UserError: the split or a modality is not there, the kinds do not have the same slices, or a file is broken.
     """
 
     def __init__(self, data_dir: Path | str, split: str, kinds: Sequence[str], image_size: int):
@@ -51,7 +51,13 @@ class BraTS2021Dataset(CacheDataset):
                 SelectItemsd([*kinds, "name"]),
             ]
         )
-        super().__init__(slices, transform, num_workers=None, progress=True)
+        try:
+            super().__init__(slices, transform, num_workers=None, progress=True)
+        except RuntimeError as error:  # MONAI's, whatever went wrong
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"a slice in {Path(data_dir) / split} cannot be read ({reason}): preprocess again"
+            ) from error
 
 
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:

@@ -47,7 +47,7 @@ TISSUE_CONTRAST = {
     "t2": {"wm": (0.70, 0.80), "csf": (2.00, 2.40)},
 }
 # Aged white matter, in everyone around the ventricles and in small spots: modality → ratio where it is fully aged.
-AGEING_CONTRAST = {"flair": 1.35, "t1": 1.05, "t1ce": 1.02, "t2": 1.20}
+AGEING_CONTRAST = {"flair": 1.45, "t1": 1.05, "t1ce": 1.02, "t2": 1.20}
 # Tumour: BraTS label → modality → (ratio in the faintest tumour, ratio in the most obvious one). One draw a tumour,
 # its obviousness, moves all of them together from the first to the second.
 TUMOUR_CONTRAST = {
@@ -61,7 +61,7 @@ TUMOUR_SLICES = {"train": (45, 115), "val": (70, 90), "test": (70, 90)}
 TUMOUR_RADIUS = (12, 34)  # mm
 TUMOUR_RADIUS_Z = (7, 13)  # mm, the most it is from top to bottom: the head keeps healthy slices
 
-BIAS = (0.05, 0.15)  # standard deviation of the bias field's logarithm
+BIAS = (0.08, 0.2)  # standard deviation of the bias field's logarithm
 NOISE = (0.02, 0.04)  # standard deviation, in units of grey matter
 SCALE = (200, 800)  # grey matter's stored intensity: scanners have no unit for it
 

@@ -91,6 +91,7 @@ class TrainLoop:
                     "images_per_second": (self.step - since) * self.batch_size / seconds,
                 }
                 if not loss < float("inf"):
+                    progress.close()
                     raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
                 self.logger.scalars(self.step, values)
                 progress.set_postfix(loss=f"{loss:.4f}")

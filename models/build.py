@@ -79,12 +79,16 @@ def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "")
     """The diffusion process, with all its steps or respaced to fewer.
 
     Raises:
-        ValueError: an unknown schedule, prediction or variance, or a respacing that cannot be had.
+        ValueError: an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing
+            that cannot be had.
     """
     steps = diffusion_config.steps
+    betas = get_named_beta_schedule(diffusion_config.noise_schedule, steps)
+    if betas.max() > 1:
+        raise ValueError(f"steps={steps} is too few for a {diffusion_config.noise_schedule} noise schedule")
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing),
-        betas=get_named_beta_schedule(diffusion_config.noise_schedule, steps),
+        betas=betas,
         model_mean_type=_member(ModelMeanType, diffusion_config.model_mean_type),
         model_var_type=_member(ModelVarType, diffusion_config.model_var_type),
         loss_type=LossType.MSE,

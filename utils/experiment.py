@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,69 @@ def experiment_name(model_name: str, process: str, dataset: str, trans: str, inp
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Write config.json: what was trained, and with which settings."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    """Write config.json: what was trained, and with which settings.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to ({error.strerror}): check --logdir") from error
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """The config.json that lies beside a checkpoint, or None where none does."""
+    """The config.json that lies beside a checkpoint, or None where none does.
+
+    Raises:
+        UserError: it holds something else than what `write_record` writes.
+    """
     path = checkpoint.parent / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or train again") from error
+    return record
+
+
+# What may change while an experiment goes on: where its data lie, how long it trains, what it shows on the way.
+_FREE = (
+    "config.data.data_dir",
+    "config.score_model.sampling.",
+    "config.score_model.training.iterations",
+    "config.score_model.training.log_interval",
+    "config.score_model.training.save_interval",
+)
+
+
+def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
+    """Hold training that goes on in `directory` to the settings that it began with.
+
+    Raises:
+        UserError: there is a checkpoint, and its config.json says otherwise than `record`.
+    """
+    checkpoint = next(directory.glob("opt*.pt"), None)
+    before = read_record(checkpoint) if checkpoint else None
+    if before is None:
+        return
+    before, now = (dict(_leaves(json.loads(json.dumps(one)))) for one in (before, record))
+    for key, value in now.items():
+        if not key.startswith(_FREE) and before.get(key) != value:
+            raise UserError(
+                f"{directory} was begun with {key}={before.get(key)}, not {value}: "
+                "go on with the same, or give another --experiment_name"
+            )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def newest_ema(logdir: Path, name: str) -> Path:
@@ -41,13 +96,13 @@ def newest_ema(logdir: Path, name: str) -> Path:
     checkpoints = list(directory.glob("ema_*_*.pt"))
     if not checkpoints:
         raise UserError(f"experiment {name!r} has no EMA checkpoint in {directory}; train it first")
-    return max(checkpoints, key=trained_steps)
+    return max(checkpoints, key=lambda checkpoint: trained_steps(checkpoint) or 0)
 
 
-def trained_steps(checkpoint: Path) -> int:
-    """The training steps that a checkpoint's name tells, or −1 where it tells none."""
+def trained_steps(checkpoint: Path) -> int | None:
+    """The training steps that a checkpoint's name tells, or None where it tells none."""
     found = re.search(r"(\d+)\.pt$", checkpoint.name)
-    return int(found[1]) if found else -1
+    return int(found[1]) if found else None
 
 
 def load_weights(network: nn.Module, checkpoint: Path) -> None:

@@ -30,8 +30,14 @@ def write_results(
         per_slice: columns of N values, for the N test slices.
         maps: by split, `names` ("{subject}_{slice}") and arrays [N, H, W]; in the file they are called
             test_scores, test_truth and so on.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made ({error.strerror}): check --logdir") from error
     with (directory / "per_slice.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "slice", *per_slice])

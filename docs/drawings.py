@@ -1,0 +1,177 @@
+"""Draw the README's two drawings, the modality cycle and the masked diffusion, with the demo's own slices.
+
+make demo && python docs/drawings.py
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python docs/drawings.py`
+
+from utils.cli import ArgumentParser, run
+
+LOGDIR = Path("experiments")
+
+
+def main() -> None:
+    args = parse_args()
+
+    import numpy as np
+    import torch
+    from ml_collections import ConfigDict
+
+    from datasets.brats2021 import BraTS2021Dataset
+    from models.build import create_masked_translator, create_network
+    from models.cycle import cyclic_unet
+    from models.masks import Band
+    from utils.experiment import load_weights, newest_ema, read_record
+    from utils.figures import to_grey
+
+    def load(model_name: str, process: str):
+        checkpoint = newest_ema(LOGDIR, f"{model_name}_{process}_phantom_t2_flair")
+        config = ConfigDict(read_record(checkpoint)["config"])
+        network = create_network(model_name, config.score_model.model)
+        load_weights(network, checkpoint)
+        return network.eval(), config
+
+    backward, config = load("unet", "backward")
+    dataset = BraTS2021Dataset(
+        config.data.data_dir, "test", ["flair", "seg", "brainmask"], config.data.image_size
+    )
+    example = dataset[args.slice]
+    image, brain = example["flair"][None], example["brainmask"][None]
+
+    def grey(picture: torch.Tensor) -> np.ndarray:
+        return to_grey(picture[0, 0].numpy())
+
+    def errors(score: torch.Tensor, where: torch.Tensor) -> np.ndarray:
+        return np.where(where[0, 0], score[0, 0], 0).T
+
+    cycle = cyclic_unet(image, load("unet", "forward")[0], backward)
+    top = float(cycle.score[brain].quantile(0.99))
+    draw_cycle(
+        args.output_dir / "cycle.png",
+        [grey(image), grey(cycle.translation), grey(cycle.reconstruction)],
+        errors(cycle.score, brain),
+        example["seg"][0].numpy().T,
+        top,
+    )
+
+    network, config = load("diffusion", "forward")
+    translator = create_masked_translator(network, config)
+    rows = example["seg"][0].nonzero()[:, 0].float()
+    band = Band("horizontal", int(rows.mean()) - config.score_model.mask.width // 2)
+    hidden = translator.mask([band])
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        translation = translator.sample(image, [band])
+        reconstruction = backward(translation)
+    draw_masked_diffusion(
+        args.output_dir / "masked_diffusion.png",
+        [grey(torch.where(hidden, noise, image)), grey(noise), grey(translation), grey(reconstruction)],
+        errors((image - reconstruction).square(), brain & hidden),
+        top,
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description="Draw the modality cycle and the masked diffusion, after `make demo`."
+    )
+    parser.add_argument("--slice", type=int, default=9, help="number of the test slice that is shown")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("docs"), help="where the drawings are written"
+    )
+    return parser.parse_args()
+
+
+class Canvas:
+    """A wide white figure on which slices, boxes and arrows are placed; units are slice widths."""
+
+    def __init__(self, width: float, height: float):
+        from matplotlib.figure import Figure
+
+        self.size = (width, height)
+        self.figure = Figure(figsize=(1.3 * width, 1.3 * height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+        self.axes.set_axis_off()
+
+    def picture(self, x: float, y: float, image, label: str, **colours) -> None:
+        """Put an image with its middle at (x, y) and a label above it."""
+        self.axes.imshow(image, extent=(x - 0.5, x + 0.5, y - 0.5, y + 0.5), **colours)
+        self.axes.text(x, y + 0.56, label, ha="center", va="bottom", fontsize=10)
+
+    def box(self, x: float, y: float, text: str) -> None:
+        """Put a network's name into a rounded box."""
+        style = {"boxstyle": "round,pad=0.5", "facecolor": "#dceaf5", "edgecolor": "#0072b2"}
+        self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=style)
+
+    def arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        self.axes.annotate(
+            "", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "0.25", "lw": 1.4}
+        )
+
+    def text(self, x: float, y: float, text: str) -> None:
+        self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color="0.25")
+
+    def save(self, path: Path) -> None:
+        # imshow changes the limits
+        self.axes.set(xlim=(0, self.size[0]), ylim=(0, self.size[1]))
+        self.figure.savefig(path, dpi=120)
+        print(f"drew {path}")
+
+
+GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
+
+
+def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
+    """A → B → A and the error between the two A."""
+    canvas = Canvas(9.0, 1.75)
+    places = [0.65, 3.2, 5.75, 8.3]
+    labels = ["A: FLAIR, with a tumour", "B: T2, translated", "A again", "(A − A again)²"]
+    for x, picture, label in zip(places, [*pictures, error], labels, strict=True):
+        colours = GREY if picture is not error else {"cmap": "inferno", "vmin": 0, "vmax": top}
+        canvas.picture(x, 0.7, picture, label, **colours)
+    height, width = truth.shape
+    columns = [places[0] - 0.5 + (i + 0.5) / width for i in range(width)]
+    rows = [0.7 + 0.5 - (i + 0.5) / height for i in range(height)]
+    canvas.axes.contour(columns, rows, truth, levels=[0.5], colors="#56b4e9", linewidths=1.4)
+    for left, right, name in zip(
+        places,
+        places[1:],
+        ["forward\nUNet, A → B", "backward\nUNet, B → A", "squared\ndifference"],
+        strict=False,
+    ):
+        canvas.arrow((left + 0.52, 0.7), (right - 0.52, 0.7))
+        canvas.box((left + right) / 2, 0.7, name)
+    canvas.save(path)
+
+
+def draw_masked_diffusion(path: Path, pictures: list, error, top: float) -> None:
+    """A with a band of noise conditions the diffusion that makes B; only the band's error counts."""
+    condition, noise, translation, reconstruction = pictures
+    canvas = Canvas(9.0, 3.3)
+    canvas.picture(0.65, 2.3, condition, "condition: A, a band\nreplaced by noise", **GREY)
+    canvas.picture(0.65, 0.6, noise, "x_T: pure noise", **GREY)
+    canvas.arrow((1.17, 2.3), (1.85, 1.75))
+    canvas.arrow((1.17, 0.6), (1.85, 1.15))
+    canvas.arrow((2.0, 1.45), (2.75, 1.45))
+    canvas.box(2.05, 1.45, "conditional\ndenoising UNet,\nstep by step:\nx_t → x_0")
+    canvas.picture(3.35, 1.45, translation, "B, imagined\nunder the band", **GREY)
+    canvas.arrow((3.87, 1.45), (5.1, 1.45))
+    canvas.box(4.5, 1.45, "backward\nUNet, B → A")
+    canvas.picture(5.65, 1.45, reconstruction, "A again", **GREY)
+    canvas.arrow((6.17, 1.45), (7.7, 1.45))
+    canvas.box(6.95, 1.45, "squared difference\nunder the band")
+    canvas.picture(8.25, 1.45, error, "error of this band", cmap="inferno", vmin=0, vmax=top)
+    canvas.text(
+        6.2, 0.35, "repeated for every band, over the whole slice in both directions;\n"
+        "a pixel's score is the mean over the bands that hid it"
+    )  # fmt: skip
+    canvas.save(path)
+
+
+if __name__ == "__main__":
+    run(main)

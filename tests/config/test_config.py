@@ -1,0 +1,410 @@
+"""The settings: the paper's numbers spelt out, what can be overridden, what is refused, and that no key is dead."""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import config as configs
+import modality_cyclic_test
+import modality_cyclic_train
+from config import brats_config, check, get_config, leaves, override, resolve
+from models.build import create_network
+from utils.cli import UserError
+
+PAPER = {  # Liang et al. 2023, and their published settings
+    "seed": 0,
+    "data.data_dir": "./datasets/data",
+    "data.input": "flair",
+    "data.trans": "t2",
+    "data.image_size": 128,
+    "score_model.model.model_channels": 32,
+    "score_model.model.channel_mult": (1, 1, 2, 3, 4),
+    "score_model.model.num_res_blocks": 2,
+    "score_model.model.attention_resolutions": (4, 8, 16),
+    "score_model.model.num_heads": 1,
+    "score_model.model.dropout": 0.1,
+    "score_model.model.use_scale_shift_norm": True,
+    "score_model.model.resblock_updown": True,
+    "score_model.model.norm_groups": 16,
+    "score_model.diffusion.steps": 1000,
+    "score_model.diffusion.noise_schedule": "linear",
+    "score_model.diffusion.model_mean_type": "START_X",
+    "score_model.diffusion.model_var_type": "FIXED_LARGE",
+    "score_model.diffusion.rescale_timesteps": False,
+    "score_model.mask.width": 16,
+    "score_model.mask.stride": 2,
+    "score_model.training.iterations": 100_000,
+    "score_model.training.batch_size": 32,
+    "score_model.training.lr": 1e-4,
+    "score_model.training.weight_decay": 0.0,
+    "score_model.training.lr_decay_steps": 150_000,
+    "score_model.training.lr_decay_factor": 0.5,
+    "score_model.training.ema_rate": 0.9999,
+    "score_model.training.schedule_sampler": "uniform",
+    "score_model.training.log_interval": 100,
+    "score_model.training.save_interval": 5000,
+    "score_model.sampling.batch_size": 32,
+    "score_model.sampling.use_ddim": True,
+    "score_model.sampling.eta": 0.0,
+    "score_model.sampling.timestep_respacing": "100",
+    "score_model.sampling.clip_denoised": False,
+}
+
+
+@pytest.fixture
+def brats() -> ConfigDict:
+    return get_config("brats")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The configs
+
+
+def test_brats_is_the_paper(brats):
+    assert dict(leaves(brats)) == PAPER
+
+
+def test_the_paper_sees_attention_at_32_16_and_8_px(brats):
+    assert [brats.data.image_size // rate for rate in brats.score_model.model.attention_resolutions] == [
+        32,
+        16,
+        8,
+    ]
+
+
+@pytest.mark.parametrize("dataset", ["brats", "phantom"])
+def test_bands_are_an_eighth_of_the_image(dataset):
+    config = get_config(dataset)
+    assert 8 * config.score_model.mask.width == config.data.image_size
+
+
+def test_phantom_has_the_keys_and_the_method_of_the_paper(brats):
+    phantom = get_config("phantom")
+    assert dict(leaves(phantom)).keys() == dict(leaves(brats)).keys()
+    assert phantom.score_model.diffusion.to_dict() == brats.score_model.diffusion.to_dict()
+    assert phantom.data.data_dir == "./datasets/phantom"
+    for key in ("model.model_channels", "model.num_res_blocks", "training.iterations", "training.batch_size"):
+        assert phantom.score_model[key] < brats.score_model[key]
+
+
+@pytest.mark.parametrize("dataset", ["brats", "phantom"])
+def test_configs_are_locked_and_sound(dataset):
+    config = get_config(dataset)
+    check(config)
+    for section in (config, config.data, config.score_model, config.score_model.training):
+        with pytest.raises((AttributeError, KeyError)):
+            section.new_key = 1
+    with pytest.raises(TypeError):
+        config.data.image_size = "128"
+
+
+def test_configs_are_made_anew(brats):
+    brats.data.image_size = 64
+    assert get_config("brats").data.image_size == 128
+
+
+def test_a_modality_is_no_dataset():
+    with pytest.raises(
+        UserError, match=r"'flair' is a modality, use --input flair with --dataset brats\|phantom"
+    ):
+        get_config("flair")
+
+
+def test_unknown_dataset():
+    with pytest.raises(
+        UserError, match=r"unknown --dataset 'brat', did you mean 'brats'\? \(known: brats, phantom"
+    ):
+        get_config("brat")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("data.trans", "t1", "t1"),
+        ("score_model.training.iterations", "2000", 2000),
+        ("score_model.training.lr", "1e-3", 1e-3),
+        ("score_model.training.lr", "1", 1.0),
+        ("score_model.sampling.use_ddim", "False", False),
+        ("score_model.sampling.timestep_respacing", "50", "50"),
+        ("score_model.sampling.timestep_respacing", "", ""),
+        ("score_model.model.channel_mult", "(1, 2)", (1, 2)),
+        ("score_model.model.attention_resolutions", "2,4", (2, 4)),
+    ],
+)
+def test_override(brats, key, text, value):
+    assert override(brats, [f"--config.{key}={text}"]) == [key]
+    changed = dict(leaves(brats))
+    assert changed[key] == value
+    assert type(changed[key]) is type(PAPER[key])
+    assert {other: changed[other] for other in PAPER if other != key} == {
+        other: PAPER[other] for other in PAPER if other != key
+    }
+
+
+def test_overrides_follow_each_other(brats):
+    assert override(brats, ["--config.seed=1", "--config.data.input=t1", "--config.seed=2"]) == [
+        "seed",
+        "data.input",
+        "seed",
+    ]
+    assert (brats.seed, brats.data.input) == (2, "t1")
+    assert override(brats, []) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("score_model.training.iteration", "score_model.training.iterations"),
+        ("score_model.mask.with", "score_model.mask.width"),
+        ("data.img_size", "data.image_size"),
+        ("score_model.model", "score_model.model."),  # a section has no value
+    ],
+)
+def test_an_unknown_key_names_the_nearest(brats, key, nearest):
+    with pytest.raises(UserError, match=f"unknown config key '{key}', did you mean '{nearest}"):
+        override(brats, [f"--config.{key}=1"])
+    assert dict(leaves(brats)) == PAPER
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "kind"),
+    [
+        ("score_model.training.iterations", "many", "int"),
+        ("score_model.training.iterations", "1.5", "int"),
+        ("score_model.training.lr", "fast", "float"),
+        ("score_model.sampling.use_ddim", "perhaps", "bool"),
+        ("score_model.model.channel_mult", "(1, 2", "tuple"),
+    ],
+)
+def test_a_value_of_the_wrong_type(brats, key, text, kind):
+    with pytest.raises(UserError) as error:
+        override(brats, [f"--config.{key}={text}"])
+    assert str(error.value) == f"--config.{key}={text} is not of type {kind}"
+    assert dict(leaves(brats)) == PAPER
+
+
+def test_an_override_without_a_value(brats):
+    with pytest.raises(UserError, match="needs a value: write --config"):
+        override(brats, ["--config.seed"])
+
+
+def test_flags_go_before_overrides():
+    flags = {"data.input": "t1", "data.trans": None, "seed": 3}
+    config, given = resolve("brats", flags, ["--config.seed=4", "--config.data.image_size=64"])
+    assert (config.data.input, config.data.trans, config.seed, config.data.image_size) == ("t1", "t2", 4, 64)
+    assert given == {"data.input", "seed", "data.image_size"}
+    assert config.is_locked
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.trans=flair", "both 'flair': a translation needs two modalities"),
+        ("data.image_size=120", "image_size=120 cannot be halved 4 times.*multiple of 16"),
+        ("data.image_size=0", "image_size=0"),
+        ("data.image_size=-16", "image_size=-16"),
+        ("score_model.model.channel_mult=(1,0)", "channel_mult holds 0"),
+        ("score_model.model.channel_mult=(1,1.5)", "channel_mult holds 1.5"),
+        ("score_model.model.channel_mult=(1,'a')", "channel_mult holds 'a'"),
+        ("score_model.mask.width=0", "mask.width=0 must lie in 1 … 128"),
+        ("score_model.mask.width=129", "mask.width=129 must lie in 1 … 128"),
+        ("score_model.mask.stride=0", "mask.stride=0"),
+        ("score_model.mask.stride=17", "mask.stride=17.*pixels go unseen"),
+        ("score_model.diffusion.steps=0", "diffusion.steps=0 must be at least 1"),
+        ("score_model.training.iterations=0", "training.iterations=0 must be at least 1"),
+        ("score_model.training.batch_size=0", "training.batch_size=0 must be at least 1"),
+        ("score_model.training.lr_decay_steps=0", "training.lr_decay_steps=0 must be at least 1"),
+        ("score_model.training.log_interval=0", "training.log_interval=0 must be at least 1"),
+        ("score_model.training.save_interval=-1", "training.save_interval=-1 must be at least 1"),
+        ("score_model.sampling.batch_size=0", "sampling.batch_size=0 must be at least 1"),
+    ],
+)
+def test_values_that_no_run_can_work_with(brats, setting, message):
+    override(brats, [f"--config.{setting}"])
+    with pytest.raises(UserError, match=message):
+        check(brats)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["score_model.mask.width=128", "score_model.mask.stride=128"],
+        ["score_model.mask.width=1", "score_model.mask.stride=1"],
+        ["data.image_size=16"],
+        ["data.image_size=50", "score_model.model.channel_mult=(1,2)"],
+    ],
+)
+def test_values_at_the_border_of_what_works(brats, settings):
+    override(brats, [f"--config.{setting}" for setting in settings])
+    check(brats)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# No key is dead
+
+SIZE = 16
+OVERRIDES = (
+    f"--config.data.image_size={SIZE}",
+    "--config.score_model.model.model_channels=16",
+    "--config.score_model.model.channel_mult=(1, 1)",
+    "--config.score_model.model.num_res_blocks=1",
+    "--config.score_model.mask.width=4",
+    "--config.score_model.mask.stride=4",
+    "--config.score_model.training.iterations=2",
+    "--config.score_model.training.batch_size=2",
+    "--config.score_model.training.save_interval=2",
+    "--config.score_model.sampling.timestep_respacing=2",
+)
+# Reads that see every key alike, or only judge or change values: they do not keep a key alive.
+WHOLE_CONFIG = (
+    "__init__",
+    "__str__",
+    "__repr__",
+    "__eq__",
+    "items",
+    "values",
+    "lock",
+    "to_dict",
+    "to_json",
+    "to_json_best_effort",
+    "to_yaml",
+    "copy_and_resolve_references",
+    "update",
+    "update_from_flattened_dict",
+)
+UPKEEP = ("check", "override", "resolve", "get_config", "leaves")
+
+
+class Reads:
+    """The dotted keys of `config` that were read one by one, from whatever copy of it.
+
+    A copy's section is recognised by the keys that it has: no two sections of a config have the same.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.keys: set[str] = set()
+        self.sections = {frozenset(section.keys()): name for name, section in self._sections(config)}
+        assert len(self.sections) == len(list(self._sections(config)))
+        self._uncounted = 0
+
+    def _sections(self, config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, ConfigDict]]:
+        yield prefix, config
+        for key, value in config.items():
+            if isinstance(value, ConfigDict):
+                yield from self._sections(value, f"{prefix}{key}.")
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        self._uncounted += 1
+        try:
+            yield
+        finally:
+            self._uncounted -= 1
+
+    def without_counting(self, function):
+        def wrapped(*args, **kwargs):
+            with self.uncounted():
+                result = function(*args, **kwargs)
+                return iter(list(result)) if inspect.isgenerator(result) else result
+
+        return wrapped
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = ConfigDict.__getitem__  # attributes are read through it too
+
+        def getitem(section, key):
+            if not self._uncounted:
+                with self.uncounted():
+                    name = self.sections.get(frozenset(section.keys()))
+                if name is not None:
+                    self.keys.add(f"{name}{key}")
+            return original(section, key)
+
+        monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+        for name in WHOLE_CONFIG:
+            monkeypatch.setattr(ConfigDict, name, self.without_counting(getattr(ConfigDict, name)))
+        for name in UPKEEP:
+            monkeypatch.setattr(configs, name, self.without_counting(getattr(configs, name)))
+
+
+@pytest.fixture
+def slices(tmp_path, write_slices):
+    """Two slices a split: a brain with a bright lesion in it."""
+    rng = np.random.default_rng(0)
+    brain = np.zeros((SIZE, SIZE), np.uint8)
+    brain[3:13, 2:14] = 1
+    lesion = np.zeros_like(brain)
+    lesion[6:9, 6:9] = 4
+    for split in ("train", "val", "test"):
+        arrays = {kind: {} for kind in ("flair", "t2", "seg", "brainmask")}
+        for subject in ("A", "B"):
+            for kind in ("flair", "t2"):
+                image = np.where(brain, rng.normal(size=brain.shape) + lesion, -3)
+                arrays[kind][subject, 70] = image.astype(np.float32)
+            arrays["seg"][subject, 70] = lesion
+            arrays["brainmask"][subject, 70] = brain
+        write_slices(tmp_path / "data", split, arrays)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run_everything(slices, tmp_path, monkeypatch):
+    """Train and test both methods in this process, a few steps of each."""
+
+    def call(main, *args):
+        shared = ("--gpu_id=cpu", f"--data_dir={slices}", f"--logdir={tmp_path / 'experiments'}", *OVERRIDES)
+        monkeypatch.setattr(sys, "argv", ["script", *shared, *args])
+        main()
+
+    def everything():
+        call(modality_cyclic_train.main)
+        call(modality_cyclic_train.main, "--training_process=backward")
+        call(modality_cyclic_train.main, "--model_name=diffusion")
+        call(modality_cyclic_test.main)
+        call(modality_cyclic_test.main, "--model_name=diffusion")
+
+    return everything
+
+
+@pytest.mark.parametrize(
+    "dead", [(), ("dead", "data.dead", "score_model.training.dead", "score_model.mask.dead")]
+)
+def test_every_key_is_read_by_training_or_testing(run_everything, monkeypatch, capsys, dead):
+    """With keys that nothing reads, it is those which are found: the test can fail."""
+
+    def variant():
+        config = brats_config.get_config()
+        for name in dead:
+            section, _, key = name.rpartition(".")
+            (config[section] if section else config)[key] = 1
+        return config
+
+    monkeypatch.setitem(configs.CONFIGS, "brats", variant)
+    reads = Reads(variant())
+    expected = {key for key, _ in leaves(variant())}
+    reads.patch(monkeypatch)
+    run_everything()
+    assert expected - reads.keys == set(dead)
+    assert "results:" in capsys.readouterr().out
+
+
+def test_a_dead_key_of_the_network_is_refused_by_it(brats):
+    """The network is given its section as a whole, which counts as reading it."""
+    with brats.unlocked():
+        brats.score_model.model.dead = 1
+    with pytest.raises(TypeError, match="dead"):
+        create_network("unet", brats.score_model.model)

@@ -1,0 +1,79 @@
+"""What all tests share: one thread a process, and small things to try the code on."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the scripts that tests start
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from guided_diffusion.respace import SpacedDiffusion
+
+torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
+
+
+@pytest.fixture
+def make_diffusion() -> Callable[..., GaussianDiffusion]:
+    """A process with linear β, by default that of the paper: `steps`, and which are kept if not all."""
+
+    def make(
+        steps: int = 1000,
+        mean_type: ModelMeanType = ModelMeanType.START_X,
+        var_type: ModelVarType = ModelVarType.FIXED_LARGE,
+        use_timesteps: list[int] | None = None,
+        rescale_timesteps: bool = False,
+    ) -> GaussianDiffusion:
+        process = {
+            "betas": get_named_beta_schedule("linear", steps),
+            "model_mean_type": mean_type,
+            "model_var_type": var_type,
+            "loss_type": LossType.MSE,
+            "rescale_timesteps": rescale_timesteps,
+        }
+        if use_timesteps is None:
+            return GaussianDiffusion(**process)
+        return SpacedDiffusion(use_timesteps, **process)
+
+    return make
+
+
+@pytest.fixture
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """Draw all weights of a network anew, those that start out as zeros too: a UNet's output depends on all."""
+
+    def draw(network: nn.Module, seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                scale_of_a_norm = parameter.ndim == 1 and name.endswith("weight")
+                parameter.copy_(0.1 * noise + scale_of_a_norm)
+        return network.eval()
+
+    return draw
+
+
+@pytest.fixture
+def write_slices() -> Callable[..., None]:
+    """Write slices as preprocessing does: `write_slices(data_dir, split, {kind: {(subject, slice): array}})`."""
+
+    def write(data_dir: Path, split: str, arrays: dict[str, dict[tuple[str, int], np.ndarray]]) -> None:
+        for kind, slices in arrays.items():
+            folder = data_dir / split / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for (subject, number), array in slices.items():
+                np.save(folder / f"{subject}_{kind}_{number}.npy", array)
+
+    return write

@@ -1,0 +1,207 @@
+"""Preprocessed slices as a dataset, and the batches that training and testing make of them."""
+
+import math
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.brats2021 import BraTS2021Dataset, find_slices
+from datasets.loader import StepSampler, all_slices, training_batches
+from utils.cli import UserError
+
+SIZE = 48  # of the slices on disk
+KINDS = ("flair", "t2", "seg", "brainmask")
+SLICES = [("BraTS2021_00007", 71), ("BraTS2021_00002", 80), ("BraTS2021_00007", 70)]
+NAMES = ["BraTS2021_00002_80", "BraTS2021_00007_70", "BraTS2021_00007_71"]  # sorted
+
+
+@pytest.fixture
+def arrays() -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    """Images that depend on where one looks, seg with all its labels, a brain that leaves the border free."""
+    rng = np.random.default_rng(0)
+    brain = np.zeros((SIZE, SIZE), np.uint8)
+    brain[5:41, 9:37] = 1
+    made = {kind: {} for kind in KINDS}
+    for which in SLICES:
+        for kind in ("flair", "t2"):
+            made[kind][which] = np.where(brain, rng.normal(size=(SIZE, SIZE)), -3).astype(np.float32)
+        made["seg"][which] = brain * rng.choice([0, 1, 2, 4], size=(SIZE, SIZE)).astype(np.uint8)
+        made["brainmask"][which] = brain
+    return made
+
+
+@pytest.fixture
+def data_dir(tmp_path, arrays, write_slices):
+    write_slices(tmp_path, "train", arrays)
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The dataset
+
+
+def test_what_a_slice_is(data_dir):
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16)
+    assert len(dataset) == 3
+    for i, name in enumerate(NAMES):
+        item = dataset[i]
+        assert set(item) == {*KINDS, "name"}
+        assert item["name"] == name
+        assert {kind: (item[kind].dtype, tuple(item[kind].shape)) for kind in KINDS} == {
+            "flair": (torch.float32, (1, 16, 16)),
+            "t2": (torch.float32, (1, 16, 16)),
+            "seg": (torch.bool, (1, 16, 16)),
+            "brainmask": (torch.bool, (1, 16, 16)),
+        }
+
+
+def test_only_the_kinds_that_are_asked_for(data_dir):
+    assert set(BraTS2021Dataset(data_dir, "train", ["t2"], 16)[0]) == {"t2", "name"}
+
+
+def test_at_its_own_size_nothing_changes(data_dir, arrays):
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, SIZE)
+    for i, which in enumerate(sorted(SLICES)):
+        np.testing.assert_allclose(dataset[i]["flair"][0], arrays["flair"][which], atol=1e-6)
+        np.testing.assert_array_equal(dataset[i]["seg"][0], arrays["seg"][which] > 0)
+        np.testing.assert_array_equal(dataset[i]["brainmask"][0], arrays["brainmask"][which] > 0)
+
+
+@pytest.mark.parametrize("size", [16, 20, 47, 64])
+def test_images_are_resized_antialiased(data_dir, arrays, size):
+    """Against Pillow, whose bilinear filter widens with the scale."""
+    dataset = BraTS2021Dataset(data_dir, "train", ["flair"], size)
+    for i, which in enumerate(sorted(SLICES)):
+        expected = Image.fromarray(arrays["flair"][which]).resize((size, size), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(dataset[i]["flair"][0], np.asarray(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 20, 47, 64])
+def test_masks_are_those_of_the_nearest_pixel(data_dir, arrays, size):
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, size)
+    nearest = [math.floor((i + 0.5) * SIZE / size) for i in range(size)]
+    for i, which in enumerate(sorted(SLICES)):
+        for kind in ("seg", "brainmask"):
+            expected = arrays[kind][which][np.ix_(nearest, nearest)] > 0
+            np.testing.assert_array_equal(dataset[i][kind][0], expected)
+
+
+@pytest.mark.parametrize("size", [16, 20, 64])
+def test_background_stays_background_up_to_the_border(tmp_path, write_slices, size):
+    write_slices(tmp_path, "test", {"flair": {("A", 1): np.full((SIZE, SIZE), -3, np.float32)}})
+    image = BraTS2021Dataset(tmp_path, "test", ["flair"], size)[0]["flair"]
+    torch.testing.assert_close(image, torch.full((1, size, size), -3.0))
+
+
+def test_axes_are_not_swapped(tmp_path, write_slices):
+    image = np.zeros((SIZE, SIZE), np.float32)
+    image[:6, 30:] = 1
+    write_slices(tmp_path, "test", {"flair": {("A", 1): image}})
+    small = BraTS2021Dataset(tmp_path, "test", ["flair"], 16)[0]["flair"][0]
+    assert small[0, 15] == pytest.approx(1, abs=1e-5)
+    assert small[15, 0] == small[0, 0] == small[15, 15] == pytest.approx(0, abs=1e-5)
+
+
+def test_modalities_whose_names_begin_alike(tmp_path, write_slices):
+    values = {"t1": 1.0, "t1ce": 2.0}
+    for kind, value in values.items():
+        write_slices(tmp_path, "test", {kind: {("A", 1): np.full((SIZE, SIZE), value, np.float32)}})
+    item = BraTS2021Dataset(tmp_path, "test", list(values), 16)[0]
+    assert {kind: item[kind].mean().item() for kind in values} == pytest.approx(values)
+
+
+def test_data_dir_may_be_a_string(data_dir):
+    assert [item["name"] for item in find_slices(data_dir / "train", KINDS)] == NAMES
+    assert len(BraTS2021Dataset(str(data_dir), "train", ["t2"], 16)) == 3
+
+
+def test_no_such_split(data_dir):
+    with pytest.raises(UserError, match=r"no slices in .*val: run datasets/brats_preprocess.py first"):
+        BraTS2021Dataset(data_dir, "val", KINDS, 16)
+
+
+def test_no_such_modality(data_dir):
+    with pytest.raises(UserError, match=r"no modality 'flare' in .*train, did you mean 'flair'\?.*brainmask"):
+        BraTS2021Dataset(data_dir, "train", ["t2", "flare"], 16)
+
+
+def test_a_slice_that_one_kind_lacks(data_dir):
+    (data_dir / "train" / "t2" / "BraTS2021_00007_t2_70.npy").unlink()
+    with pytest.raises(UserError, match=r"slice BraTS2021_00007_70 in .*train has no t2"):
+        BraTS2021Dataset(data_dir, "train", KINDS, 16)
+    assert len(BraTS2021Dataset(data_dir, "train", ["flair"], 16)) == 3
+
+
+def test_a_split_without_slices(tmp_path, write_slices):
+    write_slices(tmp_path, "test", {"flair": {}})
+    with pytest.raises(UserError, match=r"no slices in .*test: preprocess again"):
+        BraTS2021Dataset(tmp_path, "test", ["flair"], 16)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def indices(n_batches, dataset_size=10, batch_size=4, seed=0, first_step=0):
+    return list(islice(StepSampler(dataset_size, batch_size, seed, first_step), n_batches))
+
+
+@pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 5), (10, 4), (10, 1), (3, 10), (1, 4), (7, 7)])
+def test_every_epoch_sees_every_slice_once(dataset_size, batch_size):
+    epochs = 6
+    n_batches = math.ceil(epochs * dataset_size / batch_size)
+    batches = indices(n_batches, dataset_size, batch_size)
+    assert {len(batch) for batch in batches} == {batch_size}
+    flat = [index for batch in batches for index in batch]
+    for epoch in range(epochs):
+        assert sorted(flat[epoch * dataset_size :][:dataset_size]) == list(range(dataset_size))
+
+
+def test_epochs_have_orders_of_their_own():
+    orders = indices(4, dataset_size=20, batch_size=20)
+    assert len({tuple(order) for order in orders}) == 4
+    assert list(range(20)) not in orders
+
+
+@pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 4), (10, 5), (3, 10)])
+@pytest.mark.parametrize("first_step", [1, 2, 5, 13])
+def test_going_on_from_any_step(dataset_size, batch_size, first_step):
+    whole = indices(20, dataset_size, batch_size)
+    assert indices(20 - first_step, dataset_size, batch_size, first_step=first_step) == whole[first_step:]
+
+
+def test_the_seed_decides():
+    assert indices(5, seed=3) == indices(5, seed=3)
+    assert indices(5, seed=3) != indices(5, seed=4)
+
+
+def test_training_batches(data_dir):
+    dataset = BraTS2021Dataset(data_dir, "train", ["flair", "t2"], 16)
+    batches = list(islice(training_batches(dataset, 2, seed=0, first_step=0), 6))
+    for batch, places in zip(batches, indices(6, 3, 2), strict=True):
+        assert batch["flair"].shape == batch["t2"].shape == (2, 1, 16, 16)
+        assert batch["name"] == [NAMES[place] for place in places]
+        for kind in ("flair", "t2"):
+            assert torch.equal(batch[kind], torch.stack([dataset[place][kind] for place in places]))
+    later = training_batches(dataset, 2, seed=0, first_step=4)
+    assert torch.equal(next(later)["flair"], batches[4]["flair"])
+    assert torch.equal(next(later)["flair"], batches[5]["flair"])
+
+
+def test_a_batch_larger_than_the_dataset(data_dir):
+    dataset = BraTS2021Dataset(data_dir, "train", ["flair"], 16)
+    batch = next(training_batches(dataset, 8, seed=0, first_step=0))
+    assert batch["flair"].shape == (8, 1, 16, 16)
+    assert sorted(batch["name"][:3]) == sorted(batch["name"][3:6]) == NAMES
+
+
+def test_all_slices_in_order(data_dir):
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16)
+    batch = all_slices(dataset)
+    assert batch["name"] == NAMES
+    assert {kind: tuple(batch[kind].shape) for kind in KINDS} == dict.fromkeys(KINDS, (3, 1, 16, 16))
+    assert batch["seg"].dtype == torch.bool
+    assert torch.equal(batch["flair"][2], dataset[2]["flair"])

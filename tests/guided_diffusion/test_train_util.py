@@ -1,0 +1,305 @@
+"""The training loop on a tiny regression: what it learns, what it writes, and that it can be stopped at any time."""
+
+import csv
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from guided_diffusion.logger import Logger
+from guided_diffusion.train_util import TrainLoop
+
+TRUTH = torch.tensor([[1.0], [-2.0], [0.5]])
+
+
+def batch_of(step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(8, 3, generator=generator)
+    return x, x @ TRUTH
+
+
+def batches_from(step):
+    return (batch_of(i) for i in itertools.count(step))
+
+
+def squared_error(model, batch, step):
+    x, y = batch
+    return (model(x) - y).square().flatten(1).mean(1)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_at(last):
+    """Batches that end the run, as a power cut would, when step `last` asks for its own."""
+
+    def batches(step):
+        for i in itertools.count(step):
+            if i == last:
+                raise Stop
+            yield batch_of(i)
+
+    return batches
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Train `model` in tmp_path, or a folder below it; what comes back is the loop."""
+
+    def run(model, folder=".", on_save=None, **kwargs):
+        directory = tmp_path / folder
+        logger = Logger(directory)
+        options = {
+            "model": model,
+            "compute_losses": squared_error,
+            "batches_from": batches_from,
+            "directory": directory,
+            "logger": logger,
+            "iterations": 6,
+            "batch_size": 8,
+            "lr": 0.05,
+            "weight_decay": 0.0,
+            "lr_decay_steps": 1000,
+            "lr_decay_factor": 0.5,
+            "ema_rate": 0.9,
+            "seed": 0,
+            "log_interval": 2,
+            "save_interval": 2,
+            "on_save": (lambda network, step: on_save(logger, network, step)) if on_save else lambda *_: None,
+        }
+        loop = TrainLoop(**{**options, **kwargs})
+        try:
+            loop.run()
+        finally:
+            logger.close()
+        return loop
+
+    return run
+
+
+def rows_of(directory):
+    with (directory / "progress.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What it learns
+
+
+def test_it_learns(train, linear, tmp_path):
+    train(linear, iterations=300, log_interval=50, save_interval=300)
+    losses = [float(row["loss"]) for row in rows_of(tmp_path)]
+    assert losses[0] > 0.1
+    assert losses[-1] < 1e-4
+    torch.testing.assert_close(linear.weight.detach(), TRUTH.T, atol=0.01, rtol=0)
+
+
+def test_each_step_is_one_of_adamw(train, linear, tmp_path):
+    """Loshchilov & Hutter 2019, algorithm 2, with the learning rate halved every 3 steps."""
+    weights = np.append(linear.weight.detach().double().numpy(), linear.bias.item())
+    m, v = np.zeros(4), np.zeros(4)
+    for step in range(8):
+        x, y = (values.double().numpy() for values in batch_of(step))
+        x = np.hstack([x, np.ones((8, 1))])
+        gradient = 2 * x.T @ (x @ weights - y[:, 0]) / 8
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        direction = (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        lr = 0.05 * 0.5 ** (step // 3)
+        weights = weights - lr * 0.2 * weights - lr * direction
+    train(linear, iterations=8, lr_decay_steps=3, weight_decay=0.2)
+    np.testing.assert_allclose(flat(linear).numpy(), weights, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_is_halved_and_logged(train, linear, tmp_path):
+    train(linear, iterations=7, lr=0.08, lr_decay_steps=3, log_interval=1)
+    rates = [float(row["learning_rate"]) for row in rows_of(tmp_path)]
+    assert rates == pytest.approx([0.08, 0.08, 0.08, 0.04, 0.04, 0.04, 0.02])
+
+
+def test_ema_is_the_recursion_with_warm_up(train, linear):
+    weights, averages = [flat(linear).double()], []
+
+    def look(logger, network, step):
+        weights.append(flat(linear).double())
+        averages.append(flat(network).double())
+
+    train(linear, iterations=12, ema_rate=0.3, save_interval=1, on_save=look)
+    rates = [min(0.3, (1 + step) / (10 + step)) for step in range(12)]
+    assert rates[0] == 0.1
+    assert rates[2] < rates[3] == 0.3  # both branches are passed
+    expected = weights[0]
+    for rate, now, average in zip(rates, weights[1:], averages, strict=True):
+        expected = rate * expected + (1 - rate) * now
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(average, now, atol=1e-4)
+
+
+def test_frozen_parameters_are_left_alone(train):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model[0].requires_grad_(False)
+    before = flat(model[0]), flat(model[1])
+    loop = train(model, weight_decay=0.5)
+    assert torch.equal(flat(model[0]), before[0])
+    assert torch.equal(flat(loop.ema_model[0]), before[0])
+    assert not torch.equal(flat(model[1]), before[1])
+
+
+def test_losses_and_batches_are_told_the_step(train, linear):
+    told = []
+
+    def losses(model, batch, step):
+        told.append((step, torch.equal(batch[0], batch_of(step)[0]), model.training))
+        return squared_error(model, batch, step)
+
+    train(linear, iterations=3, compute_losses=losses)
+    assert told == [(0, True, True), (1, True, True), (2, True, True)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What it writes
+
+
+def test_files(train, linear, tmp_path):
+    loop = train(linear, iterations=5, ema_rate=0.9999)
+    steps = ("000002", "000004", "000005")  # the last step is always saved
+    expected = {f"{kind}{step}.pt" for kind in ("model", "ema_0.9999_", "opt") for step in steps}
+    assert {path.name for path in tmp_path.glob("*.pt")} == expected
+    for name, network in (("model000005.pt", loop.model), ("ema_0.9999_000005.pt", loop.ema_model)):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert saved.keys() == {"weight", "bias"}
+        assert all(torch.equal(saved[key], value) for key, value in network.state_dict().items())
+
+
+def test_progress_has_a_row_each_interval_and_at_the_end(train, linear, tmp_path):
+    losses = []
+
+    def recorded(model, batch, step):
+        losses.append(squared_error(model, batch, step))
+        return losses[-1]
+
+    train(linear, iterations=5, compute_losses=recorded)
+    rows = rows_of(tmp_path)
+    assert list(rows[0]) == ["step", "loss", "learning_rate", "images_per_second"]
+    assert [row["step"] for row in rows] == ["2", "4", "5"]
+    means = [loss.mean().item() for loss in losses]
+    expected = [np.mean(means[:2]), np.mean(means[2:4]), means[4]]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(expected, rel=1e-4)
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+
+
+def test_images_per_second(train, linear, tmp_path, monkeypatch):
+    clock = itertools.count(100.0, 0.5)  # asked at the start, and twice for each row
+    monkeypatch.setattr("guided_diffusion.train_util.time.monotonic", lambda: next(clock))
+    train(linear, iterations=4)
+    assert [float(row["images_per_second"]) for row in rows_of(tmp_path)] == [2 * 8 / 0.5] * 2
+
+
+def test_tensorboard_holds_the_scalars_and_the_image(train, linear, tmp_path):
+    def picture(logger, network, step):
+        logger.image(step, "a picture", np.linspace(0, 1, 12).reshape(3, 4))
+
+    train(linear, iterations=5, on_save=picture)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "learning_rate", "images_per_second"}
+    for row, name in itertools.product(rows_of(tmp_path), events.Tags()["scalars"]):
+        (value,) = [event.value for event in events.Scalars(name) if event.step == int(row["step"])]
+        assert value == pytest.approx(float(row[name]), rel=1e-4)
+    images = events.Images("a picture")
+    assert [image.step for image in images] == [2, 4, 5]
+    assert {(image.height, image.width) for image in images} == {(3, 4)}
+
+
+def test_on_save_gets_the_averaged_network(train, linear):
+    seen = []
+
+    def look(logger, network, step):
+        seen.append((step, flat(network), network.training))
+
+    loop = train(linear, iterations=3, on_save=look)
+    assert [(step, training) for step, _, training in seen] == [(2, False), (3, False)]
+    assert torch.equal(seen[-1][1], flat(loop.ema_model))
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_log_says_what_was_saved(train, linear, tmp_path):
+    train(linear, iterations=3)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("saved ema_0.9_000002.pt after 2 steps")
+    assert lines[1].endswith("saved ema_0.9_000003.pt after 3 steps")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def with_dropout(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_going_on_ends_where_one_run_ends(train, tmp_path, stop_at):
+    whole = train(with_dropout(0), "whole")
+    with pytest.raises(Stop):
+        train(with_dropout(0), "parts", batches_from=stopping_at(stop_at))
+    torch.manual_seed(99)
+    parts = train(with_dropout(1), "parts")  # fresh weights that the checkpoint replaces
+    assert parts.step == whole.step == 6
+    assert torch.equal(flat(parts.model), flat(whole.model))
+    assert torch.equal(flat(parts.ema_model), flat(whole.ema_model))
+    for name in ("model000006.pt", "ema_0.9_000006.pt"):
+        a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "parts"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    losses = [[row["loss"] for row in rows_of(tmp_path / folder)] for folder in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert f"going on from opt{stop_at // 2 * 2:06d}.pt" in (tmp_path / "parts" / "log.txt").read_text()
+
+
+def test_dropout_makes_the_seed_matter(train):
+    ends = [flat(train(with_dropout(0), str(i), seed=seed).model) for i, seed in enumerate((0, 0, 5))]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_longer_run_goes_on_with_the_optimizer_it_had(train):
+    train(with_dropout(0), "short", iterations=3)
+    longer = train(with_dropout(1), "short", iterations=6)
+    assert torch.equal(flat(longer.model), flat(train(with_dropout(0), "whole").model))
+
+
+def test_a_finished_run_says_so_and_touches_nothing(train, linear, tmp_path):
+    train(linear)
+    before = {path.name: path.read_bytes() for path in [*tmp_path.glob("*.pt"), tmp_path / "progress.csv"]}
+    train(nn.Linear(3, 1))
+    assert "finished already: 6 of 6 steps" in (tmp_path / "log.txt").read_text()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(list(tmp_path.glob("*.pt"))) == len(before) - 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run(train, linear, tmp_path, bad):
+    def losses(model, batch, step):
+        return squared_error(model, batch, step) * (bad if step == 3 else 1.0)
+
+    with pytest.raises(FloatingPointError, match=f"the loss is {bad} after 4 steps"):
+        train(linear, compute_losses=losses)
+    assert not list(tmp_path.glob("*000004.pt"))  # what is broken is not saved
+    assert [row["step"] for row in rows_of(tmp_path)] == ["2"]

@@ -1,0 +1,207 @@
+"""The cycle against slow references: one slice and one band at a time, everything kept, then averaged."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.cycle import cyclic_unet, mmccd
+from models.masked_diffusion import MaskedDiffusionTranslator
+from models.masks import sweep
+
+SIZE, WIDTH, STRIDE = 16, 4, 2
+BANDS = sweep(SIZE, STRIDE)
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def brainmask() -> torch.Tensor:
+    """A large brain, one that many bands miss, and one at the border."""
+    mask = torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool)
+    mask[0, :, 2:14, 3:13] = True
+    mask[1, :, 6:9, 10:12] = True
+    mask[2, :, 12:, :5] = True
+    return mask
+
+
+@pytest.fixture
+def forward(masked_unet, make_diffusion) -> MaskedDiffusionTranslator:
+    return MaskedDiffusionTranslator(
+        masked_unet,
+        make_diffusion(40, use_timesteps=[0, 20, 39]),
+        image_size=SIZE,
+        band_width=WIDTH,
+        seed=0,
+        use_ddim=True,
+        eta=0.0,
+        clip_denoised=False,
+    )
+
+
+@pytest.fixture
+def score(image, brainmask, forward, translator):
+    """MMCCD of the three slices, or of what is given instead."""
+
+    def compute(image=image, brainmask=brainmask, batch_size=7, **kwargs):
+        return mmccd(
+            image, brainmask, forward, translator, **{"bands": BANDS, "batch_size": batch_size, **kwargs}
+        )
+
+    return compute
+
+
+def assert_same(got, want):
+    """To 1e-5 of the largest value; float32 sums depend on the batch in their last digits."""
+    got, want = np.asarray(got), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@torch.no_grad()
+def slow_mmccd(image, brainmask, forward, backward, skip):
+    """Score, translation and reconstruction [3, N, H, W]; `skip` leaves out the bands that hide no brain."""
+    results = np.empty((3, len(image), SIZE, SIZE))
+    for i in range(len(image)):
+        stacks = np.full((3, len(BANDS), SIZE, SIZE), np.nan)
+        for j, band in enumerate(BANDS):
+            hidden = np.zeros((SIZE, SIZE), dtype=bool)
+            if band.direction == "horizontal":
+                hidden[band.start : band.start + WIDTH] = True
+            else:
+                hidden[:, band.start : band.start + WIDTH] = True
+            if skip and not (hidden & brainmask[i, 0].numpy()).any():
+                continue
+            translation = forward.sample(image[i : i + 1], [band])
+            reconstruction = backward(translation)
+            error = (image[i : i + 1] - reconstruction) ** 2
+            for stack, picture in zip(stacks, (error, translation, reconstruction), strict=True):
+                stack[j] = np.where(hidden, picture[0, 0].numpy(), np.nan)
+        seen = ~np.isnan(stacks[0]).all(0)
+        background = np.stack([np.zeros((SIZE, SIZE)), image[i, 0].numpy(), image[i, 0].numpy()])
+        means = np.nansum(stacks, axis=1) / np.maximum((~np.isnan(stacks)).sum(1), 1)
+        results[:, i] = np.where(seen, means, background)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Cyclic UNet
+
+
+def test_cyclic_unet_is_the_formula(image):
+    cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3)
+    torch.testing.assert_close(cycle.translation, 2 * image + 1)
+    torch.testing.assert_close(cycle.reconstruction, (2 * image + 1) / 3)
+    torch.testing.assert_close(cycle.score, ((image - 1) / 3) ** 2)
+
+
+def test_cyclic_unet_of_networks(image, translator, randomise):
+    cycle = cyclic_unet(image, translator, translator)
+    with torch.no_grad():
+        expected = (image - translator(translator(image))) ** 2
+    torch.testing.assert_close(cycle.score, expected)
+    assert not cycle.score.requires_grad
+    assert cycle.score.min() >= 0
+
+
+def test_a_perfect_cycle_has_no_error(image):
+    assert not cyclic_unet(image, torch.neg, torch.neg).score.any()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# MMCCD
+
+
+def test_mmccd_is_the_slow_reference(score, image, brainmask, forward, translator):
+    expected = slow_mmccd(image, brainmask, forward, translator, skip=True)
+    cycle = score()
+    assert cycle.score.shape == image.shape
+    for got, want in zip(cycle, expected, strict=True):
+        assert_same(got[:, 0].numpy(), want)
+    assert expected[0].std() > 0.1  # the comparison is not one of zeros
+
+
+def test_skipped_bands_change_nothing_inside_the_brain(score, image, brainmask, forward, translator):
+    everything = slow_mmccd(image, brainmask, forward, translator, skip=False)
+    sampled = []
+    original = forward.sample
+    forward.sample = lambda image, bands: sampled.extend(bands) or original(image, bands)
+    cycle = score()
+    assert len(sampled) < 3 * len(BANDS)
+    inside = brainmask[:, 0].numpy()
+    for got, want in zip(cycle, everything, strict=True):
+        assert_same(got[:, 0].numpy()[inside], want[inside])
+
+
+def test_only_bands_that_hide_brain_are_sampled(score, brainmask, forward):
+    sampled = []
+    original = forward.sample
+    forward.sample = lambda image, bands: sampled.extend(bands) or original(image, bands)
+    score()
+    expected = [
+        band
+        for mask in brainmask
+        for band, hidden in zip(BANDS, forward.mask(BANDS), strict=True)
+        if (mask & hidden).any()
+    ]
+    assert sampled == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_the_batch_size_does_not_matter(score, batch_size):
+    for got, want in zip(score(batch_size=batch_size), score(batch_size=7), strict=True):
+        assert_same(got, want)
+
+
+def test_the_order_of_slices_does_not_matter(score, image, brainmask):
+    order = [2, 0, 1]
+    for got, want in zip(score(image[order], brainmask[order]), score(), strict=True):
+        assert_same(got, want[order])
+
+
+def test_a_slice_does_not_need_the_others(score, image, brainmask):
+    for got, want in zip(score(image[1:2], brainmask[1:2]), score(), strict=True):
+        assert_same(got, want[1:2])
+
+
+def test_without_brain_there_is_no_score(score, image, brainmask):
+    brainmask = brainmask.clone()
+    brainmask[1] = False
+    cycle = score(brainmask=brainmask)
+    assert not cycle.score[1].any()
+    assert torch.equal(cycle.translation[1], image[1])
+    assert torch.equal(cycle.reconstruction[1], image[1])
+    assert_same(cycle.score[0], score().score[0])
+
+
+def test_no_brain_at_all(score, image, brainmask):
+    assert not score(brainmask=torch.zeros_like(brainmask)).score.any()
+
+
+def test_what_no_band_saw_is_the_image(score, image, brainmask):
+    """The second brain lies in rows 6 … 8 and columns 10 … 11: no band that hides it reaches the corner."""
+    cycle = score()
+    assert not cycle.score[1, 0, :2, :2].any()
+    assert torch.equal(cycle.translation[1, 0, :2, :2], image[1, 0, :2, :2])
+    assert torch.equal(cycle.reconstruction[1, 0, :2, :2], image[1, 0, :2, :2])
+
+
+def test_a_lesion_scores_under_the_bands_that_hid_it(image, brainmask, forward):
+    """With a stand-in that imagines 0 everywhere, and a backward translator that keeps it, the score is A²."""
+    forward.sample = lambda image, bands: torch.zeros_like(image)
+    cycle = mmccd(image, brainmask, forward, lambda b: b, bands=BANDS, batch_size=7)
+    torch.testing.assert_close(cycle.score[brainmask], image[brainmask] ** 2)
+
+
+def test_progress_wraps_the_batches(score):
+    seen = []
+
+    def progress(batches):
+        seen.extend(len(batch) for batch in batches)
+        return iter(batches)
+
+    shown = score(progress=progress).score
+    assert seen[:-1] == [7] * (len(seen) - 1)
+    assert 1 <= seen[-1] <= 7
+    assert torch.equal(shown, score().score)

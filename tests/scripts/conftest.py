@@ -1,0 +1,165 @@
+"""What the tests of the command lines share: how a script is called, and one small cohort taken through all of them.
+
+A script takes seconds to import torch and MONAI. So what a user does first runs as a process of its own, once in a
+session, and the many variations run in the process of the tests.
+"""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RAW = "datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021"
+SLICES = "datasets/data"
+
+# The smallest network, image and bands that everything still has a meaning for.
+TINY = (
+    "--dataset=phantom",
+    f"--data_dir={SLICES}",
+    "--config.data.image_size=32",
+    "--config.score_model.model.model_channels=16",
+    "--config.score_model.model.channel_mult=(1, 1)",
+    "--config.score_model.mask.width=8",
+    "--config.score_model.mask.stride=8",
+)
+SHORT = (
+    "--config.score_model.training.iterations=4",
+    "--config.score_model.training.batch_size=2",
+    "--config.score_model.training.lr=0.01",
+    "--config.score_model.training.ema_rate=0.5",
+    "--config.score_model.training.log_interval=1",
+    "--config.score_model.training.save_interval=2",
+)
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+def run_process(*command: object, cwd: Path) -> Done:
+    """Run Python with these arguments, on one core and no GPU."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(script: str, *args: object, cwd: Path) -> Done:
+    """Run a script of the repository in this process: the same, without waiting for its imports."""
+    path = str(REPOSITORY / script)
+    before = Path.cwd()
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", [path, *map(str, args)]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        os.chdir(cwd)
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception:
+            code = 1
+            traceback.print_exc()
+        finally:
+            os.chdir(before)
+    return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+def expect_success(done: Done) -> Done:
+    """The command ended well and says so."""
+    assert done.code == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Flags of both scripts for a tiny network."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def short() -> tuple[str, ...]:
+    """Flags of the training script for a few steps."""
+    return SHORT
+
+
+@pytest.fixture(scope="session")
+def in_process() -> Command:
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def as_subprocess() -> Command:
+    return run_process
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A working directory with a phantom cohort at the default place, preprocessed with no flag."""
+    folder = tmp_path_factory.mktemp("workspace")
+    counts = ("--train", 2, "--val", 1, "--test", 3, "--workers", 1)
+    expect_success(run_process(REPOSITORY / "datasets/phantom.py", "--output_dir", RAW, *counts, cwd=folder))
+    expect_success(run_process(REPOSITORY / "datasets/brats_preprocess.py", cwd=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def no_flags(workspace: Path) -> dict[str, Done]:
+    """The chain with no flags, at the paper's size, but for one iteration and one slice a batch."""
+    train, test = (REPOSITORY / f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
+    one = ("--config.score_model.training.iterations=1", "--config.score_model.training.batch_size=1")
+    return {
+        "forward": expect_success(run_process(train, *one, cwd=workspace)),
+        "backward": expect_success(run_process(train, "--training_process=backward", *one, cwd=workspace)),
+        "test": expect_success(run_process(test, cwd=workspace)),
+    }
+
+
+@pytest.fixture(scope="session")
+def chain(workspace: Path) -> dict[str, Done]:
+    """Both methods trained and tested with a tiny network; the diffusion has a name of its own, `masked`."""
+    train, test = (REPOSITORY / f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
+    masked = ("--model_name=diffusion", "--experiment_name=masked")
+    mmccd = ("--model_name=diffusion", "--experiment_name_forward=masked", "--timestep_respacing=5")
+    data = ("--dataset=phantom", f"--data_dir={SLICES}")
+    commands = {
+        "forward": (train, *TINY, *SHORT),
+        "backward": (train, *TINY, *SHORT, "--training_process=backward"),
+        "masked": (train, *TINY, *SHORT, *masked),
+        "cyclic_unet": (test, *data),
+        "mmccd": (test, *data, "--config.score_model.mask.stride=8", *mmccd),
+    }
+    return {name: expect_success(run_process(*command, cwd=workspace)) for name, command in commands.items()}

@@ -1,0 +1,265 @@
+"""Mistakes of the user's: exit code 2, one sentence on stderr that says what to do, and nothing written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.xdist_group("bad input")  # one process, so that the experiments are trained once
+
+TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
+FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
+DATA = ("--dataset=phantom", "--data_dir=datasets/data")
+DIFFUSION = ("--model_name=diffusion",)
+SCORE_MODEL = "--config.score_model"
+
+# Arguments, and what the sentence must hold. Training gets the flags of a tiny network before these.
+TRAINING = {
+    "modality not preprocessed": (["--trans=t1ce"], ["t1ce", "flair", "t2", "preprocess"]),
+    "modality mistyped": (["--input=flar"], ["'flar'", "did you mean 'flair'?"]),
+    "data set is a modality": (["--dataset=flair"], ["'flair' is a modality", "--input flair", "phantom"]),
+    "data set mistyped": (["--dataset=brat"], ["'brat'", "did you mean 'brats'?"]),
+    "config key mistyped": (
+        [f"{SCORE_MODEL}.training.iteration=5"],
+        ["'score_model.training.iteration'", "did you mean 'score_model.training.iterations'?"],
+    ),
+    "config section": ([f"{SCORE_MODEL}.training=5"], ["'score_model.training'"]),
+    "config value of another type": ([f"{SCORE_MODEL}.training.iterations=many"], ["iterations=many", "int"]),
+    "config value with a point": ([f"{SCORE_MODEL}.training.iterations=1.5"], ["iterations=1.5", "int"]),
+    "config value no truth": ([f"{SCORE_MODEL}.sampling.use_ddim=perhaps"], ["use_ddim=perhaps", "bool"]),
+    "config value no tuple": ([f"{SCORE_MODEL}.model.channel_mult=wide"], ["channel_mult", "wide"]),
+    "config key without value": ([f"{SCORE_MODEL}.training.iterations"], ["iterations needs a value"]),
+    "config value after a space": ([f"{SCORE_MODEL}.training.iterations", "5"], ["'5'"]),
+    "image cannot be halved": (["--config.data.image_size=33"], ["image_size=33", "multiple of 2"]),
+    "norm groups": ([f"{SCORE_MODEL}.model.norm_groups=7"], ["norm_groups=7", "16 channels"]),
+    "no norm groups": ([f"{SCORE_MODEL}.model.norm_groups=0"], ["norm_groups=0"]),
+    "no heads": ([f"{SCORE_MODEL}.model.num_heads=0"], ["num_heads=0"]),
+    "heads": ([f"{SCORE_MODEL}.model.num_heads=3"], ["num_heads=3"]),
+    "no width": ([f"{SCORE_MODEL}.model.model_channels=0"], ["model_channels=0"]),
+    "no levels": ([f"{SCORE_MODEL}.model.channel_mult=()"], ["channel_mult"]),
+    "dropout": ([f"{SCORE_MODEL}.model.dropout=1.5"], ["dropout", "1.5"]),
+    "noise schedule": (
+        [*DIFFUSION, f"{SCORE_MODEL}.diffusion.noise_schedule=square"],
+        ["'square'", "linear"],
+    ),
+    "schedule sampler": (
+        [*DIFFUSION, f"{SCORE_MODEL}.training.schedule_sampler=normal"],
+        ["'normal'", "uniform"],
+    ),
+    "mean type": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.model_mean_type=X"], ["'X'", "START_X"]),
+    "variance type": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.model_var_type=X"], ["'X'", "FIXED_LARGE"]),
+    "no diffusion steps": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=0"], ["steps=0"]),
+    "too few steps for the schedule": (
+        [*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=5"],
+        ["steps=5", "linear"],
+    ),
+    "fewer steps than the preview samples": (
+        [*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=20", f"{SCORE_MODEL}.sampling.timestep_respacing=30"],
+        ["30", "20 timesteps"],
+    ),
+    "sampling steps of the preview": (
+        [*DIFFUSION, f"{SCORE_MODEL}.sampling.timestep_respacing=abc"],
+        ["'abc'"],
+    ),
+    "diffusion backward": ([*DIFFUSION, "--training_process=backward"], ["--model_name unet", "backward"]),
+    "one modality": (["--trans=flair"], ["--input", "--trans", "'flair'"]),
+    "flag mistyped": (["--trainnig_process=backward"], ["did you mean '--training_process'?"]),
+    "choice mistyped": (["--training_process=forwards"], ["'forwards'", "forward", "backward"]),
+    "device": (["--gpu_id=foo"], ["--gpu_id", "'foo'", "cpu"]),
+    "seed": (["--seed=first"], ["--seed", "first"]),
+    "seed too large": ([f"--seed={10**30}"], ["seed"]),
+    "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
+    "negative batch": ([f"{SCORE_MODEL}.training.batch_size=-1"], ["batch_size=-1", "at least 1"]),
+    "no iterations": ([f"{SCORE_MODEL}.training.iterations=0"], ["iterations=0", "at least 1"]),
+    "negative learning rate": ([f"{SCORE_MODEL}.training.lr=-1"], ["lr=-1"]),
+    "negative weight decay": ([f"{SCORE_MODEL}.training.weight_decay=-1"], ["weight_decay=-1"]),
+    "averaging rate": ([f"{SCORE_MODEL}.training.ema_rate=2"], ["ema_rate=2"]),
+    "no band": ([f"{SCORE_MODEL}.mask.width=0"], ["mask.width=0"]),
+    "band beyond the image": ([f"{SCORE_MODEL}.mask.width=64"], ["mask.width=64", "32"]),
+    "bands with gaps": ([f"{SCORE_MODEL}.mask.stride=9"], ["mask.stride=9", "width"]),
+    "no stride": ([f"{SCORE_MODEL}.mask.stride=0"], ["mask.stride=0"]),
+    "experiments in a file": (["--logdir=datasets/note.txt"], ["note.txt", "--logdir"]),
+    "broken slices": (["--data_dir=datasets/broken"], ["datasets/broken/train", "S1_flair_80.npy"]),
+}
+
+# Testing gets the phantom's config and the slices before these.
+BARE = ["--checkpoint_forward=bare/forward.pt", "--checkpoint_backward=bare/backward.pt"]
+RESPACING = [*DIFFUSION, "--timestep_respacing"]
+TESTING = {
+    "modality not preprocessed": (
+        ["--input=t1ce", *BARE, "@tiny"],
+        ["t1ce", "flair", "datasets/data/test", "preprocess"],
+    ),
+    "data set is a modality": (["--dataset=t2"], ["'t2' is a modality", "--input t2"]),
+    "data set mistyped": (["--dataset=fantom"], ["did you mean 'phantom'?"]),
+    "config key mistyped": (["--config.scor_model.mask.width=8"], ["did you mean 'score_model.mask.width'?"]),
+    "config value of another type": (["--config.score_model.sampling.eta=some"], ["eta=some", "float"]),
+    "flag mistyped": (["--experiment_name_foward=x"], ["did you mean '--experiment_name_forward'?"]),
+    "device": (["--gpu_id=-1"], ["--gpu_id", "'-1'"]),
+    "use_ddim": (["--use_ddim=maybe"], ["--use_ddim", "'maybe'"]),
+    "experiment mistyped": (
+        ["--experiment_name_forward=unet_forwad_phantom_t2_flair"],
+        ["'unet_forwad_phantom_t2_flair'", f"did you mean '{FORWARD}'?"],
+    ),
+    "experiment never trained": (["--input=t1"], ["unet_forward_phantom_t2_t1", "train it first"]),
+    "experiment without checkpoint": (
+        ["--experiment_name_backward=begun"],
+        ["'begun'", "no EMA checkpoint", "train it"],
+    ),
+    "experiments elsewhere": (["--logdir=elsewhere"], ["elsewhere", FORWARD]),
+    "checkpoint not there": (
+        ["--checkpoint_forward=gone.pt"],
+        ["no checkpoint at gone.pt", "--checkpoint_forward"],
+    ),
+    "checkpoint is text": (["--checkpoint_forward=bare/text.pt", "@tiny"], ["bare/text.pt"]),
+    "checkpoint is a list": (["--checkpoint_backward=bare/list.pt", "@tiny"], ["bare/list.pt"]),
+    "checkpoint is a whole module": (["--checkpoint_forward=bare/module.pt", "@tiny"], ["bare/module.pt"]),
+    "checkpoint of another network": (
+        ["--checkpoint_forward=bare/diffusion.pt", "@tiny"],
+        ["bare/diffusion.pt", "does not fit"],
+    ),
+    "checkpoint without its overrides": (BARE, ["bare/forward.pt", "does not fit"]),
+    "forward as backward": (
+        [f"--experiment_name_backward={FORWARD}"],
+        [FORWARD, "is a forward unet", "not the backward unet"],
+    ),
+    "unet as diffusion": (
+        [*DIFFUSION, f"--experiment_name_forward={FORWARD}"],
+        [FORWARD, "is a forward unet", "not the forward diffusion"],
+    ),
+    "record that is no record": (["--experiment_name_forward=damaged"], ["damaged/config.json"]),
+    "record that lacks something": (["--experiment_name_forward=lacking"], ["lacking/config.json"]),
+    "other input than trained": (
+        ["--input=t1", f"--experiment_name_forward={FORWARD}", f"--experiment_name_backward={BACKWARD}"],
+        ["data.input=t1", FORWARD, "flair"],
+    ),
+    "translators of different modalities": (["--experiment_name_backward=other_pair"], ["other_pair", "t1"]),
+    "other image size than trained": (["--config.data.image_size=64"], ["image_size=64", FORWARD, "32"]),
+    "other network than trained": (
+        ["--config.score_model.model.channel_mult=(1, 2)"],
+        ["channel_mult=(1, 2)", FORWARD, "(1, 1)"],
+    ),
+    "other band than trained": ([*DIFFUSION, "--config.score_model.mask.width=4"], ["mask.width=4", "8"]),
+    "one modality": (["--trans=flair", *BARE, "@tiny"], ["--input", "--trans", "'flair'"]),
+    "too many sampling steps": ([*RESPACING, "5000"], ["5000", "1000"]),
+    "no sampling steps": ([*RESPACING, "0"], ["0", "1000"]),
+    "negative sampling steps": ([*RESPACING, "-5"], ["-5"]),
+    "sampling steps in words": ([*RESPACING, "abc"], ["'abc'", "ddim"]),
+    "impossible stride": ([*RESPACING, "ddim999"], ["999"]),
+    "negative eta": ([*DIFFUSION, "--config.score_model.sampling.eta=-1"], ["eta=-1"]),
+    "negative batch": (["--config.score_model.sampling.batch_size=-1"], ["batch_size=-1", "at least 1"]),
+    "bands with gaps": ([*DIFFUSION, "--config.score_model.mask.stride=9"], ["mask.stride=9"]),
+    "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
+    "no test slices": (["--data_dir=datasets/no_test"], ["datasets/no_test/test"]),
+    "results in a file": (["--logdir=datasets/note.txt", *BARE, "@tiny"], ["note.txt", "--logdir"]),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, in_process, tiny, short):
+    """A working directory with random slices, trained experiments and spoilt ones."""
+    folder = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    for split, n in {"train": 3, "val": 1, "test": 2}.items():
+        for kind in ("flair", "t1", "t2", "seg", "brainmask"):
+            (folder / "datasets/data" / split / kind).mkdir(parents=True)
+            for i in range(n):
+                image = rng.normal(size=(48, 48)).astype(np.float32)
+                if kind in ("seg", "brainmask"):
+                    image = np.pad(np.ones((24, 24), np.uint8), 12 if kind == "brainmask" else ((0, 24),))
+                np.save(folder / "datasets/data" / split / kind / f"S{i}_{kind}_80.npy", image)
+    shutil.copytree(folder / "datasets/data", folder / "datasets/no_test")
+    shutil.rmtree(folder / "datasets/no_test/test")
+    shutil.copytree(folder / "datasets/data", folder / "datasets/broken")
+    (folder / "datasets/broken/train/flair/S1_flair_80.npy").write_bytes(b"cut off")
+    (folder / "datasets/note.txt").write_text("not a folder")
+
+    once = (*tiny, *short, "--config.score_model.training.iterations=1")
+    for flags in (
+        (),
+        ("--training_process=backward",),
+        DIFFUSION,
+        ("--training_process=backward", "--trans=t1", "--experiment_name=other_pair"),
+    ):
+        done = in_process(TRAIN, *once, *flags, cwd=folder)
+        assert done.code == 0, done.stderr
+
+    experiments = folder / "experiments"
+    (experiments / "begun").mkdir()
+    for name, text in {"damaged": "{", "lacking": "{}"}.items():
+        shutil.copytree(experiments / FORWARD, experiments / name)
+        (experiments / name / "config.json").write_text(text)
+    bare = folder / "bare"
+    bare.mkdir()
+    for name, experiment in {
+        "forward": FORWARD,
+        "backward": BACKWARD,
+        "diffusion": "diffusion_forward_phantom_t2_flair",
+    }.items():
+        shutil.copy(experiments / experiment / "ema_0.5_000001.pt", bare / f"{name}.pt")
+    (bare / "text.pt").write_text("not a checkpoint")
+    torch.save([1, 2, 3], bare / "list.pt")
+    torch.save(torch.nn.Conv2d(1, 1, 3), bare / "module.pt")
+    return folder
+
+
+def listing(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def expect_refusal(done, script: str, phrases: list[str]) -> None:
+    assert done.code == 2, done.stdout + done.stderr
+    # What is found only in reading the slices or in writing the scores comes after a progress bar.
+    lines = [line for line in done.stderr.removesuffix("\n").split("\n") if not line.startswith("\r")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"{script}: error: ")
+    for phrase in phrases:
+        assert phrase in lines[0]
+
+
+@pytest.mark.parametrize("mistake", TRAINING)
+def test_training_refuses(place, in_process, tiny, short, mistake):
+    args, phrases = TRAINING[mistake]
+    before = listing(place)
+    done = in_process(TRAIN, *tiny, *short, "--experiment_name=new", *args, cwd=place)
+    expect_refusal(done, TRAIN, phrases)
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("mistake", TESTING)
+def test_testing_refuses(place, in_process, tiny, mistake):
+    args, phrases = TESTING[mistake]
+    # The tiny network's flags stand before the mistake, so that the mistake is what counts.
+    network = [flag for flag in tiny if flag not in DATA] if "@tiny" in args else []
+    before = listing(place)
+    done = in_process(TEST, *DATA, *network, *(arg for arg in args if arg != "@tiny"), cwd=place)
+    expect_refusal(done, TEST, phrases)
+    assert listing(place) == before
+
+
+def test_the_experiments_of_these_tests_are_sound(place, in_process):
+    """Without a mistake the command works: it is the mistake that is refused."""
+    for flags in ((), DIFFUSION):
+        done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=place)
+        assert done.code == 0, done.stderr
+    shutil.rmtree(place / "experiments/results")
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "phrases"),
+    [
+        (TRAIN, ["--dataset=phantom", "--trans=t1ce", "--data_dir=datasets/data"], ["no modality 't1ce'"]),
+        (TEST, [*DATA, "--experiment_name_forward=unet_forward"], ["no experiment 'unet_forward'"]),
+    ],
+)
+def test_a_process_ends_with_code_2_and_one_line(place, as_subprocess, repository, script, args, phrases):
+    before = listing(place)
+    expect_refusal(as_subprocess(repository / script, *args, cwd=place), script, phrases)
+    assert listing(place) == before
+
+
+def test_the_record_of_an_experiment_is_what_the_spoilt_ones_spoil(place):
+    record = json.loads((place / "experiments" / FORWARD / "config.json").read_text())
+    assert {"model_name", "training_process", "config"} <= set(record)

@@ -1,0 +1,405 @@
+"""The command lines from raw volumes to scores, on a cohort of six phantoms and networks that have learnt nothing."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion
+from sklearn.metrics import average_precision_score, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
+
+TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
+UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
+MASKED = "masked__unet_backward_phantom_t2_flair"
+NO_FLAGS = "unet_forward_brats_t2_flair__unet_backward_brats_t2_flair"
+RESULTS = {"cyclic_unet": UNETS, "mmccd": f"{MASKED}__ddim5"}
+DATA = ("--dataset=phantom", "--data_dir=datasets/data")
+# What the run named `mmccd` was given, but for its sampling.
+MMCCD = (
+    *DATA,
+    "--model_name=diffusion",
+    "--experiment_name_forward=masked",
+    "--config.score_model.mask.stride=8",
+)
+
+SEGMENTATION = ("dice", "jaccard", "sensitivity", "precision", "assd")
+SCORES = {"n_slices", "auprc", "auroc", "oracle", "validation"}
+N_TEST = 3
+IMAGE_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def results(workspace, chain) -> dict[str, Path]:
+    """The results folder of each method."""
+    return {method: workspace / "experiments/results" / name for method, name in RESULTS.items()}
+
+
+@pytest.fixture
+def run_mmccd(in_process, workspace, chain, tmp_path):
+    """Call the testing script for MMCCD as the chain did, with other flags; returns its metrics and its maps."""
+
+    def run(*flags: str, name: str) -> tuple[dict, dict]:
+        # Into a folder of its own: the experiments are linked there, so that no test sees another's results.
+        for experiment in ("masked", "unet_backward_phantom_t2_flair"):
+            link = tmp_path / experiment
+            if not link.exists():
+                link.symlink_to(workspace / "experiments" / experiment)
+        done = in_process(TEST, *MMCCD, f"--logdir={tmp_path}", *flags, cwd=workspace)
+        assert done.code == 0, done.stderr
+        folder = tmp_path / "results" / name
+        return read_metrics(folder), read_maps(folder)
+
+    return run
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def read_maps(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "error_maps.npz") as file:
+        return dict(file)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def without_paths(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if key != "checkpoints"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "model_name", "process", "direction"),
+    [
+        ("forward", "unet_forward_phantom_t2_flair", "unet", "forward", "flair → t2"),
+        ("backward", "unet_backward_phantom_t2_flair", "unet", "backward", "t2 → flair"),
+        ("masked", "masked", "diffusion", "forward", "flair → t2"),
+    ],
+)
+def test_training_leaves_the_files_of_an_experiment(
+    workspace, chain, run, name, model_name, process, direction
+):
+    folder = workspace / "experiments" / name
+    checkpoints = {f"{kind}{step:06d}.pt" for kind in ("model", "ema_0.5_", "opt") for step in (2, 4)}
+    files = {path.name for path in folder.iterdir()}
+    events = {file for file in files if file.startswith("events.out.tfevents.")}
+    assert files - events == {"config.json", "log.txt", "progress.csv", *checkpoints}
+    assert events
+
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (record["model_name"], record["training_process"]) == (model_name, process)
+    assert record["dataset"] == "phantom"
+    assert record["config"]["data"]["image_size"] == IMAGE_SIZE
+    assert record["config"]["score_model"]["model"]["channel_mult"] == [1, 1]
+    assert record["config"]["score_model"]["training"]["iterations"] == 4
+
+    log = (folder / "log.txt").read_text(encoding="utf-8")
+    for text in (log, chain[run].stdout):  # the whole configuration, before anything runs
+        assert direction in text
+        assert text.index("image_size: 32") < text.index("saved ema_0.5_000002.pt") < text.index("000004.pt")
+    assert "no CUDA device" in chain[run].stdout
+
+    rows = read_rows(folder / "progress.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert {row["learning_rate"] for row in rows} == {"0.01"}
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    logged = accumulator.Scalars("loss")
+    assert [event.step for event in logged] == [1, 2, 3, 4]
+    assert [event.value for event in logged] == pytest.approx([float(row["loss"]) for row in rows], rel=1e-4)
+    assert {"learning_rate", "images_per_second"} < set(accumulator.Tags()["scalars"])
+    (preview,) = accumulator.Tags()["images"]
+    assert [event.step for event in accumulator.Images(preview)] == [2, 4]
+    picture = accumulator.Images(preview)[-1]
+    assert (picture.height, picture.width) == (IMAGE_SIZE, 3 * IMAGE_SIZE)
+
+
+def test_the_same_command_again_finds_training_finished(workspace, chain, in_process, tiny, short):
+    folder = workspace / "experiments/unet_forward_phantom_t2_flair"
+    kept = ("config.json", "progress.csv", "model000004.pt", "ema_0.5_000004.pt", "opt000004.pt")
+    before = {name: (folder / name).read_bytes() for name in kept}
+    done = in_process(TRAIN, *tiny, *short, cwd=workspace)
+    assert done.code == 0, done.stderr
+    assert "finished already: 4 of 4 steps" in done.stdout
+    assert "saved" not in done.stdout
+    assert {name: (folder / name).read_bytes() for name in kept} == before
+
+
+def test_interrupted_training_ends_where_uninterrupted_training_does(
+    workspace, chain, in_process, tiny, short
+):
+    flags = (*tiny, *short, "--model_name=diffusion", "--experiment_name=interrupted")
+    for iterations in (2, 4):
+        override = f"--config.score_model.training.iterations={iterations}"
+        done = in_process(TRAIN, *flags, override, cwd=workspace)
+        assert done.code == 0, done.stderr
+    assert "going on from opt000002.pt" in done.stdout
+    one, other = (
+        torch.load(workspace / "experiments" / name / "ema_0.5_000004.pt", weights_only=True)
+        for name in ("masked", "interrupted")
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_training_that_diverges_says_what_to_try(workspace, in_process, tiny, short):
+    flags = (*tiny, *short, "--experiment_name=diverging", "--config.score_model.training.lr=1e30")
+    done = in_process(TRAIN, *flags, cwd=workspace)
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"error: the loss is (nan|inf) after \d steps: try a lower \S+training\.lr$", last)
+
+
+def test_training_refuses_to_go_on_with_other_settings(workspace, chain, in_process, tiny, short):
+    folder = workspace / "experiments/unet_forward_phantom_t2_flair"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for override in ("model.num_res_blocks=2", "training.ema_rate=0.9", "training.lr=0.001"):
+        done = in_process(TRAIN, *tiny, *short, f"--config.score_model.{override}", cwd=workspace)
+        assert done.code == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert override.partition("=")[0] in done.stderr
+        assert "--experiment_name" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Testing
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_results_have_the_documented_files(results, method):
+    folder = results[method]
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json",
+        "per_slice.csv",
+        "error_maps.npz",
+        "figures",
+    }
+    figures = list((folder / "figures").iterdir())
+    assert figures
+    for path in figures:
+        assert path.suffix == ".png"
+        picture = matplotlib.image.imread(path)[..., :3]
+        height, width, _ = picture.shape
+        assert width >= 800  # five columns
+        assert height >= 150 * N_TEST  # a row a slice
+        assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
+        assert 0.05 < (picture == 1).all(-1).mean() < 0.95  # neither blank nor without a margin
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_metrics_have_the_documented_keys(results, method):
+    metrics = read_metrics(results[method])
+    assert metrics["method"] == method
+    assert metrics["trained_steps"] == {"forward": 4, "backward": 4}
+    for block in (metrics, metrics["baseline_intensity"]):
+        assert set(block) >= SCORES
+        assert block["n_slices"] == N_TEST
+        assert 0 < block["auprc"] < 1
+        assert block["auprc_interval"][0] <= block["auprc"] <= block["auprc_interval"][1]
+        for choice in ("oracle", "validation"):
+            assert set(block[choice]) >= {"threshold", *SEGMENTATION}
+            low, high = block[choice]["dice_interval"]
+            assert 0 <= low <= block[choice]["dice"] <= high <= 1
+
+
+def test_both_methods_meet_the_same_baseline(results):
+    one, other = (read_metrics(folder) for folder in results.values())
+    assert one["baseline_intensity"] == other["baseline_intensity"]
+    assert one["auprc"] != other["auprc"]
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_error_maps_give_the_scores_again(results, method):
+    """Computed anew, plainly, from nothing but the file of error maps."""
+    metrics, maps = read_metrics(results[method]), read_maps(results[method])
+    for split, n in {"test": N_TEST, "val": 1}.items():
+        for key in ("scores", "image", "translation", "reconstruction"):
+            assert maps[f"{split}_{key}"].shape == (n, IMAGE_SIZE, IMAGE_SIZE)
+            assert np.isfinite(maps[f"{split}_{key}"]).all()
+        assert maps[f"{split}_truth"].any(axis=(1, 2)).all()
+    if method == "cyclic_unet":
+        error = (maps["test_image"] - maps["test_reconstruction"]) ** 2
+        np.testing.assert_allclose(maps["test_scores"], error, rtol=1e-5, atol=1e-6)
+
+    for key, block in {"scores": metrics, "image": metrics["baseline_intensity"]}.items():
+        cut, truth = cut_scores(maps, "test", key), maps["test_truth"]
+        ranked = maps["test_brainmask"] | truth
+        assert block["auprc"] == pytest.approx(average_precision_score(truth[ranked], cut[ranked]))
+        assert block["auroc"] == pytest.approx(roc_auc_score(truth[ranked], cut[ranked]))
+        assert block["chance"] == pytest.approx(truth[ranked].mean())
+        oracle, validation = (block[choice]["threshold"] for choice in ("oracle", "validation"))
+        assert block["oracle"]["dice"] == pytest.approx(dice(cut, truth, oracle).mean())
+        assert block["oracle"]["dice"] == pytest.approx(best_dice(cut, truth))
+        assert block["validation"]["dice"] == pytest.approx(dice(cut, truth, validation).mean())
+        # The validation threshold is the best there is, on slices that are not the test's.
+        val_cut, val_truth = cut_scores(maps, "val", key), maps["val_truth"]
+        assert dice(val_cut, val_truth, validation).mean() == pytest.approx(best_dice(val_cut, val_truth))
+
+
+def cut_scores(maps: dict[str, np.ndarray], split: str, key: str) -> np.ndarray:
+    """Scores with everything that does not count at a value below all others; 1 px is eroded at 32 px."""
+    cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
+    scores = maps[f"{split}_{key}"].astype(np.float64)
+    return np.where(binary_erosion(maps[f"{split}_brainmask"], cross), scores, -1e9)
+
+
+def dice(scores: np.ndarray, truth: np.ndarray, threshold: float) -> np.ndarray:
+    prediction = scores >= threshold
+    both = (prediction & truth).sum((1, 2))
+    return 2 * both / (prediction.sum((1, 2)) + truth.sum((1, 2)))
+
+
+def best_dice(scores: np.ndarray, truth: np.ndarray) -> float:
+    return max(dice(scores, truth, threshold).mean() for threshold in np.unique(scores[scores > -1e9]))
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_per_slice_has_a_row_for_every_test_slice(results, workspace, method):
+    rows = read_rows(results[method] / "per_slice.csv")
+    assert len(rows) == N_TEST
+    files = {path.name for path in (workspace / "datasets/data/test/flair").iterdir()}
+    assert {f"{row['subject']}_flair_{row['slice']}.npy" for row in rows} == files
+    maps, metrics = read_maps(results[method]), read_metrics(results[method])
+    assert [f"{row['subject']}_{row['slice']}" for row in rows] == maps["test_names"].tolist()
+    expected = dice(
+        cut_scores(maps, "test", "scores"), maps["test_truth"], metrics["validation"]["threshold"]
+    )
+    assert [float(row["validation_dice"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+    assert [int(row["lesion_area"]) for row in rows] == maps["test_truth"].sum((1, 2)).tolist()
+
+
+@pytest.mark.parametrize(("method", "label"), [("cyclic_unet", "Cyclic UNet"), ("mmccd", "MMCCD")])
+def test_the_table_on_the_terminal(chain, results, method, label):
+    metrics, printed = read_metrics(results[method]), chain[method].stdout
+    rows = {"intensity (flair)": metrics["baseline_intensity"], label: metrics}
+    for start, block in rows.items():
+        (row,) = [line for line in printed.splitlines() if line.startswith(start)]
+        cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in ("oracle", "validation"))]
+        assert re.findall(r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]", row) == cells
+    assert "4 + 4" in row  # the steps each translator was trained for
+    assert re.search(rf"chance {metrics['chance']:.3f}", printed)
+    assert "lesion pixels outside the scored region" in printed
+    assert "95 %" in printed
+    assert str(Path("experiments/results") / RESULTS[method]) in printed
+
+
+def test_batching_does_not_change_error_maps(run_mmccd, results):
+    expected = read_maps(results["mmccd"])
+    for batch_size in (1, 7):
+        override = f"--config.score_model.sampling.batch_size={batch_size}"
+        _, maps = run_mmccd("--timestep_respacing=5", override, name=f"{MASKED}__ddim5")
+        assert maps["test_scores"].dtype == np.float32
+        for key in ("test_scores", "val_scores", "test_translation"):
+            np.testing.assert_allclose(maps[key], expected[key], rtol=0, atol=1e-5)
+
+
+def test_the_same_command_gives_the_same_scores_and_another_seed_others(run_mmccd, results):
+    first = read_metrics(results["mmccd"])
+    again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5")
+    assert without_paths(again) == without_paths(first)
+    other, _ = run_mmccd("--timestep_respacing=5", "--seed=1", name=f"{MASKED}__ddim5")
+    assert other["auprc"] != first["auprc"]
+    assert other["baseline_intensity"] == first["baseline_intensity"]
+
+
+def test_ancestral_sampling_is_another_sampling(run_mmccd):
+    ddim, ddim_maps = run_mmccd("--timestep_respacing=4", name=f"{MASKED}__ddim4")
+    ancestral, maps = run_mmccd(
+        "--use_ddim", "False", "--timestep_respacing", "4", name=f"{MASKED}__ancestral4"
+    )
+    assert set(ancestral) == set(ddim)
+    assert np.abs(maps["test_scores"] - ddim_maps["test_scores"]).max() > 1e-4
+
+
+def test_respacing_as_the_public_library_spells_it(run_mmccd):
+    metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4")
+    assert metrics["method"] == "mmccd"
+
+
+def test_bare_state_dicts_need_no_experiment(workspace, chain, results, in_process, tiny, tmp_path):
+    for process, experiment in (("forward", "masked"), ("backward", "unet_backward_phantom_t2_flair")):
+        source = workspace / "experiments" / experiment / "ema_0.5_000004.pt"
+        shutil.copy(source, tmp_path / f"{process}_weights.pt")
+    flags = [f"--checkpoint_{process}={tmp_path / process}_weights.pt" for process in ("forward", "backward")]
+    sampling = ("--model=diffusion", "--timestep_respacing=5")
+    done = in_process(TEST, *tiny, *flags, *sampling, f"--logdir={tmp_path / 'logs'}", cwd=workspace)
+    assert done.code == 0, done.stderr
+    (folder,) = (tmp_path / "logs/results").iterdir()
+    assert folder.name == "forward_weights__backward_weights__ddim5"
+    metrics, expected = read_metrics(folder), read_metrics(results["mmccd"])
+    assert metrics.pop("trained_steps") == {"forward": None, "backward": None}
+    assert expected.pop("trained_steps")
+    assert without_paths(metrics) == without_paths(expected)
+
+
+@pytest.mark.parametrize("folders", ["none", "empty"])
+def test_without_validation_slices_there_is_no_validation_threshold(
+    workspace, results, in_process, tmp_path, folders
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test").symlink_to(workspace / "datasets/data/test")
+    if folders == "empty":  # as preprocessing leaves them for an empty list
+        for kind in ("flair", "t2", "seg", "brainmask"):
+            (tmp_path / "data/val" / kind).mkdir(parents=True)
+    experiments = workspace / "experiments"
+    flags = [
+        f"--checkpoint_{process}={experiments / f'unet_{process}_phantom_t2_flair' / 'ema_0.5_000004.pt'}"
+        for process in ("forward", "backward")
+    ]
+    done = in_process(
+        TEST, *DATA, *flags, f"--data_dir={tmp_path / 'data'}", f"--logdir={tmp_path}", cwd=workspace
+    )
+    assert done.code == 0, done.stderr
+    metrics, expected = read_metrics(tmp_path / "results" / UNETS), read_metrics(results["cyclic_unet"])
+    for block, full in ((metrics, expected), (metrics["baseline_intensity"], expected["baseline_intensity"])):
+        assert block["validation"] is None
+        assert block["oracle"] == full["oracle"]
+    assert "no validation slices" in done.stdout
+    assert "no val slices" in done.stdout  # in the table, in the place of the Dice
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Nothing but defaults
+
+
+def test_the_chain_with_no_flags_is_the_paper(workspace, no_flags):
+    for process in ("forward", "backward"):
+        folder = workspace / "experiments" / f"unet_{process}_brats_t2_flair"
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        assert config["data"] == {
+            "data_dir": "./datasets/data",
+            "image_size": 128,
+            "input": "flair",
+            "trans": "t2",
+        }
+        assert config["score_model"]["model"]["channel_mult"] == [1, 1, 2, 3, 4]
+        state = torch.load(folder / "ema_0.9999_000001.pt", weights_only=True)
+        assert state["input_blocks.0.0.weight"].shape == (32, 1, 3, 3)
+        assert state["middle_block.0.in_layers.2.weight"].shape == (128, 128, 3, 3)
+
+    folder = workspace / "experiments/results" / NO_FLAGS
+    metrics = read_metrics(folder)
+    assert metrics["method"] == "cyclic_unet"
+    assert metrics["trained_steps"] == {"forward": 1, "backward": 1}
+    assert metrics["n_slices"] == N_TEST
+    assert read_maps(folder)["test_scores"].shape == (N_TEST, 128, 128)
+    assert metrics["baseline_intensity"]["auprc"] > 2 * metrics["chance"]
+    assert "Cyclic UNet" in no_flags["test"].stdout
+    assert NO_FLAGS in no_flags["test"].stdout

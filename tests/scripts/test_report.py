@@ -1,0 +1,42 @@
+"""`python -m utils.report`: one table for several test runs."""
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("scripts")  # with test_chain.py, whose runs are reported
+
+UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
+MASKED = "masked__unet_backward_phantom_t2_flair__ddim5"
+
+
+def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subprocess, repository):
+    folders = [workspace / "experiments/results" / name for name in (UNETS, MASKED)]
+    done = as_subprocess("-m", "utils.report", *folders, cwd=repository)
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    starts = ("method", "intensity (flair)", "Cyclic UNet", "MMCCD")
+    places = []
+    for start in starts:
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(start)]
+        places.append(place)
+    assert places == sorted(places)
+    # A row is the one that the run itself printed.
+    for run, start in (("cyclic_unet", "Cyclic UNet"), ("mmccd", "MMCCD")):
+        (printed,) = [line for line in chain[run].stdout.splitlines() if line.startswith(start)]
+        (row,) = [line for line in lines if line.startswith(start)]
+        assert row.split() == printed.split()
+    for folder in folders:
+        assert str(folder / "figures") in done.stdout
+
+
+@pytest.mark.parametrize("state", ["no such folder", "no metrics.json"])
+def test_a_folder_without_results_is_refused(as_subprocess, repository, tmp_path, state):
+    folder = tmp_path / "run"
+    if state == "no metrics.json":
+        folder.mkdir()
+    done = as_subprocess("-m", "utils.report", folder, cwd=repository)
+    assert done.code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"no metrics.json in {folder}" in line
+    assert "modality_cyclic_test.py" in line

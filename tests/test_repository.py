@@ -1,0 +1,260 @@
+"""What holds for the repository as a whole: its command lines' help, its rooms, its requirements, its style."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Every command line, and the flags it is documented with.
+SHARED = ("gpu_id", "dataset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
+FLAGS = {
+    "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name"),
+    "modality_cyclic_test.py": (
+        *SHARED,
+        "model",
+        "experiment_name_forward",
+        "experiment_name_backward",
+        "checkpoint_forward",
+        "checkpoint_backward",
+        "use_ddim",
+        "timestep_respacing",
+    ),
+    "datasets/phantom.py": ("output_dir", "train", "val", "test", "seed", "workers", "figure"),
+    "datasets/brats_preprocess.py": (
+        "modality",
+        "data_dir",
+        "output_dir",
+        "percentage_upper",
+        "percentage_lower",
+        "train_split",
+        "val_split",
+        "test_split",
+        "slices",
+        "workers",
+    ),
+    "datasets/split_traintest.py": ("data_dir", "output_dir", "seed"),
+}
+
+# Which rooms a room may import, beside itself.
+MAY_IMPORT = {
+    "utils": set(),
+    "guided_diffusion": set(),
+    "models": {"guided_diffusion", "utils"},
+    "datasets": {"utils"},
+    "config": {"utils"},
+}
+ROOMS = set(MAY_IMPORT)
+
+# What a package is imported as, where it is not its own name.
+IMPORTED_AS = {
+    "absl-py": "absl",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+    "tensorboard": "torch.utils.tensorboard",
+}
+
+
+def run_python(*args: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Help
+
+# Runs a script as Python would, and says at the end which of the slow packages it has imported.
+SHOW_HELP = """
+import json, runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+code = None
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code
+slow = sorted({"torch", "monai", "numpy", "nibabel", "sklearn", "matplotlib", "absl"} & set(sys.modules))
+print(json.dumps({"code": code, "slow": slow}))
+"""
+
+
+@pytest.fixture(scope="module", params=FLAGS)
+def shown(request, tmp_path_factory) -> tuple[str, str, dict]:
+    """A script's name, its help, and what became of it; run in an empty folder."""
+    script = str(REPOSITORY / request.param)
+    done = run_python("-c", SHOW_HELP, script, cwd=tmp_path_factory.mktemp("help"))
+    assert done.stderr == ""
+    text, _, end = done.stdout.removesuffix("\n").rpartition("\n")
+    return request.param, text, json.loads(end)
+
+
+def test_help_ends_well_and_imports_nothing_slow(shown):
+    _, _, end = shown
+    assert end["code"] in (None, 0)
+    assert end["slow"] == []
+
+
+def test_help_explains_every_flag(shown):
+    script, text, _ = shown
+    entries = re.split(r"\n  (?=-)", text[text.index("\noptions:") :])[1:]
+    explained = {}
+    for entry in entries:
+        # "--flag VALUE", two spaces or a new line, what it is
+        names, explanation = re.split(r"\s{2,}", entry.strip(), maxsplit=1)
+        for name in re.findall(r"--([\w.]+)", names):
+            explained[name] = explanation
+    assert set(explained) == {"help", *FLAGS[script]}
+    for name, explanation in explained.items():
+        assert len(re.findall(r"[^\W\d_]{2,}", explanation)) >= 3, f"--{name} is hardly explained"
+
+
+def test_help_is_the_same_as_a_process():
+    done = run_python("modality_cyclic_train.py", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: modality_cyclic_train.py")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Imports
+
+
+def sources(*folders: str) -> list[Path]:
+    """The Python files of some rooms."""
+    return [path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """The absolute dotted names that a file imports, wherever it does so."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert node.level == 1, f"{path} reaches out of its room"
+            else:
+                yield node.module
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    files = sources(room)
+    assert files
+    for path in files:
+        rooms = {name.partition(".")[0] for name in imported_names(path)} & ROOMS
+        assert rooms - {room} <= MAY_IMPORT[room], path
+        scripts = {name for name in imported_names(path) if name.startswith("modality_cyclic")}
+        assert not scripts, path
+
+
+@pytest.mark.parametrize("room", ["models", "guided_diffusion"])
+def test_the_method_handles_no_files(room):
+    """Apart from what logs and saves training, the idea is met without files, arguments or progress bars."""
+    apart = {"logger.py", "train_util.py"}
+    for path in sources(room):
+        if path.name not in apart:
+            names = {name.partition(".")[0] for name in imported_names(path)}
+            assert not names & {"argparse", "json", "os", "pathlib", "sys", "tqdm"}, path
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Requirements
+
+
+def read_requirements() -> tuple[dict[str, str], dict[str, str]]:
+    """Version by package: those of the code, and those of the tests, which stand below a comment that says so."""
+    code, tests = {}, {}
+    section = code
+    for line in (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            section = tests if "test" in line and code else code
+        elif line.strip():
+            package, version = re.fullmatch(r"([\w-]+)==([\d.]+)", line.strip()).groups()
+            section[package] = version
+    return code, tests
+
+
+def code_files() -> list[Path]:
+    return [*sorted(REPOSITORY.glob("*.py")), *sources(*ROOMS)]
+
+
+def test_every_requirement_is_used_and_every_import_required():
+    required, for_tests = read_requirements()
+    assert {"torch", "ml_collections", "nilearn"} <= set(required)
+    assert {"pytest", "ruff"} <= set(for_tests)
+    imported = {name for path in code_files() for name in imported_names(path)}
+    modules = {package: IMPORTED_AS.get(package, package) for package in required}
+    unused = {package for package, module in modules.items() if module not in imported_or_parents(imported)}
+    assert not unused
+    third_party = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - ROOMS
+    assert third_party <= set(modules.values())
+
+
+def imported_or_parents(names: set[str]) -> set[str]:
+    """ "a.b.c" counts as an import of a and of a.b too."""
+    return {
+        ".".join(parts[:i]) for name in names for parts in [name.split(".")] for i in range(1, len(parts) + 1)
+    }
+
+
+def test_the_versions_required_are_those_installed():
+    from importlib.metadata import version
+
+    for packages in read_requirements():
+        for package, required in packages.items():
+            # a build for one kind of device has its name behind a plus sign
+            assert version(package).partition("+")[0] == required, package
+
+
+def test_conda_environment():
+    text = (REPOSITORY / "environment.yml").read_text(encoding="utf-8")
+    assert re.search(r"^name: MMCCD$", text, re.MULTILINE)
+    assert re.search(r"^ +- pip:\n +- -r requirements\.txt$", text, re.MULTILINE)
+    python = re.search(r"^ +- python *[=>]+ *(\d+)\.(\d+)", text, re.MULTILINE)
+    assert tuple(map(int, python.groups())) >= (3, 11)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Style
+
+
+def test_no_file_knows_a_machine():
+    """No absolute path of the machine that a file was written on."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git repository")
+    pattern = re.compile(r"(?<![\w.:/~-])/(" + "|".join(["root", "tmp", "home", "work", "Users"]) + r")\b")
+    assert pattern.search("in " + "/".join(["", "home", "me"]))
+    paths = [REPOSITORY / name.decode() for name in listed.stdout.split(b"\0") if name]
+    assert REPOSITORY / "pyproject.toml" in paths
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {line.strip()}"
+        for path in paths
+        if path.is_file()
+        for line in path.read_bytes().decode("utf-8", errors="ignore").splitlines()
+        if pattern.search(line)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(command):
+    done = run_python("-m", "ruff", *command, ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_test_files_have_names_of_their_own():
+    """Without packages under tests/, pytest tells modules apart by their base names."""
+    assert (
+        "testpaths"
+        in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    )
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+    assert not list((REPOSITORY / "tests").rglob("__init__.py"))
