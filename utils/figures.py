@@ -63,7 +63,7 @@ def cycle_figure(
         ax.set(xticks=[], yticks=[])
     figure.colorbar(colours, ax=axes, shrink=0.5, aspect=40, label="squared cyclic error")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def _bounding_box(masks: np.ndarray) -> tuple[slice, slice]:
