@@ -27,7 +27,7 @@ lint: install
 
 RUN := unet_backward_phantom_t2_flair
 UNET_RESULTS := experiments/results/unet_forward_phantom_t2_flair__$(RUN)
-MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)__ddim10
+MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)__ddim5
 
 demo: $(DONE)/test_unet $(DONE)/test_mmccd
 	@echo

@@ -120,8 +120,7 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         UserError: nothing is there, it is a translator of another kind, or it was trained with settings that
             contradict a `given` key.
     """
-    from config import leaves
-    from utils.experiment import experiment_name, newest_ema, read_record
+    from utils.experiment import experiment_name, leaves, newest_ema, read_record
 
     model_name = args.model_name if process == "forward" else "unet"
     checkpoint = getattr(args, f"checkpoint_{process}")
@@ -142,7 +141,7 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         kind = f"{record['training_process']} {record['model_name']}"
         raise UserError(f"{checkpoint.parent} is a {kind}, not the {process} {model_name} that is asked for")
     fixed = config.copy_and_resolve_references()
-    for key, value in leaves(type(config)(record["config"])):
+    for key, value in leaves(record["config"]):
         if not key.startswith(HELD[model_name]):
             continue
         value = tuple(value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
 """Settings: one config for each data set, overridden from the command line by `--config.KEY=VALUE`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from utils.cli import UserError, did_you_mean
+from utils.experiment import leaves
 
 from . import brats_config, phantom_config
 
@@ -52,15 +53,6 @@ def resolve(
     given = {key: value for key, value in flags_given.items() if value is not None}
     config.update_from_flattened_dict(given)
     return config, {*given, *override(config, overrides)}
-
-
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted key, value)."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:

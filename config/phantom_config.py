@@ -22,13 +22,13 @@ def get_config() -> ConfigDict:
     config.score_model.mask.stride = 4
 
     training = config.score_model.training
-    training.iterations = 2_000
-    training.batch_size = 8
-    training.lr = 5e-4
+    training.iterations = 1_200
+    training.batch_size = 4
+    training.lr = 1e-3
     training.ema_rate = 0.995
-    training.save_interval = 500
+    training.save_interval = 300
 
     sampling = config.score_model.sampling
-    sampling.batch_size = 64
-    sampling.timestep_respacing = "10"
+    sampling.batch_size = 16
+    sampling.timestep_respacing = "5"
     return config

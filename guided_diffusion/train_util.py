@@ -1,6 +1,7 @@
 """The training loop: optimizer, learning-rate schedule, EMA, logging, checkpoints."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,22 +84,24 @@ class TrainLoop:
             # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
             loss_sum = loss_sum + self._train_step(next(batches))
             progress.update()
-            if self.step % self.log_interval == 0 or self.step == self.iterations:
-                loss, seconds = float(loss_sum) / (self.step - since), time.monotonic() - started
-                values = {
-                    "loss": loss,
-                    "learning_rate": self._learning_rate(self.step - 1),
-                    "images_per_second": (self.step - since) * self.batch_size / seconds,
-                }
-                if not loss < float("inf"):
-                    progress.close()
-                    raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
-                self.logger.scalars(self.step, values)
-                progress.set_postfix(loss=f"{loss:.4f}")
-                loss_sum, since, started = 0.0, self.step, time.monotonic()
-            if self.step % self.save_interval == 0 or self.step == self.iterations:
+            saves = self.step % self.save_interval == 0 or self.step == self.iterations
+            if not saves and self.step % self.log_interval:
+                continue
+            loss, seconds = float(loss_sum) / (self.step - since), time.monotonic() - started
+            if not math.isfinite(loss):  # known before anything is saved
+                progress.close()
+                raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
+            values = {
+                "loss": loss,
+                "learning_rate": self._learning_rate(self.step - 1),
+                "images_per_second": (self.step - since) * self.batch_size / seconds,
+            }
+            self.logger.scalars(self.step, values)
+            progress.set_postfix(loss=f"{loss:.4f}")
+            if saves:
                 self._save()
                 self.on_save(self.ema_model, self.step)
+            loss_sum, since, started = 0.0, self.step, time.monotonic()
         progress.close()
 
     def _train_step(self, batch: Batch) -> Tensor:

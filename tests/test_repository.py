@@ -142,7 +142,7 @@ def imported_names(path: Path) -> Iterator[str]:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", sorted(ROOMS))
 def test_imports_run_one_way(room):
     files = sources(room)
     assert files

@@ -66,7 +66,7 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     before = read_record(checkpoint) if checkpoint else None
     if before is None:
         return
-    before, now = (dict(_leaves(json.loads(json.dumps(one)))) for one in (before, record))
+    before, now = (dict(leaves(json.loads(json.dumps(one)))) for one in (before, record))
     for key, value in now.items():
         if not key.startswith(_FREE) and before.get(key) != value:
             raise UserError(
@@ -75,10 +75,11 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
             )
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a nested config as (dotted key, value)."""
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
