@@ -42,11 +42,14 @@ def main() -> None:
     example = dataset[args.slice]
     image, brain = example["flair"][None], example["brainmask"][None]
 
+    margin = config.data.image_size // 10  # background on all sides
+    crop = np.s_[margin:-margin, margin:-margin]
+
     def grey(picture: torch.Tensor) -> np.ndarray:
-        return to_grey(picture[0, 0].numpy())
+        return to_grey(picture[0, 0].numpy()[crop])
 
     def errors(score: torch.Tensor, where: torch.Tensor) -> np.ndarray:
-        return np.where(where[0, 0], score[0, 0], 0).T
+        return np.where(where[0, 0], score[0, 0], 0)[crop].T
 
     cycle = cyclic_unet(image, load("unet", "forward")[0], backward)
     top = float(cycle.score[brain].quantile(0.99))
@@ -54,7 +57,7 @@ def main() -> None:
         args.output_dir / "cycle.png",
         [grey(image), grey(cycle.translation), grey(cycle.reconstruction)],
         errors(cycle.score, brain),
-        example["seg"][0].numpy().T,
+        example["seg"][0].numpy()[crop].T,
         top,
     )
 
@@ -93,7 +96,7 @@ class Canvas:
         from matplotlib.figure import Figure
 
         self.size = (width, height)
-        self.figure = Figure(figsize=(1.3 * width, 1.3 * height))
+        self.figure = Figure(figsize=(1.5 * width, 1.5 * height))
         self.axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")
         self.axes.set_axis_off()
@@ -128,15 +131,15 @@ GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 
 def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
     """A → B → A and the error between the two A."""
-    canvas = Canvas(9.0, 1.75)
-    places = [0.65, 3.2, 5.75, 8.3]
+    canvas = Canvas(7.85, 1.55)
+    places = [0.7, 2.85, 5.0, 7.15]
     labels = ["A: FLAIR, with a tumour", "B: T2, translated", "A again", "(A − A again)²"]
     for x, picture, label in zip(places, [*pictures, error], labels, strict=True):
         colours = GREY if picture is not error else {"cmap": "inferno", "vmin": 0, "vmax": top}
-        canvas.picture(x, 0.7, picture, label, **colours)
+        canvas.picture(x, 0.6, picture, label, **colours)
     height, width = truth.shape
     columns = [places[0] - 0.5 + (i + 0.5) / width for i in range(width)]
-    rows = [0.7 + 0.5 - (i + 0.5) / height for i in range(height)]
+    rows = [0.6 + 0.5 - (i + 0.5) / height for i in range(height)]
     canvas.axes.contour(columns, rows, truth, levels=[0.5], colors="#56b4e9", linewidths=1.4)
     for left, right, name in zip(
         places,
@@ -144,30 +147,30 @@ def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
         ["forward\nUNet, A → B", "backward\nUNet, B → A", "squared\ndifference"],
         strict=False,
     ):
-        canvas.arrow((left + 0.52, 0.7), (right - 0.52, 0.7))
-        canvas.box((left + right) / 2, 0.7, name)
+        canvas.arrow((left + 0.52, 0.6), (right - 0.52, 0.6))
+        canvas.box((left + right) / 2, 0.6, name)
     canvas.save(path)
 
 
 def draw_masked_diffusion(path: Path, pictures: list, error, top: float) -> None:
     """A with a band of noise conditions the diffusion that makes B; only the band's error counts."""
     condition, noise, translation, reconstruction = pictures
-    canvas = Canvas(9.0, 3.3)
-    canvas.picture(0.65, 2.3, condition, "condition: A, a band\nreplaced by noise", **GREY)
-    canvas.picture(0.65, 0.6, noise, "x_T: pure noise", **GREY)
-    canvas.arrow((1.17, 2.3), (1.85, 1.75))
-    canvas.arrow((1.17, 0.6), (1.85, 1.15))
-    canvas.arrow((2.0, 1.45), (2.75, 1.45))
-    canvas.box(2.05, 1.45, "conditional\ndenoising UNet,\nstep by step:\nx_t → x_0")
-    canvas.picture(3.35, 1.45, translation, "B, imagined\nunder the band", **GREY)
-    canvas.arrow((3.87, 1.45), (5.1, 1.45))
-    canvas.box(4.5, 1.45, "backward\nUNet, B → A")
-    canvas.picture(5.65, 1.45, reconstruction, "A again", **GREY)
-    canvas.arrow((6.17, 1.45), (7.7, 1.45))
-    canvas.box(6.95, 1.45, "squared difference\nunder the band")
-    canvas.picture(8.25, 1.45, error, "error of this band", cmap="inferno", vmin=0, vmax=top)
+    canvas = Canvas(8.55, 3.15)
+    canvas.picture(0.7, 2.2, condition, "condition: A, a band\nreplaced by noise", **GREY)
+    canvas.picture(0.7, 0.6, noise, "x_T: pure noise", **GREY)
+    canvas.arrow((1.22, 2.2), (1.75, 1.75))
+    canvas.arrow((1.22, 0.6), (1.75, 1.05))
+    canvas.arrow((2.0, 1.4), (2.83, 1.4))
+    canvas.box(2.0, 1.4, "conditional\ndenoising UNet,\nstep by step:\nx_t → x_0")
+    canvas.picture(3.35, 1.4, translation, "B, imagined\nunder the band", **GREY)
+    canvas.arrow((3.87, 1.4), (5.08, 1.4))
+    canvas.box(4.45, 1.4, "backward\nUNet, B → A")
+    canvas.picture(5.6, 1.4, reconstruction, "A again", **GREY)
+    canvas.arrow((6.12, 1.4), (7.48, 1.4))
+    canvas.box(6.77, 1.4, "squared\ndifference\nunder the band")
+    canvas.picture(8.0, 1.4, error, "error of this band", cmap="inferno", vmin=0, vmax=top)
     canvas.text(
-        6.2, 0.35, "repeated for every band, over the whole slice in both directions;\n"
+        5.6, 0.4, "repeated for every band, over the whole slice in both directions;\n"
         "a pixel's score is the mean over the bands that hid it"
     )  # fmt: skip
     canvas.save(path)

@@ -211,7 +211,7 @@ class GaussianDiffusion:
         if eta > 0:
             if noise is None:
                 noise = torch.randn_like(x)
-            sample = sample + _not_first(t, x) * sigma * noise
+            sample = sample + sigma * noise  # sigma is 0 at t = 0
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def p_sample_loop(
