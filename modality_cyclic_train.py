@@ -80,6 +80,7 @@ def main() -> None:
     )
     try:
         loop.run()
+        logger.info(f"done, all in {directory}")
     except FloatingPointError as error:
         raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
     finally:
