@@ -1,8 +1,10 @@
 """Train one translator of the modality cycle, forward (input → trans) or backward (trans → input)."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from utils.cli import UserError, parse_run_args, run, run_parser
 
@@ -113,8 +115,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def translation_preview(model_name, config, dataset, image, target, logger, device):
-    """What is shown of one slice at every save: input (its hidden band too) | target | translation."""
+def translation_preview(
+    model_name: str, config: Any, dataset: Any, image: str, target: str, logger: Any, device: Any
+) -> Callable[[Any, int], None]:
+    """What is shown of one slice at every save: input | target | translation, in TensorBoard.
+
+    Of a diffusion model it is the translation with the middle of the input hidden, which is drawn as a grey band.
+    """
     from models.build import create_masked_translator
     from models.masks import Band
     from utils.figures import side_by_side
@@ -123,14 +130,13 @@ def translation_preview(model_name, config, dataset, image, target, logger, devi
     source = example[image][None].to(device)
     middle = Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)
 
-    def show(network, step: int) -> None:
-        shown, translation = source, None
+    def show(network: Any, step: int) -> None:
         if model_name == "diffusion":
             translator = create_masked_translator(network, config)
             shown = source.masked_fill(translator.mask([middle]).to(device), 0.0)
             translation = translator.sample(source, [middle])
         else:
-            translation = network(source)
+            shown, translation = source, network(source)
         row = (picture[0, 0].float().cpu().numpy() for picture in (shown, example[target][None], translation))
         logger.image(step, "input | target | translation", side_by_side(*row))
 
