@@ -108,6 +108,10 @@ def test_the_table_by_lesion_size(runs, in_process):
             assert int(row.split("px")[1].split()[0]) == len(third)
             cells = [f"{shown[key]:.3f}" for key in ("auprc", "oracle_dice", "validation_dice")]
             assert row.split()[-3:] == cells
+    for block in (metrics, metrics["baseline_intensity"]):  # the thirds make up the whole
+        thirds = block["by_lesion_size"].values()
+        total = sum(third["n_slices"] * third["auprc"] for third in thirds)
+        assert total / N_TEST == pytest.approx(block["auprc_per_slice_mean"])
 
 
 def third_of_baseline(metrics: dict, size: str) -> dict:

@@ -39,7 +39,7 @@ def draw(maps: dict, **options) -> dict:
     return draw_scores(maps, metrics, per_slice, ranked)
 
 
-@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 20])
 def test_best_median_worst(n):
     dice = np.random.default_rng(n).permutation(n) / n
     groups = best_median_worst(dice)
