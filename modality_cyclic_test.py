@@ -7,50 +7,92 @@ from typing import Any, NamedTuple
 
 from utils.cli import UserError, parse_run_args, run, run_parser
 
+ERROR_MAPS = "error_maps.npz"
+
 
 def main() -> None:
     args, overrides = parse_args()
+    if args.compare:
+        from utils.report import comparison
 
+        print(comparison(*args.compare))
+    elif args.rescore:
+        score_again(args.rescore)
+    else:
+        score_translators(args, overrides)
+
+
+def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
     import config as configs
     from utils.device import pick_device
     from utils.experiment import trained_steps
-    from utils.figures import cycle_figure
-    from utils.metrics import evaluate
-    from utils.report import table, write_results
+    from utils.report import write_maps
 
     config, given = configs.resolve(args.dataset, config_flags(args), overrides)
     forward = find_translator("forward", args, config, given)
     config = forward.config
     backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
     configs.check(config)
-    score = create_scorer(args, forward, backward, pick_device(args.gpu_id))
+    create_maps = create_scorer(args, forward, backward, pick_device(args.gpu_id))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
     print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
 
-    maps = {split: score(batch, split) for split, batch in slices.items() if batch}
-    cyclic_error, intensity = (
-        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
-        for key in ("scores", "image")
-    )
+    maps = {split: create_maps(batch, split) for split, batch in slices.items() if batch}
     translators = {"forward": forward, "backward": backward}
-    metrics = {
+    run = {
         "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
         "input": config.data.input,
         "trans": config.data.trans,
         "image_size": config.data.image_size,
         "checkpoints": {process: str(found.checkpoint) for process, found in translators.items()},
         "trained_steps": {process: trained_steps(found.checkpoint) for process, found in translators.items()},
-        **cyclic_error.summary,
-        "baseline_intensity": intensity.summary,
     }
     results = Path(args.logdir) / "results" / results_name(args.model_name, forward, backward)
-    write_results(results, metrics, cyclic_error.per_slice, maps)
-    figure = results / "figures" / "slices.png"
-    cycle_figure(
-        figure, maps["test"], cyclic_error.per_slice["oracle_dice"], config.data.input, config.data.trans
+    write_maps(results / ERROR_MAPS, run, maps)
+    score_maps(results, run, maps)
+
+
+def score_again(path: Path) -> None:
+    """Score the error maps of an earlier test run, given by its folder or its file of error maps."""
+    from utils.report import read_maps
+
+    path = path / ERROR_MAPS if path.is_dir() else path
+    score_maps(path.parent, *read_maps(path))
+
+
+def score_maps(results: Path, run: dict[str, Any], maps: dict[str, dict]) -> None:
+    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
+
+    Args:
+        results: folder of the test run.
+        run: what was chained, for the head of metrics.json.
+        maps: by split, `names` and arrays [N, H, W], as `utils.report.write_maps` takes them.
+    """
+    from utils.figures import draw_scores, write_figures
+    from utils.metrics import by_lesion_size, evaluate, ranked_scores
+    from utils.report import METHODS, size_table, table, write_events, write_scores
+
+    cyclic_error, intensity = (
+        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
+        for key in ("scores", "image")
     )
-    print(f"\n{table([metrics])}\nresults: {results}\nfigure:  {figure}")
+    metrics, baseline = (
+        evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
+        for evaluation in (cyclic_error, intensity)
+    )
+    metrics = {**run, **metrics, "baseline_intensity": baseline}
+    ranked = {
+        METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
+        f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
+    }
+    write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
+    write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
+    write_events(results, metrics, ranked)
+    print(
+        f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {results}\nfigures: {results / 'figures'}"
+    )
 
 
 class Translator(NamedTuple):
@@ -88,6 +130,20 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="DDIM or ancestral sampling (default: the config's, True)",
     )
     add("--timestep_respacing", help="sampling steps; 1000 or empty: all (default: the config's, 100)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("RUN_A", "RUN_B"),
+        help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
+    )
+    instead.add_argument(
+        "--rescore",
+        type=Path,
+        metavar="RUN",
+        help="only score the error maps in a test run's folder again, without a model",
+    )
     return parse_run_args(parser)
 
 

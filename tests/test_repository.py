@@ -26,6 +26,8 @@ FLAGS = {
         "checkpoint_backward",
         "use_ddim",
         "timestep_respacing",
+        "compare",
+        "rescore",
     ),
     "datasets/phantom.py": ("output_dir", "train", "val", "test", "seed", "workers", "figure"),
     "datasets/brats_preprocess.py": (

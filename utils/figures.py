@@ -1,15 +1,37 @@
-"""Pictures of slices, translations and errors. Slices are float arrays [H, W], normalised as by preprocessing."""
+"""Pictures of slices, translations, errors and scores.
+
+Slices are float arrays [H, W], normalised as by preprocessing. The colours of marks are those of Okabe and Ito, which
+colour-blind eyes tell apart; where two lines share a chart, they differ in style too.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
 
 # Normalised intensities shown as black and white. A tenth of the brain, and most tumours, lie above 3.
 WINDOW = (-3.0, 5.0)
-TRUTH_COLOUR = "#56b4e9"  # sky blue, told apart from grey and from inferno by colour-blind eyes too
+
+ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
+TRUTH_STYLE = {"color": SKY_BLUE, "linestyle": "-", "linewidth": 1.6}
+PREDICTION_STYLE = {"color": ORANGE, "linestyle": "-", "linewidth": 1.2}
+CURVE_STYLES = ({"color": BLUE, "linestyle": "-"}, {"color": VERMILION, "linestyle": "--"})
+HISTOGRAM_STYLES = (
+    {"histtype": "stepfilled", "color": SKY_BLUE},
+    {"histtype": "step", "color": VERMILION, "linewidth": 1.8},
+)
+THRESHOLD_STYLES = {
+    "oracle": {"color": "black", "linestyle": "--"},
+    "validation": {"color": "black", "linestyle": "-"},
+}
 
 
 def to_grey(image: np.ndarray) -> np.ndarray:
@@ -23,47 +45,208 @@ def side_by_side(*images: np.ndarray) -> np.ndarray:
     return np.concatenate([to_grey(image) for image in images], axis=1)
 
 
-def cycle_figure(
-    path: Path, maps: Mapping[str, np.ndarray], dice: np.ndarray, input: str, trans: str, rows: int = 6
-) -> None:
-    """Write a PNG with a row for each of some slices: input | translation | reconstruction | error map | truth.
-
-    The slices shown are spread evenly from the best Dice to the worst. What lies outside all brains is cut off.
+def draw_scores(
+    maps: Mapping[str, np.ndarray],
+    metrics: Mapping[str, Any],
+    per_slice: Mapping[str, np.ndarray],
+    ranked: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> dict[str, Figure]:
+    """All pictures of a test run, by the names of their files.
 
     Args:
-        path: of the PNG.
-        maps: image, translation, reconstruction, scores, truth and brainmask, [N, H, W], and N names.
-        dice: [N].
-        input, trans: names of the modalities.
-        rows: slices shown, at most.
+        maps: of the test slices: image, translation, reconstruction, scores, truth and brainmask, [N, H, W], and
+            N names.
+        metrics: contents of metrics.json.
+        per_slice: columns of N values.
+        ranked: by label, scores and truth of the ranked pixels, [M] each.
     """
-    order = np.argsort(-np.nan_to_num(dice), kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(int)]
-    crop = _bounding_box(maps["brainmask"][chosen])
-    error_maps = np.where(maps["brainmask"], maps["scores"], 0)
+    scores = cut_scores(maps["scores"], maps["brainmask"])
+    blocks = {choice: metrics[choice] for choice in THRESHOLD_STYLES if metrics[choice]}
+    # Without a single score above -inf there is no threshold, and nothing is predicted.
+    thresholds = {
+        choice: np.inf if block["threshold"] is None else block["threshold"]
+        for choice, block in blocks.items()
+    }
+    choice = "validation" if "validation" in thresholds else "oracle"
+    return {
+        "slices": slices_figure(
+            maps,
+            scores >= thresholds[choice],
+            per_slice[f"{choice}_dice"],
+            f"prediction ({choice} threshold)",
+            metrics["input"],
+            metrics["trans"],
+        ),
+        "precision_recall": precision_recall_figure(ranked),
+        "dice_threshold": dice_threshold_figure(scores, maps["truth"], thresholds),
+        "histograms": histograms_figure(scores, maps["truth"], thresholds),
+    }
+
+
+def write_figures(directory: Path, figures: Mapping[str, Figure]) -> None:
+    """Write figures as PNG files by their names."""
+    directory.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(directory / f"{name}.png", dpi=110)
+
+
+def slices_figure(
+    maps: Mapping[str, np.ndarray],
+    prediction: np.ndarray,
+    dice: np.ndarray,
+    prediction_label: str,
+    input: str,
+    trans: str,
+) -> Figure:
+    """A row for each of the best, median and worst slices: input, translation, reconstruction, error, contours.
+
+    What lies outside all brains is cut off.
+
+    Args:
+        maps: as in `draw_scores`.
+        prediction: [N, H, W] bool.
+        dice: [N], of the prediction.
+        prediction_label: what the legend says of it.
+        input, trans: names of the modalities.
+    """
+    groups = best_median_worst(dice)
+    crop = _bounding_box(maps["brainmask"][list(groups)])
+    error_maps = np.where(maps["brainmask"], np.nan_to_num(maps["scores"]), 0)
     # One scale for all slices, as a threshold is one number for all of them; its square root shows faint errors.
     norm = PowerNorm(0.5, vmin=0, vmax=np.quantile(error_maps[maps["brainmask"]], 0.995))
 
-    titles = [f"input ({input})", f"translation ({trans})", f"reconstruction ({input})", "error map", "truth"]
-    figure = Figure(figsize=(10, 2.1 * len(chosen) + 0.3), layout="constrained")
-    axes = figure.subplots(len(chosen), len(titles), squeeze=False)
-    for row, i in zip(axes, chosen, strict=True):
-        grey = {key: to_grey(maps[key][i][crop]) for key in ("image", "translation", "reconstruction")}
-        for ax, picture in zip(row, (*grey.values(), None, grey["image"]), strict=True):
-            if picture is not None:
-                ax.imshow(picture, cmap="gray", vmin=0, vmax=1)
-        colours = row[3].imshow(error_maps[i][crop].T, cmap="inferno", norm=norm)
-        truth = maps["truth"][i][crop].T
-        if truth.any():
-            row[4].contour(truth, levels=[0.5], colors=TRUTH_COLOUR, linewidths=1.5)
-        row[0].set_ylabel(f"{maps['names'][i]}\nDice {dice[i]:.2f}", fontsize=8)
+    titles = [
+        f"input ({input})",
+        f"translation ({trans})",
+        f"reconstruction ({input})",
+        "error map",
+        "segmentation",
+    ]
+    figure = Figure(figsize=(10, 2.1 * len(groups) + 0.6), layout="compressed")
+    axes = figure.subplots(len(groups), len(titles), squeeze=False)
+    for row, (i, group) in zip(axes, groups.items(), strict=True):
+        for ax, key in zip(row, ("image", "translation", "reconstruction", "scores", "image"), strict=True):
+            if key == "scores":
+                colours = ax.imshow(error_maps[i][crop].T, cmap="inferno", norm=norm)
+            else:
+                ax.imshow(to_grey(maps[key][i][crop]), cmap="gray", vmin=0, vmax=1)
+        _outline(row[-1], prediction[i][crop], PREDICTION_STYLE)
+        _outline(row[-1], maps["truth"][i][crop], TRUTH_STYLE)
+        row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{maps['names'][i]}", fontsize=9)
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=11)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    figure.colorbar(colours, ax=axes, shrink=0.5, aspect=40, label="squared cyclic error")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="squared cyclic error")
+    handles = [
+        Line2D([], [], label=prediction_label, **PREDICTION_STYLE),
+        Line2D([], [], label="truth", **TRUTH_STYLE),
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower right", ncols=2, fontsize=10, facecolor="0.3", labelcolor="white"
+    )
+    return figure
+
+
+def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
+    """Some slices of the best, middle and worst Dice [N], best first: the group's name by the slice's index.
+
+    `per_group` of each where there are enough, and no slice twice. A Dice that is NaN counts as 0.
+    """
+    order = np.argsort(-np.nan_to_num(dice), kind="stable").tolist()
+    n = max(1, min(per_group, len(order) // 3))
+    middle = (len(order) - n) // 2
+    groups = dict.fromkeys(order[:n], "best")
+    for name, members in {"worst": order[-n:], "median": order[middle : middle + n]}.items():
+        groups |= {i: name for i in members if i not in groups}
+    return {i: groups[i] for i in order if i in groups}
+
+
+def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Precision against recall for each score, beside chance.
+
+    Args:
+        ranked: by label, scores and truth of the ranked pixels, [M] each; the truth is the same in all.
+    """
+    figure, ax = _chart("recall", "precision")
+    for (label, (scores, truth)), style in zip(ranked.items(), CURVE_STYLES, strict=True):
+        precision, recall = precision_recall(scores, truth)
+        auprc = average_precision(scores, truth)
+        ax.plot(recall, precision, drawstyle="steps-post", label=f"{label}: AUPRC {auprc:.3f}", **style)
+    chance = truth.mean()
+    ax.axhline(chance, color="0.45", linestyle=":", label=f"chance: {chance:.3f}")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend()
+    return figure
+
+
+def dice_threshold_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float]) -> Figure:
+    """The mean over slices of Dice against the threshold, with the chosen ones marked.
+
+    Args:
+        scores: [N, H, W], -inf where a score does not count.
+        truth: [N, H, W] bool.
+        thresholds: `oracle`, and `validation` if there is one.
+    """
+    figure, ax = _chart("threshold (squared cyclic error)", "mean Dice over slices")
+    ax.plot(*dice_curve(scores, truth), color=BLUE, label="mean Dice")
+    dice = {
+        choice: mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
+        for choice, threshold in thresholds.items()
+    }
+    _mark_thresholds(ax, thresholds, {choice: f"Dice {value:.3f}" for choice, value in dice.items()})
+    _set_error_axis(ax, scores)
+    ax.set_ylim(0, 1)
+    ax.legend()
+    return figure
+
+
+def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float]) -> Figure:
+    """How many healthy and lesion pixels have which score; arguments as in `dice_threshold_figure`."""
+    figure, ax = _chart("squared cyclic error", "pixels")
+    finite = np.isfinite(scores)
+    root_edges = np.linspace(0, np.sqrt(np.max(scores, where=finite, initial=1e-6)), 61)
+    for label, pixels, style in zip(
+        ("healthy", "lesion"), (finite & ~truth, finite & truth), HISTOGRAM_STYLES, strict=True
+    ):
+        ax.hist(scores[pixels], root_edges**2, label=label, **style)
+    _mark_thresholds(ax, thresholds, {})
+    _set_error_axis(ax, scores)
+    ax.set_yscale("log")
+    ax.legend()
+    return figure
+
+
+def _chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(color="0.9")
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax
+
+
+def _mark_thresholds(ax: Axes, thresholds: Mapping[str, float], notes: Mapping[str, str]) -> None:
+    """A vertical line at each threshold that is finite."""
+    for choice, threshold in thresholds.items():
+        if np.isfinite(threshold):
+            label = ", ".join([f"{choice} threshold {threshold:.3g}", *filter(None, [notes.get(choice)])])
+            ax.axvline(threshold, label=label, **THRESHOLD_STYLES[choice])
+
+
+def _set_error_axis(ax: Axes, scores: np.ndarray) -> None:
+    """A square-root axis from 0 to the highest score: it is even in the error itself, and opens up small ones."""
+    highest = np.max(scores, where=np.isfinite(scores), initial=1e-6)
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.set_xticks(MaxNLocator(8).tick_values(0, np.sqrt(highest)) ** 2)
+    ax.xaxis.set_major_formatter("{x:.3g}")
+    ax.set_xlim(0, highest)
+
+
+def _outline(ax: Axes, mask: np.ndarray, style: Mapping[str, Any]) -> None:
+    """The outline of a mask [H, W], turned as `to_grey` turns a slice."""
+    if mask.any():
+        ax.contour(mask.T, levels=[0.5], **{f"{key}s": value for key, value in style.items()})
 
 
 def _bounding_box(masks: np.ndarray) -> tuple[slice, slice]:

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, rankdata
 from skimage.morphology import isotropic_erosion
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -96,6 +96,12 @@ def ranked_pixels(truth: ArrayLike, brainmask: ArrayLike) -> BoolArray:
     return np.asarray(brainmask, dtype=bool) | np.asarray(truth, dtype=bool)
 
 
+def ranked_scores(scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike) -> tuple[FloatArray, BoolArray]:
+    """Scores and truth of the ranked pixels of all slices together, [M] each; arguments [N, H, W]."""
+    ranked = ranked_pixels(truth, brainmask)
+    return cut_scores(scores, brainmask)[ranked], np.asarray(truth, dtype=bool)[ranked]
+
+
 def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike) -> float:
     """Share of the lesion pixels outside the scored region, which no method can find; NaN without any."""
     truth = np.asarray(truth, dtype=bool)
@@ -133,6 +139,20 @@ def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
     """
     ranks, truth = _as_ranks(scores, truth)
     return float(roc_auc_score(truth, ranks)) if truth.any() and not truth.all() else float("nan")
+
+
+def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """The curve that AUPRC is the area under; arguments as in `average_precision`.
+
+    Returns:
+        Precision and recall, [K] float64 each, from the lowest threshold to one above all scores; a precision
+        holds from its own recall down to the next. Without any lesion pixel recall is NaN.
+    """
+    ranks, truth = _as_ranks(scores, truth)
+    if not truth.any():
+        return np.zeros(1), np.full(1, np.nan)
+    precision, recall, _ = precision_recall_curve(truth, ranks, drop_intermediate=True)
+    return precision, recall
 
 
 def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArray]:
@@ -211,9 +231,6 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
 def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """⌈Dice⌉: the one threshold for all slices with the highest mean over slices of Dice, found exactly.
 
-    Every distinct score is tried, in one pass down the sorted pixels: a pixel that crosses the threshold
-    changes only its own slice's Dice, so the sum over slices is a running sum of such changes.
-
     Args:
         scores: [N, H, W] float; pixels at -inf or NaN are never predicted.
         truth: [N, H, W] bool.
@@ -222,12 +239,29 @@ def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
         The threshold (of equally good ones the highest; inf if every score is -inf or NaN), and the mean Dice
         there, which is that of `overlap_at`: slices with no lesion count once anything is predicted in them.
     """
+    thresholds, mean_dice = dice_curve(scores, truth)
+    if not thresholds.size:
+        return float("inf"), mean_over_slices(overlap_at(scores, truth, np.inf)["dice"])
+    # The first that is as good as the best but for the rounding errors of the running sum.
+    threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
+    return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
+
+
+def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """The mean over slices of Dice at every distinct score.
+
+    It takes one pass down the sorted pixels: a pixel that crosses the threshold changes only its own slice's
+    Dice, so the sum over slices is a running sum of such changes.
+
+    Args:
+        scores, truth: as in `best_threshold`.
+
+    Returns:
+        The distinct scores above -inf, descending, and the mean Dice at each: [K] float64 both.
+    """
     scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
     _require_same_shape("truth", truth, scores)
     candidates = scores > -np.inf
-    if not candidates.any():
-        return float("inf"), mean_over_slices(overlap_at(scores, truth, np.inf)["dice"])
-
     slice_of, _, _ = np.nonzero(candidates)
     values = scores[candidates]
     descending = np.argsort(values)[::-1]
@@ -237,11 +271,8 @@ def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     mean_dice = np.cumsum(change) / n_defined
 
     # Pixels with equal scores cross together: a threshold reaches only the state after the last of them.
-    reachable = np.flatnonzero(np.append(values[1:] != values[:-1], True))
-    mean_dice = mean_dice[reachable]
-    # The first that is as good as the best but for the rounding errors of the running sum.
-    threshold = float(values[reachable[np.argmax(mean_dice >= mean_dice.max() - 1e-12)]])
-    return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
+    reachable = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)])
+    return values[reachable], mean_dice[reachable]
 
 
 def _dice_changes(hit: BoolArray, slice_of: NDArray, truth: BoolArray) -> tuple[FloatArray, BoolArray]:

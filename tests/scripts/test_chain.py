@@ -185,22 +185,30 @@ def test_training_refuses_to_go_on_with_other_settings(workspace, chain, in_proc
 @pytest.mark.parametrize("method", RESULTS)
 def test_results_have_the_documented_files(results, method):
     folder = results[method]
-    assert {path.name for path in folder.iterdir()} == {
-        "metrics.json",
-        "per_slice.csv",
-        "error_maps.npz",
-        "figures",
+    files = {path.name for path in folder.iterdir()}
+    events = {file for file in files if file.startswith("events.out.tfevents.")}
+    assert files - events == {"metrics.json", "per_slice.csv", "error_maps.npz", "figures"}
+    assert events
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"slices.png", "precision_recall.png", "dice_threshold.png", "histograms.png"}
+    picture = matplotlib.image.imread(folder / "figures/slices.png")[..., :3]
+    height, width, _ = picture.shape
+    assert width >= 800  # five columns
+    assert height >= 150 * N_TEST  # a row a slice
+    assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
+    assert 0.05 < (picture == 1).all(-1).mean() < 0.95  # neither blank nor without a margin
+
+
+@pytest.mark.parametrize("method", RESULTS)
+def test_scoring_again_needs_only_the_error_maps(results, in_process, tmp_path, method):
+    shutil.copy(results[method] / "error_maps.npz", tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    for name in ("metrics.json", "per_slice.csv"):
+        assert (tmp_path / name).read_bytes() == (results[method] / name).read_bytes()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        path.name for path in (results[method] / "figures").iterdir()
     }
-    figures = list((folder / "figures").iterdir())
-    assert figures
-    for path in figures:
-        assert path.suffix == ".png"
-        picture = matplotlib.image.imread(path)[..., :3]
-        height, width, _ = picture.shape
-        assert width >= 800  # five columns
-        assert height >= 150 * N_TEST  # a row a slice
-        assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
-        assert 0.05 < (picture == 1).all(-1).mean() < 0.95  # neither blank nor without a margin
 
 
 @pytest.mark.parametrize("method", RESULTS)

@@ -1,0 +1,268 @@
+"""What modality_cyclic_test.py does without a model: `--rescore` error maps, `--compare` two runs."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.report import write_maps
+
+pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
+
+TEST = "modality_cyclic_test.py"
+RUN = {
+    "method": "cyclic_unet",
+    "input": "flair",
+    "trans": "t2",
+    "image_size": 32,
+    "checkpoints": {"forward": "forward.pt", "backward": "backward.pt"},
+    "trained_steps": {"forward": 4, "backward": None},
+}
+N_TEST = 7
+
+
+def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]:
+    """Noise in a brain, with a lesion in every slice that stands out by `quality`."""
+    rng = np.random.default_rng(seed)
+    brainmask = np.zeros((n_slices, 32, 32), bool)
+    brainmask[:, 4:28, 4:28] = True
+    truth = np.zeros_like(brainmask)
+    for i in range(n_slices):
+        truth[i, 10 : 13 + i, 10:15] = True
+    image, reconstruction = rng.normal(size=(2, n_slices, 32, 32)).astype(np.float32)
+    return {
+        "names": np.array([f"S_{i:02d}_80" for i in range(n_slices)]),
+        "image": image + truth,
+        "translation": reconstruction,
+        "reconstruction": reconstruction,
+        "scores": ((image - reconstruction + quality * truth) ** 2).astype(np.float32),
+        "truth": truth,
+        "brainmask": brainmask,
+    }
+
+
+def write_run(folder, quality: float = 2.0, seed: int = 0, n_test: int = N_TEST) -> None:
+    maps = {"test": make_maps(n_test, quality, seed), "val": make_maps(3, quality, seed + 1)}
+    write_maps(folder / "error_maps.npz", RUN, maps)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, in_process):
+    """Three scored runs, of which `fewer` lacks a slice, and what scoring `good` has printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "good", quality=5)
+    write_run(folder / "poor", quality=1, seed=5)
+    write_run(folder / "fewer", n_test=N_TEST - 1)
+    for name in ("good", "poor", "fewer"):
+        done = in_process(TEST, "--rescore", name, cwd=folder)
+        assert done.code == 0, done.stderr
+    return folder
+
+
+def read_metrics(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def read_column(folder, column: str) -> np.ndarray:
+    with (folder / "per_slice.csv").open(encoding="utf-8") as file:
+        return np.array([float(row[column]) for row in csv.DictReader(file)])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scoring again
+
+
+def test_rescoring_leaves_everything_but_the_model(runs, in_process):
+    files = {path.name for path in (runs / "good").iterdir() if not path.name.startswith("events")}
+    assert files == {"error_maps.npz", "figures", "metrics.json", "per_slice.csv"}
+    metrics = read_metrics(runs / "good")
+    assert {key: metrics[key] for key in RUN} == RUN
+    assert metrics["n_slices"] == N_TEST
+
+    written = {name: (runs / "good" / name).read_bytes() for name in ("metrics.json", "per_slice.csv")}
+    done = in_process(TEST, "--rescore", "good/error_maps.npz", cwd=runs)  # the file stands for its folder
+    assert done.code == 0, done.stderr
+    assert "Cyclic UNet" in done.stdout
+    assert {name: (runs / "good" / name).read_bytes() for name in written} == written
+
+
+def test_the_table_by_lesion_size(runs, in_process):
+    done = in_process(TEST, "--rescore", "good", cwd=runs)
+    area, metrics = read_column(runs / "good", "lesion_area"), read_metrics(runs / "good")
+    order = np.argsort(area)
+    assert len(set(area)) == N_TEST
+    members = {"small": order[:3], "medium": order[3:5], "large": order[5:]}
+    for size, third in members.items():
+        block = metrics["by_lesion_size"][size]
+        values = [read_column(runs / "good", key)[third].mean() for key in ("auprc", "oracle_dice")]
+        assert [block["auprc"], block["oracle_dice"]] == pytest.approx(values, rel=1e-4)
+        bounds = f"{area[third].min():.0f} … {area[third].max():.0f} px"
+        for method, shown in (("Cyclic UNet", block), ("intensity", third_of_baseline(metrics, size))):
+            (row,) = [line for line in done.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
+            assert bounds in row
+            assert int(row.split("px")[1].split()[0]) == len(third)
+            cells = [f"{shown[key]:.3f}" for key in ("auprc", "oracle_dice", "validation_dice")]
+            assert row.split()[-3:] == cells
+    for block in (metrics, metrics["baseline_intensity"]):  # the thirds make up the whole
+        thirds = block["by_lesion_size"].values()
+        total = sum(third["n_slices"] * third["auprc"] for third in thirds)
+        assert total / N_TEST == pytest.approx(block["auprc_per_slice_mean"])
+
+
+def third_of_baseline(metrics: dict, size: str) -> dict:
+    return metrics["baseline_intensity"]["by_lesion_size"][size]
+
+
+def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, in_process):
+    in_process(TEST, "--rescore", "good", cwd=runs)  # again: nothing may be there twice
+    accumulator = EventAccumulator(str(runs / "good"))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    figures = {path.stem for path in (runs / "good/figures").iterdir()}
+    assert set(tags["images"]) == figures == {"slices", "precision_recall", "dice_threshold", "histograms"}
+    assert all(len(accumulator.Images(tag)) == 1 for tag in figures)
+    assert len([tag for tag in tags["tensors"] if "precision_recall/" in tag]) == 2
+    (event,) = accumulator.Scalars("results/validation_dice")
+    assert event.value == pytest.approx(read_metrics(runs / "good")["validation"]["dice"])
+
+
+def test_without_validation_slices(in_process, tmp_path):
+    write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(3, 2.0, 0)})
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert read_metrics(tmp_path)["validation"] is None
+    assert len(re.findall("no val slices", done.stdout)) == 2 + 2 * 3  # in both tables, for both methods
+
+
+def without(key: str):
+    """Rewrite error maps without one array."""
+
+    def spoil(path) -> None:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file if name != key}
+        np.savez_compressed(path, **arrays)
+
+    return spoil
+
+
+def cut_a_slice(path) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["test_truth"] = arrays["test_truth"][1:]
+    np.savez_compressed(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:2000]),
+        lambda path: path.write_text("no error maps"),
+        without("run"),
+        without("test_scores"),
+        cut_a_slice,
+    ],
+    ids=["missing", "cut off", "text", "no description", "no scores", "shapes differ"],
+)
+def test_error_maps_that_cannot_be_scored_are_refused(in_process, tmp_path, spoil):
+    write_run(tmp_path)
+    spoil(tmp_path / "error_maps.npz")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    expect_refusal(done, "error_maps.npz")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def expect_refusal(done, *phrases: str) -> None:
+    assert done.code == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{TEST}: error: ")
+    for phrase in phrases:
+        assert phrase in line
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def test_comparison_has_a_line_for_every_metric(runs, in_process):
+    done = in_process(TEST, "--compare", "good", "poor", cwd=runs)
+    assert done.code == 0, done.stderr
+    found = re.findall(
+        r"^(\w+) +([+-]\d\.\d{3}) +\[([+-]\d+\.\d{3}), ([+-]\d+\.\d{3})\] +(\d+)$", done.stdout, re.M
+    )
+    lines = {metric: (float(d), float(low), float(high), int(n)) for metric, d, low, high, n in found}
+    kinds = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")
+    named = {f"{choice}_{kind}" for choice in ("oracle", "validation") for kind in kinds} | {"auprc"}
+    assert named == {line.split()[0] for line in done.stdout.splitlines()[4:-1]}
+    for metric in ("auprc", "oracle_dice", "validation_dice"):
+        difference, low, high, n_slices = lines[metric]
+        expected = read_column(runs / "good", metric) - read_column(runs / "poor", metric)
+        assert difference == pytest.approx(expected.mean(), abs=1e-3)
+        assert 0 < low < difference < high  # `good` is better, and seven slices are enough to see it
+        assert n_slices == N_TEST
+
+
+def test_comparison_pairs_slices_by_name_and_not_by_place(runs, in_process, tmp_path):
+    lines = (runs / "poor/per_slice.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "per_slice.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n", encoding="utf-8")
+    done, shuffled = (in_process(TEST, "--compare", runs / "good", b, cwd=runs) for b in ("poor", tmp_path))
+    assert shuffled.stdout.splitlines()[2:] == done.stdout.splitlines()[2:]
+
+
+def test_a_run_does_not_differ_from_itself(runs, in_process):
+    done = in_process(TEST, "--compare", "good", "good", cwd=runs)
+    rows = done.stdout.splitlines()[4:-1]
+    assert len(rows) == 13
+    for row in rows:
+        assert row.split()[1:4] == ["+0.000", "[+0.000,", "+0.000]"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "phrase"),
+    [
+        (lambda path: path.unlink(), "no per_slice.csv in spoilt"),
+        (lambda path: path.write_text(""), "spoilt/per_slice.csv is damaged"),
+        (lambda path: path.write_text("subject,slice,auprc\nS,80,0.5\n"), "spoilt/per_slice.csv is damaged"),
+        (lambda path: path.write_text(path.read_text() + "S,81,many"), "spoilt/per_slice.csv is damaged"),
+        (lambda path: path.write_text(path.read_text().replace(",15,", ",16,")), "image size"),
+    ],
+    ids=["missing", "empty", "no lesion area", "no numbers", "other truth"],
+)
+def test_what_cannot_be_compared_is_refused(runs, in_process, tmp_path, spoil, phrase):
+    for name in ("good", "spoilt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "per_slice.csv").write_bytes((runs / "good/per_slice.csv").read_bytes())
+    spoil(tmp_path / "spoilt/per_slice.csv")
+    expect_refusal(in_process(TEST, "--compare", "good", "spoilt", cwd=tmp_path), phrase)
+
+
+def test_runs_of_different_slices_are_not_compared(runs, in_process):
+    done = in_process(TEST, "--compare", "good", "fewer", cwd=runs)
+    expect_refusal(done, "good and fewer", "different slices", "1 of 7", "0 of 6")
+
+
+def test_one_thing_at_a_time(runs, in_process):
+    done = in_process(TEST, "--compare", "good", "poor", "--rescore", "good", cwd=runs)
+    expect_refusal(done, "--rescore", "--compare")
+
+
+def test_comparing_does_not_wait_for_torch(runs, repository):
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print(sorted({'torch', 'monai', 'matplotlib'} & set(sys.modules))))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = [str(repository / TEST), "--compare", "good", "poor"]
+    start = f"import sys; sys.argv = {arguments!r}; sys.path.insert(0, {str(repository)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=runs, capture_output=True, text=True, check=True
+    )
+    assert "oracle_dice" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,122 @@
+"""Pictures: what they show is taken out of the figures again."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from utils.figures import (
+    best_median_worst,
+    dice_threshold_figure,
+    draw_scores,
+    histograms_figure,
+    precision_recall_figure,
+    write_figures,
+)
+from utils.metrics import best_threshold, by_lesion_size, cut_scores, evaluate, ranked_scores
+
+
+@pytest.fixture(scope="module")
+def maps() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (7, 24, 24)
+    brainmask, truth = np.zeros((2, *shape), bool)
+    brainmask[:, 3:21, 3:21] = True
+    truth[:, 8:12, 8:14] = True
+    grey = {key: rng.normal(size=shape) for key in ("image", "translation", "reconstruction")}
+    scores = (rng.normal(size=shape) + 2 * truth) ** 2
+    names = [f"S{i}_80" for i in range(len(truth))]
+    return {"names": names, "scores": scores, "truth": truth, "brainmask": brainmask, **grey}
+
+
+def labelled(maps: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return maps["scores"], maps["truth"], maps["brainmask"]
+
+
+def draw(maps: dict, **options) -> dict:
+    summary, per_slice = evaluate(*labelled(maps), n_resamples=10, **options)
+    metrics = summary | {"input": "flair", "trans": "t2", "by_lesion_size": by_lesion_size(per_slice)}
+    ranked = {"method": ranked_scores(*labelled(maps)), "intensity": ranked_scores(*labelled(maps))}
+    return draw_scores(maps, metrics, per_slice, ranked)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 20])
+def test_best_median_worst(n):
+    dice = np.random.default_rng(n).permutation(n) / n
+    groups = best_median_worst(dice)
+    shown = dice[list(groups)]
+    assert (np.diff(shown) < 0).all()  # best first, no slice twice
+    assert shown[0] == dice.max()
+    assert shown[-1] == dice.min()
+    if n >= 6:
+        assert list(groups.values()) == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
+        assert np.median(dice) == pytest.approx(shown[2:4].mean(), abs=1 / n)
+
+
+def test_an_undefined_dice_is_among_the_worst():
+    assert list(best_median_worst(np.array([0.5, np.nan, 0.9, 0.7]))) == [2, 3, 1]
+
+
+def test_all_pictures_are_written_and_readable(maps, tmp_path):
+    write_figures(tmp_path / "figures", draw(maps, val=labelled(maps)))
+    sizes = {"slices": 6 * 150, "precision_recall": 400, "dice_threshold": 400, "histograms": 400}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(sizes)
+    for name, least_height in sizes.items():
+        picture = matplotlib.image.imread(tmp_path / "figures" / f"{name}.png")[..., :3]
+        height, width, _ = picture.shape
+        assert height >= least_height
+        assert width >= 700
+        assert 0.05 < (picture == 1).all(-1).mean() < 0.98
+
+
+def test_the_panel_has_contours_of_truth_and_prediction(maps):
+    figure = draw(maps, val=labelled(maps))["slices"]
+    rows = np.array(figure.axes[:30]).reshape(6, 5)
+    assert [len(ax.collections) for ax in rows[0]] == [0, 0, 0, 0, 2]
+    assert {"prediction (validation threshold)", "truth"} == {t.get_text() for t in figure.legends[0].texts}
+    assert figure.axes[30].get_ylabel() == "squared cyclic error"  # the colour bar's
+    without_val = draw(maps)["slices"]
+    assert "prediction (oracle threshold)" in {text.get_text() for text in without_val.legends[0].texts}
+
+
+def test_precision_recall_has_the_area_that_its_legend_says(maps):
+    scores, truth = ranked_scores(*labelled(maps))
+    figure = precision_recall_figure({"method": (scores, truth), "noise": (-scores, truth)})
+    (ax,) = figure.axes
+    *curves, chance = ax.lines
+    for curve in curves:
+        recall, precision = curve.get_data()
+        area = -np.sum(np.diff(recall) * precision[:-1])
+        assert f"AUPRC {area:.3f}" in curve.get_label()
+    assert curves[0].get_linestyle() != curves[1].get_linestyle()  # not told apart by colour alone
+    assert set(chance.get_ydata()) == {truth.mean()}
+
+
+def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
+    scores = cut_scores(maps["scores"], maps["brainmask"])
+    threshold, dice = best_threshold(scores, maps["truth"])
+    figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2})
+    curve, oracle, validation = figure.axes[0].lines
+    x, y = curve.get_data()
+    assert len(x) == len(np.unique(scores[np.isfinite(scores)]))
+    assert (x[np.argmax(y)], y.max()) == pytest.approx((threshold, dice))
+    assert set(oracle.get_xdata()) == {threshold}
+    assert set(validation.get_xdata()) == {threshold / 2}
+    assert f"Dice {dice:.3f}" in oracle.get_label()
+
+
+def test_histograms_hold_every_scored_pixel(maps):
+    scores = cut_scores(maps["scores"], maps["brainmask"])
+    figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0})
+    healthy, lesion = (patch.get_xy() for patch in figure.axes[0].patches)
+    for outline, pixels in ((healthy, ~maps["truth"]), (lesion, maps["truth"])):
+        counts = outline[1:122:2, 1][:60]
+        assert counts.sum() == np.count_nonzero(np.isfinite(scores) & pixels)
+    assert figure.axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_maps_without_a_difference_can_be_drawn(maps, value, tmp_path):
+    """All scores alike, or none at all: there is then no threshold."""
+    constant = maps | {"scores": np.full_like(maps["scores"], value)}
+    write_figures(tmp_path / "figures", draw(constant, val=labelled(constant)))
+    assert len(list((tmp_path / "figures").iterdir())) == 4
