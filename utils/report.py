@@ -227,8 +227,10 @@ def _scores(block: Mapping[str, Any]) -> tuple[str, str, str]:
 def _with_interval(value: float | None, interval: Sequence[float | None]) -> str:
     if value is None:
         return "undefined"
-    low, high = ("?" if bound is None else f"{bound:.3f}" for bound in interval)
-    return f"{value:.3f} [{low}, {high}]"
+    if None in interval:  # a single slice has none
+        return f"{value:.3f}"
+    low, high = interval
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _value(value: float | None, signed: bool = False) -> str:
@@ -245,16 +247,19 @@ def main() -> None:
     parser = ArgumentParser(
         prog="python -m utils.report", description="Print one table for several test runs."
     )
-    parser.add_argument("results", nargs="+", help="folders of test runs, below experiments/results")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="folders of test runs, below experiments/results"
+    )
+    folders = parser.parse_args().results
     runs = []
-    for folder in map(Path, parser.parse_args().results):
+    for folder in folders:
         path = folder / "metrics.json"
         if not path.is_file():
             raise UserError(f"no metrics.json in {folder}: run modality_cyclic_test.py first")
         runs.append(json.loads(path.read_text(encoding="utf-8")))
     print(table(runs))
-    for folder in parser.parse_args().results:
-        print(f"figures: {Path(folder) / 'figures'}")
+    for folder in folders:
+        print(f"figures: {folder / 'figures'}")
 
 
 if __name__ == "__main__":
