@@ -1,6 +1,7 @@
 """Sampling with fewer steps than were trained (Nichol & Dhariwal 2021, section 4)."""
 
 from collections.abc import Collection
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Collection[int]) -
         if not 1 <= count <= length:
             raise ValueError(f"cannot keep {count} of {length} timesteps: choose 1 to {length}")
         stride = (length - 1) / (count - 1) if count > 1 else 1
-        kept.update(start + round(stride * i) for i in range(count))
+        # Added up, not multiplied: where a sum lies halfway, it then rounds as in the public library.
+        kept.update(start + round(position) for position in accumulate([0.0] + [stride] * (count - 1)))
         start += length
     return kept
 
