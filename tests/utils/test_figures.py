@@ -114,6 +114,7 @@ def test_histograms_hold_every_scored_pixel(maps):
     assert figure.axes[0].get_yscale() == "log"
 
 
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # of a histogram with nothing in it
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_maps_without_a_difference_can_be_drawn(maps, value, tmp_path):
     """All scores alike, or none at all: there is then no threshold."""
