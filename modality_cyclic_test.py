@@ -196,14 +196,15 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
     if (record["model_name"], record["training_process"]) != (model_name, process):
         kind = f"{record['training_process']} {record['model_name']}"
         raise UserError(f"{checkpoint.parent} is a {kind}, not the {process} {model_name} that is asked for")
-    fixed = config.copy_and_resolve_references()
+    asked, fixed = dict(leaves(config)), config.copy_and_resolve_references()
     for key, value in leaves(record["config"]):
         if not key.startswith(HELD[model_name]):
             continue
         value = tuple(value) if isinstance(value, list) else value
-        asked = dict(leaves(config))[key]
-        if key in given and asked != value:
-            raise UserError(f"{key}={asked} contradicts {checkpoint.parent}, which was trained with {value}")
+        if key in given and asked[key] != value:
+            raise UserError(
+                f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}"
+            )
         fixed.update_from_flattened_dict({key: value})
     return Translator(checkpoint.absolute().parent.name, checkpoint, fixed)
 

@@ -109,8 +109,8 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x: [N, C, H, W]. `emb` is not used: blocks of every kind are called alike."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, H, W]."""
         n, c, *spatial = x.shape
         qkv = self.qkv(self.norm(x).reshape(n, c, -1))
         # [N, heads, 3·C/heads, T] -> three of [N, heads, T, C/heads]
@@ -120,11 +120,11 @@ class AttentionBlock(nn.Module):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence that hands the timestep embedding to the blocks that take one."""
+    """A sequence that hands the timestep embedding to its residual blocks."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock | AttentionBlock) else layer(x)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 

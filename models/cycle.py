@@ -54,14 +54,11 @@ def mmccd(
         batch_size: network samples at a time; it changes the memory needed, not the scores.
         progress: wraps the sequence of batches, for a progress bar.
     """
-    hides_brain = [
-        (forward.mask(bands).to(brainmask.device) & mask).flatten(1).any(1).tolist() for mask in brainmask
-    ]
+    masks = forward.mask(bands).to(brainmask.device)
     jobs = [
-        (i, band)
-        for i, row in enumerate(hides_brain)
-        for band, hides in zip(bands, row, strict=True)
-        if hides
+        (i, bands[k])
+        for i, brain in enumerate(brainmask)
+        for k in (masks & brain).flatten(1).any(1).nonzero().flatten().tolist()
     ]
     sums = torch.zeros(3, *image.shape, device=image.device)
     counts = torch.zeros_like(image)

@@ -14,7 +14,7 @@ from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
 from utils.random import keyed_generator
 
-from .masks import Band, band_mask, random_bands
+from .masks import Band, band_masks, random_bands
 
 
 def masked_condition(image: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def masked_diffusion_losses(
     n, image_size, device = len(image), image.shape[-1], image.device
     generator = keyed_generator("training", seed, step)
     bands = random_bands(n, image_size, band_stride, generator)
-    mask = torch.stack([band_mask(band, image_size, band_width) for band in bands]).to(device)
+    mask = band_masks(bands, image_size, band_width).to(device)
     t, weights = (value.to(device) for value in schedule_sampler.sample(n, generator))
     condition_noise, noise = torch.randn(2, *image.shape, generator=generator).to(device)
     condition = {"image": image, "mask": mask, "noise": condition_noise}
@@ -112,7 +112,7 @@ class MaskedDiffusionTranslator:
 
     def mask(self, bands: Sequence[Band]) -> Tensor:
         """The pixels that each band hides, bool [N, 1, H, W]."""
-        return torch.stack([band_mask(band, self.image_size, self.band_width) for band in bands])
+        return band_masks(bands, self.image_size, self.band_width)
 
     def sample(self, image: Tensor, bands: Sequence[Band]) -> Tensor:
         """Translate image i with band i hidden: [N, 1, H, W] to [N, 1, H, W], on the image's device."""

@@ -1,5 +1,6 @@
 """The bands that hide a part of the input (Liang et al. 2023, section 2.2)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ def band_mask(band: Band, image_size: int, width: int) -> Tensor:
     else:
         mask[:, :, hidden] = True
     return mask
+
+
+def band_masks(bands: Sequence[Band], image_size: int, width: int) -> Tensor:
+    """The pixels that each of N bands hides: bool [N, 1, image_size, image_size]."""
+    return torch.stack([band_mask(band, image_size, width) for band in bands])
 
 
 def random_bands(n: int, image_size: int, stride: int, generator: torch.Generator) -> list[Band]:

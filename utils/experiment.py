@@ -40,10 +40,9 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or train again") from error
-    return record
 
 
 # What may change while an experiment goes on: where its data lie, how long it trains, what it shows on the way.
@@ -66,11 +65,11 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     before = read_record(checkpoint) if checkpoint else None
     if before is None:
         return
-    before, now = (dict(leaves(json.loads(json.dumps(one)))) for one in (before, record))
-    for key, value in now.items():
-        if not key.startswith(_FREE) and before.get(key) != value:
+    began_with = dict(leaves(before))
+    for key, value in leaves(json.loads(json.dumps(record))):  # tuples become lists, as they are in the file
+        if not key.startswith(_FREE) and began_with.get(key) != value:
             raise UserError(
-                f"{directory} was begun with {key}={before.get(key)}, not {value}: "
+                f"{directory} was begun with {key}={began_with.get(key)}, not {value}: "
                 "go on with the same, or give another --experiment_name"
             )
 
