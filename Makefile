@@ -27,7 +27,7 @@ lint: install
 
 RUN := unet_backward_phantom_t2_flair
 UNET_RESULTS := experiments/results/unet_forward_phantom_t2_flair__$(RUN)
-MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)__ddim5
+MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)__fast
 
 demo: $(DONE)/test_unet $(DONE)/test_mmccd
 	@echo
@@ -58,5 +58,5 @@ $(DONE)/test_unet: $(DONE)/unet_forward $(DONE)/unet_backward
 	@touch $@
 
 $(DONE)/test_mmccd: $(DONE)/diffusion_forward $(DONE)/unet_backward
-	$(PY) modality_cyclic_test.py --dataset phantom --model_name diffusion
+	$(PY) modality_cyclic_test.py --dataset phantom --model_name diffusion --sampling fast
 	@touch $@

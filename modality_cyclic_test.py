@@ -3,9 +3,14 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from utils.cli import UserError, parse_run_args, run, run_parser
+from utils.cli import ArgumentParser, UserError, parse_run_args, run, run_parser
+
+if TYPE_CHECKING:  # these take seconds to import
+    from torch import Tensor
+
+    from models.cycle import Cycle
 
 ERROR_MAPS = "error_maps.npz"
 
@@ -25,27 +30,25 @@ def main() -> None:
 def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
-    import config as configs
     from utils.device import pick_device
     from utils.experiment import trained_steps
     from utils.report import write_maps
 
-    config, given = configs.resolve(args.dataset, config_flags(args), overrides)
-    forward = find_translator("forward", args, config, given)
+    forward, backward = find_translators(args, overrides)
     config = forward.config
-    backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
-    configs.check(config)
-    create_maps = create_scorer(args, forward, backward, pick_device(args.gpu_id))
+    scorer = Scorer(args.model_name, forward, backward, pick_device(args.gpu_id))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
     print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
 
-    maps = {split: create_maps(batch, split) for split, batch in slices.items() if batch}
+    maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
     translators = {"forward": forward, "backward": backward}
     run = {
         "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
         "input": config.data.input,
         "trans": config.data.trans,
         "image_size": config.data.image_size,
+        "sampling": sampling_name(config) if args.model_name == "diffusion" else None,
+        **cost,
         "checkpoints": {process: str(found.checkpoint) for process, found in translators.items()},
         "trained_steps": {process: trained_steps(found.checkpoint) for process, found in translators.items()},
     }
@@ -104,7 +107,27 @@ class Translator(NamedTuple):
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
-    parser = run_parser(__doc__)
+    parser = chain_parser(__doc__)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("RUN_A", "RUN_B"),
+        help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
+    )
+    instead.add_argument(
+        "--rescore",
+        type=Path,
+        metavar="RUN",
+        help="only score the error maps in a test run's folder again, without a model",
+    )
+    return parse_run_args(parser)
+
+
+def chain_parser(description: str) -> ArgumentParser:
+    """A parser with the flags that say which translators are chained, and how MMCCD samples."""
+    parser = run_parser(description)
     add = parser.add_argument
     add(
         "--model_name",
@@ -129,22 +152,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         choices=["True", "False"],
         help="DDIM or ancestral sampling (default: the config's, True)",
     )
+    add(
+        "--sampling",
+        choices=["paper", "fast"],
+        help="how MMCCD samples: paper, or fast at a small part of the cost (default: the config's, paper)",
+    )
     add("--timestep_respacing", help="sampling steps; 1000 or empty: all (default: the config's, 100)")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("RUN_A", "RUN_B"),
-        help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
-    )
-    instead.add_argument(
-        "--rescore",
-        type=Path,
-        metavar="RUN",
-        help="only score the error maps in a test run's folder again, without a model",
-    )
-    return parse_run_args(parser)
+    return parser
 
 
 def config_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,6 +179,25 @@ HELD = {
     "unet": (*HELD_BY_BOTH, "score_model.model."),
     "diffusion": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion.", "score_model.mask.width"),
 }
+
+
+def find_translators(args: argparse.Namespace, overrides: list[str]) -> tuple[Translator, Translator]:
+    """The forward and the backward translator that the flags name; the forward one's config is that of the run.
+
+    Raises:
+        UserError: as `find_translator`, or a value that no run can work with.
+    """
+    import config as configs
+
+    config, given = configs.resolve(args.dataset, config_flags(args), overrides)
+    forward = find_translator("forward", args, config, given)
+    config = forward.config
+    if args.sampling:
+        preset = configs.sampling_preset(args.sampling, config.score_model.mask.width)
+        config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
+    backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
+    configs.check(config)
+    return forward, backward
 
 
 def find_translator(process: str, args: argparse.Namespace, config: Any, given: set[str]) -> Translator:
@@ -209,64 +242,111 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
     return Translator(checkpoint.absolute().parent.name, checkpoint, fixed)
 
 
-def create_scorer(
-    args: argparse.Namespace, forward: Translator, backward: Translator, device: Any
-) -> Callable[[dict, str], dict]:
-    """Load both translators; what comes back turns slices into error maps, arrays [N, H, W] by name.
+class Scorer:
+    """Both translators of a cycle, loaded: turns slices of any number into anomaly scores.
 
     Raises:
         UserError: a config that no network or diffusion can be made of, or weights that do not fit it.
     """
-    import torch
+
+    def __init__(self, model_name: str, forward: Translator, backward: Translator, device: Any):
+        from models.build import create_masked_translator, create_network
+        from models.masks import sweep
+        from utils.device import pick_precision, speed_up
+        from utils.experiment import load_weights
+
+        self.config, self.device = forward.config, device
+        self.batch_size = self.config.score_model.sampling.batch_size
+        self.precision = pick_precision(self.config.precision, device)
+        self.masked_translator = None  # Cyclic UNet has none
+        self.networks = []
+        try:
+            for name, found in ((model_name, forward), ("unet", backward)):
+                network = create_network(name, found.config.score_model.model)
+                load_weights(network, found.checkpoint)
+                self.networks.append(speed_up(network.eval(), device, training=False))
+            if model_name == "diffusion":
+                self.masked_translator = create_masked_translator(self.networks[0], self.config)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.bands = sweep(self.config.data.image_size, self.config.score_model.sampling.stride)
+        steps = self.masked_translator.diffusion.num_timesteps if self.masked_translator else 1
+        self.passes_a_sample = steps + 1  # forward, and one back
+
+    def samples(self, brainmask: "Tensor") -> int:
+        """How many samples the slices of these brain masks [N, 1, H, W] take: one, or one for each band."""
+        from models.cycle import slices_and_bands
+
+        if not self.masked_translator:
+            return len(brainmask)
+        return len(slices_and_bands(brainmask, self.masked_translator, self.bands))
+
+    def score(self, image: "Tensor", brainmask: "Tensor", progress: Callable[[int], None]) -> "Cycle":
+        """The cycle of slices [N, 1, H, W], on the CPU; `progress` is told of network passes made."""
+        import torch
+
+        from models.cycle import Cycle, cyclic_unet, mmccd
+        from utils.device import autocast, in_batches
+
+        def made(samples: int) -> None:
+            progress(samples * self.passes_a_sample)
+
+        image, brainmask = image.to(self.device), brainmask.to(self.device)
+        with autocast(self.device, self.precision):
+            if self.masked_translator:
+                cycle = mmccd(
+                    image,
+                    brainmask,
+                    self.masked_translator,
+                    self.networks[1],
+                    bands=self.bands,
+                    batch_size=self.batch_size,
+                    progress=made,
+                )
+            else:
+                parts: list[Cycle] = []
+                in_batches(
+                    lambda batch: parts.append(cyclic_unet(batch, *self.networks)),
+                    image,
+                    self.batch_size,
+                    made,
+                )
+                cycle = Cycle(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        return Cycle(*(field.cpu() for field in cycle))
+
+
+def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
     from tqdm import tqdm
 
-    from models.build import create_masked_translator, create_network
-    from models.cycle import Cycle, cyclic_unet, mmccd
-    from models.masks import sweep
-    from utils.experiment import load_weights
-
-    config = forward.config
-    batch_size = config.score_model.sampling.batch_size
-    networks = []
-    try:
-        for model_name, found in ((args.model_name, forward), ("unet", backward)):
-            network = create_network(model_name, found.config.score_model.model)
-            load_weights(network, found.checkpoint)
-            networks.append(network.eval().to(device))
-        if args.model_name == "diffusion":
-            masked_translator = create_masked_translator(networks[0], config)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-    def cycle_of(slices: dict, split: str) -> Cycle:
-        image = slices[config.data.input].to(device)
-        if args.model_name == "diffusion":
-            return mmccd(
-                image,
-                slices["brainmask"].to(device),
-                masked_translator,
-                networks[1],
-                bands=sweep(config.data.image_size, config.score_model.mask.stride),
-                batch_size=batch_size,
-                progress=lambda batches: tqdm(batches, desc=f"scoring {split}", unit="batch"),
-            )
-        batches = tqdm(image.split(batch_size), desc=f"scoring {split}", unit="batch")
-        parts = [cyclic_unet(batch, *networks) for batch in batches]
-        return Cycle(*(torch.cat(field) for field in zip(*parts, strict=True)))
-
-    def score(slices: dict, split: str) -> dict:
-        cycle = cycle_of(slices, split)
-        maps = {
-            "image": slices[config.data.input],
-            "translation": cycle.translation,
-            "reconstruction": cycle.reconstruction,
-            "scores": cycle.score,
-            "truth": slices["seg"],
-            "brainmask": slices["brainmask"],
-        }
-        return {"names": slices["name"], **{key: value[:, 0].cpu().numpy() for key, value in maps.items()}}
-
-    return score
+    samples = sum(scorer.samples(batch["brainmask"]) for batch in slices.values())
+    passes = samples * scorer.passes_a_sample
+    cost = {"precision": str(scorer.precision).removeprefix("torch."), "network_passes": passes}
+    print(f"{passes:,} network passes, on {scorer.device} in {cost['precision']}")
+    if scorer.masked_translator:
+        print(
+            f"({samples:,} slices with a band hidden × {scorer.passes_a_sample - 1} steps forward and 1 back)"
+        )
+        if scorer.device.type == "cpu" and sampling_name(scorer.config) != "fast":
+            print("that takes long on a CPU: --sampling fast makes far fewer")
+    maps = {}
+    with tqdm(total=passes, desc="scoring", unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
+        for split, batch in slices.items():
+            image = batch[scorer.config.data.input]
+            cycle = scorer.score(image, batch["brainmask"], bar.update)
+            images = {
+                "image": image,
+                "translation": cycle.translation,
+                "reconstruction": cycle.reconstruction,
+                "scores": cycle.score,
+                "truth": batch["seg"],
+                "brainmask": batch["brainmask"],
+            }
+            maps[split] = {
+                "names": batch["name"],
+                **{key: value[:, 0].numpy() for key, value in images.items()},
+            }
+    return maps, cost
 
 
 def load_slices(config: Any, split: str) -> dict | None:
@@ -292,14 +372,24 @@ def labelled(maps: dict, key: str) -> tuple:
 
 def results_name(model_name: str, forward: Translator, backward: Translator) -> str:
     """The folder of a test run: what was chained, and how it was sampled."""
-    from guided_diffusion.respace import space_timesteps
-
     name = f"{forward.name}__{backward.name}"
-    if model_name == "unet":
-        return name
-    sampling, steps = forward.config.score_model.sampling, forward.config.score_model.diffusion.steps
-    kind = "ddim" if sampling.use_ddim else "ancestral"
-    return f"{name}__{kind}{len(space_timesteps(steps, sampling.timestep_respacing))}"
+    return name if model_name == "unet" else f"{name}__{sampling_name(forward.config)}"
+
+
+def sampling_name(config: Any) -> str:
+    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`."""
+    from config import sampling_preset
+    from guided_diffusion.respace import space_timesteps
+    from utils.experiment import leaves
+
+    sampling = config.score_model.sampling
+    paper, fast = (sampling_preset(name, config.score_model.mask.width) for name in ("paper", "fast"))
+    if sampling.use_ddim and fast.items() <= dict(leaves(config)).items():
+        return "fast"
+    steps = space_timesteps(config.score_model.diffusion.steps, sampling.timestep_respacing)
+    name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{len(steps)}"
+    swept_as_in_paper = sampling.stride == paper["score_model.sampling.stride"]
+    return name if swept_as_in_paper else f"{name}_stride{sampling.stride}"
 
 
 if __name__ == "__main__":

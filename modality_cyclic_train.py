@@ -21,7 +21,7 @@ def main() -> None:
     from guided_diffusion.logger import Logger
     from guided_diffusion.train_util import TrainLoop
     from models.build import create_losses, create_masked_translator, create_network
-    from utils.device import pick_device
+    from utils.device import pick_device, pick_precision, speed_up
     from utils.experiment import experiment_name, refuse_other_settings, write_record
 
     flags = {
@@ -38,9 +38,10 @@ def main() -> None:
         image, target = target, image
 
     device = pick_device(args.gpu_id)
+    precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
-        network = create_network(args.model_name, config.score_model.model).to(device)
+        network = create_network(args.model_name, config.score_model.model)
         losses = create_losses(args.model_name, config)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
@@ -58,12 +59,13 @@ def main() -> None:
     write_record(directory, record)
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
-    logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {device}")
+    where = f"{device} in {str(precision).removeprefix('torch.')}"
+    logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
     loop = TrainLoop(
-        model=network,
+        model=speed_up(network, device, training=True),
         compute_losses=lambda model, batch, step: losses(
-            model, batch[image].to(device), batch[target].to(device), step
+            model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
         ),
         batches_from=partial(training_batches, dataset, training.batch_size, config.seed),
         directory=directory,
@@ -75,6 +77,7 @@ def main() -> None:
         lr_decay_steps=training.lr_decay_steps,
         lr_decay_factor=training.lr_decay_factor,
         ema_rate=training.ema_rate,
+        precision=precision,
         seed=config.seed,
         log_interval=training.log_interval,
         save_interval=training.save_interval,

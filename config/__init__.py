@@ -8,11 +8,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from utils.cli import UserError, did_you_mean
+from utils.device import PRECISIONS
 from utils.experiment import leaves
 
 from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
+# How MMCCD samples, by name: DDIM steps, and bands of the sweep in the width of one band (so many see each pixel,
+# in either direction). The README shows what each costs and scores.
+SAMPLING = {"paper": (100, 8), "fast": (5, 2)}
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 
@@ -81,6 +85,15 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     return given
 
 
+def sampling_preset(name: str, band_width: int) -> dict[str, Any]:
+    """The keys of the config that a preset sets, of `SAMPLING`, for bands of this width."""
+    steps, bands_a_width = SAMPLING[name]
+    return {
+        "score_model.sampling.timestep_respacing": str(steps),
+        "score_model.sampling.stride": max(band_width // bands_a_width, 1),
+    }
+
+
 def check(config: ConfigDict) -> None:
     """Refuse values that no run can work with, before anything is written.
 
@@ -92,6 +105,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must lie in 0 … {2**32 - 1}")
+    if config.precision not in ("auto", *PRECISIONS):
+        raise UserError(f"precision={config.precision!r} is not known: choose auto, {', '.join(PRECISIONS)}")
     for section, keys in _AT_LEAST_ONE.items():
         for key in keys:
             if not score_model[section][key] >= 1:
@@ -119,10 +134,12 @@ def check(config: ConfigDict) -> None:
         )
     if not 1 <= score_model.mask.width <= data.image_size:
         raise UserError(f"score_model.mask.width={score_model.mask.width} must lie in 1 … {data.image_size}")
-    if not 1 <= score_model.mask.stride <= score_model.mask.width:
-        raise UserError(
-            f"score_model.mask.stride={score_model.mask.stride} must lie in 1 … mask.width, or pixels go unseen"
-        )
+    for section in ("mask", "sampling"):
+        stride = score_model[section].stride
+        if not 1 <= stride <= score_model.mask.width:
+            raise UserError(
+                f"score_model.{section}.stride={stride} must lie in 1 … mask.width, or pixels go unseen"
+            )
 
 
 _AT_LEAST_ONE = {

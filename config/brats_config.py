@@ -7,6 +7,8 @@ def get_config() -> ConfigDict:
     """Every setting of a run, unlocked. Sizes are in pixels of the resized slice."""
     config = ConfigDict()
     config.seed = 0
+    # auto: bfloat16 where the device computes in it, float16 on older GPUs, else float32; or one of the three
+    config.precision = "auto"
 
     config.data = data = ConfigDict()
     data.data_dir = "./datasets/data"
@@ -36,7 +38,7 @@ def get_config() -> ConfigDict:
 
     score_model.mask = mask = ConfigDict()  # the bands that hide the input
     mask.width = 16
-    mask.stride = 2
+    mask.stride = 2  # between the starts that training draws from
 
     score_model.training = training = ConfigDict()
     training.iterations = 100_000
@@ -52,6 +54,7 @@ def get_config() -> ConfigDict:
 
     score_model.sampling = sampling = ConfigDict()
     sampling.batch_size = 32  # network samples at a time
+    sampling.stride = 2  # between the bands of the sweep
     sampling.use_ddim = True
     sampling.eta = 0.0
     sampling.timestep_respacing = "100"

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -31,9 +32,25 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose random numbers are cheap on a CPU, where torch's own take a quarter of a training step.
+
+    An element is dropped by 16 random bits, four elements from one draw, so p is rounded to a multiple of 2⁻¹⁶.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape. Where it is not on a CPU, or nothing is dropped, this is torch's."""
+        below = round(self.p * 2**16)
+        if not self.training or x.device.type != "cpu" or not 0 < below < 2**16:
+            return super().forward(x)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        return (x / (1 - below / 2**16)).masked_fill(bits < below - 2**15, 0.0)
+
+
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, rate: float) -> None:
     """Move every trained parameter of `ema_model` towards that of `model`: ema ← rate·ema + (1 − rate)·value."""
-    for averaged, current in zip(ema_model.parameters(), model.parameters(), strict=True):
-        if current.requires_grad:
-            averaged.lerp_(current, 1.0 - rate)
+    pairs = zip(ema_model.parameters(), model.parameters(), strict=True)
+    averaged, current = zip(*((ema, value) for ema, value in pairs if value.requires_grad), strict=True)
+    get_ema_multi_avg_fn(rate)(averaged, current, None)  # all in one go

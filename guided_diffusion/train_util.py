@@ -41,6 +41,7 @@ class TrainLoop:
         lr_decay_steps: int,  # the learning rate is multiplied by lr_decay_factor once in so many steps
         lr_decay_factor: float,
         ema_rate: float,  # the rate that the warm-up ends at
+        precision: torch.dtype,  # of matrix products and convolutions; float16 with a gradient scaler
         seed: int,  # with the step number, it seeds what the network draws itself (dropout)
         log_interval: int,  # steps between two rows of progress.csv
         save_interval: int,  # steps between two checkpoints; the last step is always saved
@@ -58,12 +59,16 @@ class TrainLoop:
         self.lr_decay_steps = lr_decay_steps
         self.lr_decay_factor = lr_decay_factor
         self.ema_rate = ema_rate
+        self.precision = precision
         self.seed = seed
         self.log_interval = log_interval
         self.save_interval = save_interval
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay, fused=True)
+        self.device = self.trained[0].device
+        # float16 underflows where gradients are small; the other precisions have the range of float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.step = 0
 
     def run(self) -> None:
@@ -108,10 +113,12 @@ class TrainLoop:
         torch.manual_seed(self.seed + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
-        loss = self.compute_losses(self.model, batch, self.step).mean()
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            loss = self.compute_losses(self.model, batch, self.step).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         # Warmed up, so that a short run's average is not one of its initialisation.
         update_ema(self.ema_model, self.model, min(self.ema_rate, (1 + self.step) / (10 + self.step)))
         self.step += 1
@@ -132,7 +139,10 @@ class TrainLoop:
         torch.save(self.model.state_dict(), paths["model"])
         torch.save(self.ema_model.state_dict(), paths["ema"])
         # The optimizer's file comes last: where it lies, the other two are whole.
-        torch.save({"step": self.step, "optimizer": self.optimizer.state_dict()}, paths["opt"])
+        torch.save(
+            {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
+            paths["opt"],
+        )
         self.logger.info(f"saved {paths['ema'].name} after {self.step} steps")
 
     def _resume(self) -> None:
@@ -140,10 +150,10 @@ class TrainLoop:
         if not steps:
             return
         paths = self._paths(max(steps))
-        device = self.trained[0].device
-        self.model.load_state_dict(torch.load(paths["model"], map_location=device, weights_only=True))
-        self.ema_model.load_state_dict(torch.load(paths["ema"], map_location=device, weights_only=True))
-        saved = torch.load(paths["opt"], map_location=device, weights_only=True)
+        self.model.load_state_dict(torch.load(paths["model"], map_location=self.device, weights_only=True))
+        self.ema_model.load_state_dict(torch.load(paths["ema"], map_location=self.device, weights_only=True))
+        saved = torch.load(paths["opt"], map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.step = saved["step"]
         self.logger.info(f"going on from {paths['opt'].name}")

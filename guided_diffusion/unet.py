@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import timestep_embedding, zero_module
+from .nn import Dropout, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
@@ -72,7 +72,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(norm_groups, out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
@@ -111,12 +111,15 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, C, H, W]."""
-        n, c, *spatial = x.shape
-        qkv = self.qkv(self.norm(x).reshape(n, c, -1))
-        # [N, heads, 3·C/heads, T] -> three of [N, heads, T, C/heads]
-        q, k, v = qkv.reshape(n, self.num_heads, -1, qkv.shape[-1]).transpose(2, 3).chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c, -1)
-        return x + self.proj_out(h).reshape(n, c, *spatial)
+        n, c, height, width = x.shape
+        # Channels go last: positions are then rows of a matrix, and attention's fused kernels take no other layout.
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
+        qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)
+        # [N, T, 3·C] -> three of [N, heads, T, C/heads]
+        q, k, v = qkv.reshape(n, height * width, self.num_heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        return x + h.reshape(n, height, width, c).permute(0, 3, 1, 2)
 
 
 class EmbedSequential(nn.Sequential):
@@ -250,4 +253,4 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h)
+        return self.out(h).to(x.dtype)  # lower precision inside, where autocast is on

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from enum import Enum
 
-import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
@@ -28,8 +27,7 @@ def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator 
     Raises:
         ValueError: widths that the norm's groups or the heads do not divide.
     """
-    # channels_last is the layout that convolutions are fastest in, on CPUs and GPUs alike
-    return NETWORKS[model_name](**model_config).to(memory_format=torch.channels_last)
+    return NETWORKS[model_name](**model_config)
 
 
 def create_losses(model_name: str, config: ConfigDict) -> Callable[[nn.Module, Tensor, Tensor, int], Tensor]:
@@ -83,11 +81,14 @@ def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "")
             that cannot be had.
     """
     steps = diffusion_config.steps
+    use_timesteps = space_timesteps(steps, timestep_respacing)
+    if len(use_timesteps) == 1:  # one step leads from pure noise to x_0: it is the last, not the first
+        use_timesteps = {steps - 1}
     betas = get_named_beta_schedule(diffusion_config.noise_schedule, steps)
     if betas.max() > 1:
         raise ValueError(f"steps={steps} is too few for a {diffusion_config.noise_schedule} noise schedule")
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing),
+        use_timesteps=use_timesteps,
         betas=betas,
         model_mean_type=_member(ModelMeanType, diffusion_config.model_mean_type),
         model_var_type=_member(ModelVarType, diffusion_config.model_var_type),

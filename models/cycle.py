@@ -1,10 +1,12 @@
 """The modality cycle A → B → A and its error, the anomaly score (Liang et al. 2023, section 2)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from utils.device import in_batches
 
 from .masked_diffusion import MaskedDiffusionTranslator
 from .masks import Band
@@ -29,6 +31,18 @@ def cyclic_unet(image: Tensor, forward: nn.Module, backward: nn.Module) -> Cycle
     return Cycle((image - reconstruction).square(), translation, reconstruction)
 
 
+def slices_and_bands(
+    brainmask: Tensor, forward: MaskedDiffusionTranslator, bands: Sequence[Band]
+) -> list[tuple[int, Band]]:
+    """What MMCCD samples: every slice of `brainmask` [N, 1, H, W] with every band that hides some of its brain."""
+    masks = forward.mask(bands).to(brainmask.device)
+    return [
+        (i, bands[k])
+        for i, brain in enumerate(brainmask)
+        for k in (masks & brain).flatten(1).any(1).nonzero().flatten().tolist()
+    ]
+
+
 @torch.inference_mode()
 def mmccd(
     image: Tensor,
@@ -38,7 +52,7 @@ def mmccd(
     *,
     bands: Sequence[Band],
     batch_size: int,
-    progress: Callable[[Sequence], Iterable] = iter,
+    progress: Callable[[int], None] = lambda samples: None,
 ) -> Cycle:
     """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
 
@@ -52,17 +66,12 @@ def mmccd(
         backward: B to A.
         bands: the sweep.
         batch_size: network samples at a time; it changes the memory needed, not the scores.
-        progress: wraps the sequence of batches, for a progress bar.
+        progress: told after each batch how many samples it had.
     """
-    masks = forward.mask(bands).to(brainmask.device)
-    jobs = [
-        (i, bands[k])
-        for i, brain in enumerate(brainmask)
-        for k in (masks & brain).flatten(1).any(1).nonzero().flatten().tolist()
-    ]
     sums = torch.zeros(3, *image.shape, device=image.device)
     counts = torch.zeros_like(image)
-    for batch in progress([jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]):
+
+    def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
         slices, hidden_by = zip(*batch, strict=True)
         index = torch.tensor(slices, device=image.device)
         hidden = forward.mask(hidden_by).to(image.device)
@@ -71,6 +80,8 @@ def mmccd(
         error = (image[index] - reconstruction).square()
         sums.index_add_(1, index, torch.stack([error, translation, reconstruction]) * hidden)
         counts.index_add_(0, index, hidden.float())
+
+    in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     score, translation, reconstruction = sums / counts.clamp(min=1)
     seen = counts > 0
     return Cycle(score, torch.where(seen, translation, image), torch.where(seen, reconstruction, image))

@@ -109,6 +109,7 @@ class MaskedDiffusionTranslator:
         self.use_ddim = use_ddim
         self.eta = eta
         self.clip_denoised = clip_denoised
+        self._drawn: dict[tuple, Tensor] = {}
 
     def mask(self, bands: Sequence[Band]) -> Tensor:
         """The pixels that each band hides, bool [N, 1, H, W]."""
@@ -120,7 +121,7 @@ class MaskedDiffusionTranslator:
         condition = {
             "image": image,
             "mask": self.mask(bands).to(device),
-            "noise": self._noise(bands, "condition").to(device),
+            "noise": self._noise_once(bands, "condition").to(device),
         }
         loop, options = self.diffusion.p_sample_loop, {}
         if self.use_ddim:
@@ -128,15 +129,22 @@ class MaskedDiffusionTranslator:
         return loop(
             self.model,
             image.shape,
-            noise=self._noise(bands, "x_T").to(device),
+            noise=self._noise_once(bands, "x_T").to(device),
             clip_denoised=self.clip_denoised,
             model_kwargs=condition,
-            step_noise=lambda step: self._noise(bands, "step", step).to(device),
+            step_noise=lambda step: torch.stack([self._noise(band, "step", step) for band in bands]).to(
+                device
+            ),
             **options,
         )
 
-    def _noise(self, bands: Sequence[Band], *use: int | str) -> Tensor:
+    def _noise(self, band: Band, *use: int | str) -> Tensor:
         shape = (1, self.image_size, self.image_size)
-        return torch.stack(
-            [torch.randn(shape, generator=keyed_generator(self.seed, *band, *use)) for band in bands]
-        )
+        return torch.randn(shape, generator=keyed_generator(self.seed, *band, *use))
+
+    def _noise_once(self, bands: Sequence[Band], use: str) -> Tensor:
+        """Drawn for the first slice that meets a band and kept for the others: two images a band in all."""
+        for band in bands:
+            if (band, use) not in self._drawn:
+                self._drawn[band, use] = self._noise(band, use)
+        return torch.stack([self._drawn[band, use] for band in bands])

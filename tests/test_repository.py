@@ -25,6 +25,7 @@ FLAGS = {
         "checkpoint_forward",
         "checkpoint_backward",
         "use_ddim",
+        "sampling",
         "timestep_respacing",
         "compare",
         "rescore",

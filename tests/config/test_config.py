@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 import config as configs
 import modality_cyclic_test
 import modality_cyclic_train
-from config import brats_config, check, get_config, leaves, override, resolve
+from config import brats_config, check, get_config, leaves, override, resolve, sampling_preset
 from models.build import create_network
 from utils.cli import UserError
 
 PAPER = {  # Liang et al. 2023, and their published settings
     "seed": 0,
+    "precision": "auto",
     "data.data_dir": "./datasets/data",
     "data.input": "flair",
     "data.trans": "t2",
@@ -49,6 +50,7 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.training.log_interval": 100,
     "score_model.training.save_interval": 5000,
     "score_model.sampling.batch_size": 32,
+    "score_model.sampling.stride": 2,
     "score_model.sampling.use_ddim": True,
     "score_model.sampling.eta": 0.0,
     "score_model.sampling.timestep_respacing": "100",
@@ -224,6 +226,9 @@ def test_flags_go_before_overrides():
         ("score_model.mask.width=129", "mask.width=129 must lie in 1 … 128"),
         ("score_model.mask.stride=0", "mask.stride=0"),
         ("score_model.mask.stride=17", "mask.stride=17.*pixels go unseen"),
+        ("score_model.sampling.stride=0", "sampling.stride=0"),
+        ("score_model.sampling.stride=17", "sampling.stride=17.*pixels go unseen"),
+        ("precision=half", "precision='half' is not known.*float16"),
         ("score_model.diffusion.steps=0", "diffusion.steps=0 must be at least 1"),
         ("score_model.training.iterations=0", "training.iterations=0 must be at least 1"),
         ("score_model.training.batch_size=0", "training.batch_size=0 must be at least 1"),
@@ -243,7 +248,7 @@ def test_values_that_no_run_can_work_with(brats, setting, message):
     "settings",
     [
         ["score_model.mask.width=128", "score_model.mask.stride=128"],
-        ["score_model.mask.width=1", "score_model.mask.stride=1"],
+        ["score_model.mask.width=1", "score_model.mask.stride=1", "score_model.sampling.stride=1"],
         ["data.image_size=16"],
         ["data.image_size=50", "score_model.model.channel_mult=(1,2)"],
     ],
@@ -251,6 +256,23 @@ def test_values_that_no_run_can_work_with(brats, setting, message):
 def test_values_at_the_border_of_what_works(brats, settings):
     override(brats, [f"--config.{setting}" for setting in settings])
     check(brats)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Presets of sampling
+
+
+def test_the_preset_paper_is_the_default(brats):
+    settings = dict(leaves(brats))
+    assert sampling_preset("paper", brats.score_model.mask.width).items() <= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("width", "paper_stride", "fast_stride"), [(16, 2, 8), (8, 1, 4), (12, 1, 6), (3, 1, 1), (1, 1, 1)]
+)
+def test_presets_scale_with_the_band(width, paper_stride, fast_stride):
+    for name, stride in (("paper", paper_stride), ("fast", fast_stride)):
+        assert sampling_preset(name, width)["score_model.sampling.stride"] == stride
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -264,6 +286,7 @@ OVERRIDES = (
     "--config.score_model.model.num_res_blocks=1",
     "--config.score_model.mask.width=4",
     "--config.score_model.mask.stride=4",
+    "--config.score_model.sampling.stride=4",
     "--config.score_model.training.iterations=2",
     "--config.score_model.training.batch_size=2",
     "--config.score_model.training.save_interval=2",

@@ -73,6 +73,7 @@ def train(tmp_path):
             "lr_decay_steps": 1000,
             "lr_decay_factor": 0.5,
             "ema_rate": 0.9,
+            "precision": torch.float32,
             "seed": 0,
             "log_interval": 2,
             "save_interval": 2,
@@ -99,6 +100,34 @@ def flat(model):
 
 # ----------------------------------------------------------------------------------------------------------
 # What it learns
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_it_learns_in_lower_precision(train, linear, precision):
+    seen = []
+
+    def losses(model, batch, step):
+        x, y = batch
+        prediction = model(x)
+        seen.append(prediction.dtype)
+        return (prediction.float() - y).square().flatten(1).mean(1)
+
+    train(linear, compute_losses=losses, precision=precision, iterations=300, save_interval=300)
+    assert set(seen) == {precision}
+    assert linear.weight.dtype == torch.float32
+    torch.testing.assert_close(linear.weight.detach(), TRUTH.T, atol=0.02, rtol=0)
+
+
+def test_float16_survives_gradients_that_underflow(train, linear):
+    """Gradients of so small a loss are 0 in float16 (and then nothing moves), unless they are scaled up."""
+
+    def losses(model, batch, step):
+        x, y = batch
+        return 2e-8 * (model(x).float() - y).square().flatten(1).mean(1)
+
+    before = flat(linear)
+    train(linear, compute_losses=losses, precision=torch.float16)
+    assert (flat(linear) - before).abs().min() > 0.01
 
 
 def test_it_learns(train, linear, tmp_path):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from guided_diffusion.unet import UNetModel
-from models.build import create_network
 from models.translator import UNetTranslator, translation_losses
 
 
@@ -73,15 +72,3 @@ def test_it_can_learn_to_invert_the_contrast(images):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3 * first
-
-
-def test_channels_last_changes_no_value(model_config, randomise, images):
-    plain, built = (
-        randomise(network, seed=3)
-        for network in (
-            UNetTranslator(**model_config),
-            create_network("unet", model_config),
-        )
-    )
-    assert built.input_blocks[1][0].in_layers[2].weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(built(images[0]), plain(images[0]), rtol=1e-4, atol=1e-5)

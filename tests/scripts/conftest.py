@@ -31,6 +31,7 @@ TINY = (
     "--config.score_model.model.channel_mult=(1, 1)",
     "--config.score_model.mask.width=8",
     "--config.score_model.mask.stride=8",
+    "--config.score_model.sampling.stride=8",
 )
 SHORT = (
     "--config.score_model.training.iterations=4",
@@ -160,6 +161,6 @@ def chain(workspace: Path) -> dict[str, Done]:
         "backward": (train, *TINY, *SHORT, "--training_process=backward"),
         "masked": (train, *TINY, *SHORT, *masked),
         "cyclic_unet": (test, *data),
-        "mmccd": (test, *data, "--config.score_model.mask.stride=8", *mmccd),
+        "mmccd": (test, *data, "--config.score_model.sampling.stride=8", *mmccd),
     }
     return {name: expect_success(run_process(*command, cwd=workspace)) for name, command in commands.items()}

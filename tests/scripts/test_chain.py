@@ -20,15 +20,10 @@ TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
 UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
 MASKED = "masked__unet_backward_phantom_t2_flair"
 NO_FLAGS = "unet_forward_brats_t2_flair__unet_backward_brats_t2_flair"
-RESULTS = {"cyclic_unet": UNETS, "mmccd": f"{MASKED}__ddim5"}
+RESULTS = {"cyclic_unet": UNETS, "mmccd": f"{MASKED}__ddim5_stride8"}
 DATA = ("--dataset=phantom", "--data_dir=datasets/data")
 # What the run named `mmccd` was given, but for its sampling.
-MMCCD = (
-    *DATA,
-    "--model_name=diffusion",
-    "--experiment_name_forward=masked",
-    "--config.score_model.mask.stride=8",
-)
+MMCCD = (*DATA, "--model_name=diffusion", "--experiment_name_forward=masked")
 
 SEGMENTATION = ("dice", "jaccard", "sensitivity", "precision", "assd")
 SCORES = {"n_slices", "auprc", "auroc", "oracle", "validation"}
@@ -46,13 +41,14 @@ def results(workspace, chain) -> dict[str, Path]:
 def run_mmccd(in_process, workspace, chain, tmp_path):
     """Call the testing script for MMCCD as the chain did, with other flags; returns its metrics and its maps."""
 
-    def run(*flags: str, name: str) -> tuple[dict, dict]:
+    def run(*flags: str, name: str, stride: int | None = 8) -> tuple[dict, dict]:
         # Into a folder of its own: the experiments are linked there, so that no test sees another's results.
         for experiment in ("masked", "unet_backward_phantom_t2_flair"):
             link = tmp_path / experiment
             if not link.exists():
                 link.symlink_to(workspace / "experiments" / experiment)
-        done = in_process(TEST, *MMCCD, f"--logdir={tmp_path}", *flags, cwd=workspace)
+        sweep = [f"--config.score_model.sampling.stride={stride}"] if stride else []
+        done = in_process(TEST, *MMCCD, *sweep, f"--logdir={tmp_path}", *flags, cwd=workspace)
         assert done.code == 0, done.stderr
         folder = tmp_path / "results" / name
         return read_metrics(folder), read_maps(folder)
@@ -312,7 +308,7 @@ def test_batching_does_not_change_error_maps(run_mmccd, results):
     expected = read_maps(results["mmccd"])
     for batch_size in (1, 7):
         override = f"--config.score_model.sampling.batch_size={batch_size}"
-        _, maps = run_mmccd("--timestep_respacing=5", override, name=f"{MASKED}__ddim5")
+        _, maps = run_mmccd("--timestep_respacing=5", override, name=f"{MASKED}__ddim5_stride8")
         assert maps["test_scores"].dtype == np.float32
         for key in ("test_scores", "val_scores", "test_translation"):
             np.testing.assert_allclose(maps[key], expected[key], rtol=0, atol=1e-5)
@@ -320,25 +316,60 @@ def test_batching_does_not_change_error_maps(run_mmccd, results):
 
 def test_the_same_command_gives_the_same_scores_and_another_seed_others(run_mmccd, results):
     first = read_metrics(results["mmccd"])
-    again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5")
+    again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5_stride8")
     assert without_paths(again) == without_paths(first)
-    other, _ = run_mmccd("--timestep_respacing=5", "--seed=1", name=f"{MASKED}__ddim5")
+    other, _ = run_mmccd("--timestep_respacing=5", "--seed=1", name=f"{MASKED}__ddim5_stride8")
     assert other["auprc"] != first["auprc"]
     assert other["baseline_intensity"] == first["baseline_intensity"]
 
 
 def test_ancestral_sampling_is_another_sampling(run_mmccd):
-    ddim, ddim_maps = run_mmccd("--timestep_respacing=4", name=f"{MASKED}__ddim4")
+    ddim, ddim_maps = run_mmccd("--timestep_respacing=4", name=f"{MASKED}__ddim4_stride8")
     ancestral, maps = run_mmccd(
-        "--use_ddim", "False", "--timestep_respacing", "4", name=f"{MASKED}__ancestral4"
+        "--use_ddim", "False", "--timestep_respacing", "4", name=f"{MASKED}__ancestral4_stride8"
     )
     assert set(ancestral) == set(ddim)
     assert np.abs(maps["test_scores"] - ddim_maps["test_scores"]).max() > 1e-4
 
 
 def test_respacing_as_the_public_library_spells_it(run_mmccd):
-    metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4")
+    metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4_stride8")
     assert metrics["method"] == "mmccd"
+
+
+def test_sampling_presets(run_mmccd, workspace):
+    """Bands are 8 px wide: `fast` sweeps them by 4 px, `paper` pixel by pixel; a flag beside a preset holds."""
+    fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
+    assert fast["sampling"] == "fast"
+    _, spelt_out = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__fast", stride=4)
+    assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
+    _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
+    _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)
+    assert np.array_equal(paper["test_scores"], spelt_out["test_scores"])
+
+
+def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
+    """Of brains that all bands hide some of: 4 slices × 8 bands × (5 steps forward and 1 back)."""
+    brainmask = np.concatenate(
+        [read_maps(results["mmccd"])[f"{split}_brainmask"] for split in ("test", "val")]
+    )
+    rows, columns = (brainmask.any(axis).reshape(4, 4, 8).any(2).sum() for axis in (2, 1))
+    metrics, printed = read_metrics(results["mmccd"]), chain["mmccd"].stdout
+    assert metrics["network_passes"] == 6 * (rows + columns)
+    assert f"{6 * (rows + columns)} network passes, on cpu in float32" in printed
+    assert "--sampling fast" in printed
+    assert "--sampling fast" not in chain["cyclic_unet"].stdout
+    assert read_metrics(results["cyclic_unet"])["network_passes"] == 2 * 4
+    *_, bar = [line for line in chain["mmccd"].stderr.splitlines() if line.startswith("scoring:")]
+    assert "100%" in bar
+    assert "pass/s" in bar
+
+
+def test_lower_precision_gives_nearly_the_same_maps(run_mmccd, results):
+    metrics, maps = run_mmccd("--timestep_respacing=5", "--config.precision=bfloat16", name=RESULTS["mmccd"])
+    assert metrics["precision"] == "bfloat16"
+    expected = read_maps(results["mmccd"])["test_scores"]
+    assert 0 < np.abs(maps["test_scores"] - expected).max() < 0.05 * expected.max()
 
 
 def test_bare_state_dicts_need_no_experiment(workspace, chain, results, in_process, tiny, tmp_path):
@@ -350,7 +381,7 @@ def test_bare_state_dicts_need_no_experiment(workspace, chain, results, in_proce
     done = in_process(TEST, *tiny, *flags, *sampling, f"--logdir={tmp_path / 'logs'}", cwd=workspace)
     assert done.code == 0, done.stderr
     (folder,) = (tmp_path / "logs/results").iterdir()
-    assert folder.name == "forward_weights__backward_weights__ddim5"
+    assert folder.name == "forward_weights__backward_weights__ddim5_stride8"
     metrics, expected = read_metrics(folder), read_metrics(results["mmccd"])
     assert metrics.pop("trained_steps") == {"forward": None, "backward": None}
     assert expected.pop("trained_steps")

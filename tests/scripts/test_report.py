@@ -5,7 +5,7 @@ import pytest
 pytestmark = pytest.mark.xdist_group("scripts")  # with test_chain.py, whose runs are reported
 
 UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
-MASKED = "masked__unet_backward_phantom_t2_flair__ddim5"
+MASKED = "masked__unet_backward_phantom_t2_flair__ddim5_stride8"
 
 
 def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subprocess, repository):
