@@ -1,0 +1,164 @@
+"""The plain way to score and to train: one slice and one mask at a time, in float32, all spelt out.
+
+It is kept to measure the project's own code against, and to test it: both come to the same scores. Networks are
+computed as in the public guided-diffusion library, whose attention is a product, a softmax and a product.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.nn import Dropout
+from guided_diffusion.unet import AttentionBlock
+from models.masked_diffusion import MaskedDiffusionTranslator
+from models.masks import Band
+
+# ----------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class PlainAttention(nn.Module):
+    """An `AttentionBlock`, its weights included, that keeps the attention weights of all pairs of positions."""
+
+    def __init__(self, block: AttentionBlock):
+        super().__init__()
+        self.num_heads = block.num_heads
+        self.norm = block.norm
+        self.qkv = block.qkv
+        self.proj_out = block.proj_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, C, H, W]."""
+        n, c, *spatial = x.shape
+        qkv = self.qkv(self.norm(x.reshape(n, c, -1)))
+        # [N, 3·C, T] -> three of [N·heads, C/heads, T]: each head's q, k and v lie next to each other
+        q, k, v = qkv.reshape(n * self.num_heads, 3 * c // self.num_heads, -1).chunk(3, dim=1)
+        weights = torch.einsum("nct,ncs->nts", q / math.sqrt(q.shape[1]), k).softmax(dim=-1)
+        h = torch.einsum("nts,ncs->nct", weights, v).reshape(n, c, -1)
+        return x + self.proj_out(h).reshape(n, c, *spatial)
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """A copy of `network` with the same weights, computed as published.
+
+    Attention is spelt out, dropout is torch's own, and weights lie in torch's default memory layout.
+    """
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, AttentionBlock):
+                setattr(parent, name, PlainAttention(child))
+            elif isinstance(child, Dropout):
+                setattr(parent, name, nn.Dropout(child.p))
+    return plain.train(network.training)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@torch.no_grad()
+def plain_mmccd(
+    image: Tensor,
+    brainmask: Tensor,
+    forward: MaskedDiffusionTranslator,
+    backward: nn.Module,
+    bands: Sequence[Band],
+) -> Tensor:
+    """The MMCCD score [N, 1, H, W], as `models.cycle.mmccd` defines it, of DDIM at eta 0 without clipping.
+
+    Bands that hide no brain are skipped, so that both ways make the same number of network passes.
+
+    Args:
+        image: [N, 1, H, W], on the networks' device.
+        brainmask: bool [N, 1, H, W].
+        forward: says what the diffusion is, what a band hides, and what noise belongs to it.
+        backward: the network from the target modality to the image's.
+        bands: the sweep.
+    """
+    scores = torch.zeros_like(image)
+    for i in range(len(image)):
+        one = image[i : i + 1]
+        errors = []
+        for band in bands:
+            mask = forward.mask([band]).to(one.device)
+            if not (mask & brainmask[i : i + 1]).any():
+                continue
+            condition = {
+                "image": one,
+                "mask": mask,
+                "noise": forward._noise(band, "condition")[None].to(one.device),
+            }
+            x_T = forward._noise(band, "x_T")[None].to(one.device)
+            translation = plain_ddim(forward.model, forward.diffusion, x_T, condition)[-1]
+            error = (one - backward(translation)).square()
+            errors.append(torch.where(mask, error, torch.nan))
+        if errors:
+            # A mean over no mask at all is nan: what no mask covered is background, and scores 0.
+            scores[i] = torch.cat(errors).nanmean(dim=0).nan_to_num(0.0)
+    return scores
+
+
+@torch.no_grad()
+def plain_ddim(
+    model: nn.Module, diffusion: GaussianDiffusion, x_T: Tensor, condition: Mapping[str, Tensor]
+) -> Tensor:
+    """x_T and what every DDIM step makes of it, [steps + 1, N, 1, H, W]; the last is x_0.
+
+    Song et al. 2021, eq. 12, without noise, for a network that predicts x_0.
+    """
+    alpha_bars = [1.0, *diffusion.alphas_cumprod.tolist()]
+    steps = [x_T]
+    for i in reversed(range(diffusion.num_timesteps)):
+        x_t, alpha_bar, alpha_bar_before = steps[-1], alpha_bars[i + 1], alpha_bars[i]
+        t = diffusion.model_timesteps(torch.full((len(x_T),), i, device=x_T.device))
+        x_0 = model(x_t, t, **condition)
+        noise = (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
+        steps.append(math.sqrt(alpha_bar_before) * x_0 + math.sqrt(1 - alpha_bar_before) * noise)
+    return torch.stack(steps)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+def plain_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW that goes through the trained parameters one by one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=False, foreach=False)
+
+
+def plain_training_step(
+    model: nn.Module,
+    ema_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute_losses: Callable[[nn.Module, Any, int], Tensor],
+    batch: Any,
+    step: int,
+    ema_rate: float,
+) -> Tensor:
+    """One step of training in float32; the loss is returned.
+
+    Args:
+        model: trained in place, in the mode it is in.
+        ema_model: the average of the model's weights so far, moved in place.
+        optimizer: of the model.
+        compute_losses: `(model, batch, step) -> [N]`; their mean is minimised.
+        batch: what `compute_losses` takes.
+        step: number of the step, from 0 on; the average is warmed up by it as in `TrainLoop`.
+        ema_rate: the rate that the warm-up ends at.
+    """
+    loss = compute_losses(model, batch, step).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    rate = min(ema_rate, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, value in zip(ema_model.parameters(), model.parameters(), strict=True):
+            average.mul_(rate).add_(value, alpha=1 - rate)
+    return loss.detach()

@@ -1,0 +1,274 @@
+"""What the timed benchmarks share: sides that take turns, each in a process of its own, and what a device can do.
+
+Only a process of its own keeps a side from what the other sets for the whole process (how the C library keeps
+memory, say), and tells its peak memory.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from utils.cli import ArgumentParser, UserError
+
+Work = Callable[..., object]
+
+
+class Run(NamedTuple):
+    """One turn of a worker. Peak memory, in bytes, is that of all its turns so far."""
+
+    seconds: float
+    peak_memory: int
+
+
+class Worker:
+    """A process that prepares some work and then does it whenever it is asked to; a context manager.
+
+    It does the work once to warm up: memory is then there, and kernels are chosen or compiled. `first` is that run.
+
+    Args:
+        device: the torch.device of the work.
+        prepare: called in the process, so it has to be picklable; what it returns is the work.
+        in_a_row: how often a turn does the work; its seconds are those of one time.
+    """
+
+    def __init__(self, device: Any, prepare: Callable[[], Work], in_a_row: int = 1):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, device, prepare, in_a_row))
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self.first = self.run()
+
+    def run(self, *args: object) -> Run:
+        """Do the work with these arguments.
+
+        Raises:
+            UserError: the process ended with an error, which it has printed.
+        """
+        try:
+            self._pipe.send(args)
+            return self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise UserError("one side ended before it was done, for the reason given above") from error
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def take_turns(workers: Mapping[str, Worker], repeats: int) -> dict[str, list[Run]]:
+    """The runs of every worker, `repeats` of each: A B A B …, so that a slow moment of the machine meets them all."""
+    runs: dict[str, list[Run]] = {name: [] for name in workers}
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            runs[name].append(worker.run())
+    return runs
+
+
+def median_seconds(runs: Sequence[Run]) -> float:
+    """The median over turns."""
+    return median(run.seconds for run in runs)
+
+
+def peak_memory(runs: Sequence[Run]) -> str:
+    """The peak of the last turn, which is that of them all."""
+    return f"{runs[-1].peak_memory / 2**20:,.0f} MiB"
+
+
+def ratio(slow: Sequence[Run], fast: Sequence[Run], scale: float = 1.0) -> str:
+    """How many times as long `slow` took, turn by turn: the median and the lowest … highest ratio."""
+    ratios = [scale * a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under their columns, all but the first column to the right."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+
+
+def print_reached(
+    runs: Mapping[str, Sequence[Run]], flops: float, precisions: Mapping[str, Any], peaks: Mapping[str, float]
+) -> None:
+    """A table of the sides: seconds, how near to the device's peak they come, memory.
+
+    Args:
+        runs: of every side.
+        flops: of the work that a run is.
+        precisions: the torch.dtype of every side.
+        peaks: FLOP/s of the device in that precision.
+    """
+    rows = []
+    for side, turns in runs.items():
+        seconds = median_seconds(turns)
+        rows.append(
+            [
+                side,
+                str(precisions[side]).removeprefix("torch."),
+                f"{seconds:.4f}",
+                f"{flops / seconds / 1e9:,.1f}",
+                f"{peaks[side] / 1e9:,.1f}",
+                f"{flops / seconds / peaks[side]:.1%}",
+                peak_memory(turns),
+            ]
+        )
+    print_table(["", "precision", "seconds", "GFLOP/s", "matrix peak", "of it", "peak memory"], rows)
+
+
+def matrix_peak(device: Any, precision: Any) -> float:
+    """FLOP/s of the best of five large square matrix products; a multiply-add counts as 2."""
+    size = 8192 if device.type == "cuda" else 2048
+    work = partial(_prepare_product, device, precision, size)
+    with Worker(device, work, passes_in_a_row(device)) as worker:
+        return 2 * size**3 / min(worker.run().seconds for _ in range(5))
+
+
+def describe(device: Any) -> str:
+    """The device, in words."""
+    import torch
+
+    if device.type == "cuda":
+        tf32 = " (float32 convolutions in TF32, torch's default)" if torch.backends.cudnn.allow_tf32 else ""
+        return torch.cuda.get_device_name(device) + tf32
+    return f"the CPU (threads: {torch.get_num_threads()})"
+
+
+def passes_in_a_row(device: Any) -> int:
+    """How many short pieces of work make a turn: on a GPU so many that waiting for its answer does not count."""
+    return 20 if device.type == "cuda" else 1
+
+
+def untrained_network(model_name: str, config: Any) -> Any:
+    """A translator's network as training begins with it, but for the layers that start at 0: they are drawn, too."""
+    import torch
+    from torch import nn
+
+    from models.build import create_network
+
+    torch.manual_seed(config.seed)
+    network = create_network(model_name, config.score_model.model)
+    for module in network.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and not (module.weight.is_meta or module.weight.any()):
+            module.reset_parameters()
+    return network
+
+
+def count_flops(config: Any, *, training: bool) -> int:
+    """What the masked conditional UNet computes for one sample, forward or (in training) forward and backward.
+
+    Torch counts products and convolutions, a multiply-add as 2. It is the plain network that is counted, as attention's
+    fused kernels hide their products; nothing is computed for it.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.reference import plain_network
+
+    with torch.device("meta"):
+        network = plain_network(untrained_network("diffusion", config))
+    inputs = network_inputs(config, 1, torch.device("meta"))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        output = network(*inputs)
+        if training:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+def network_inputs(config: Any, batch_size: int, device: Any) -> tuple:
+    """x_t, t, image, mask and noise of a batch for the masked conditional UNet."""
+    import torch
+
+    x_t, image, noise = random_images(3, batch_size, config).to(device)
+    t = torch.arange(batch_size, device=device)
+    mask = torch.zeros_like(image, dtype=torch.bool)
+    mask[:, :, : config.score_model.mask.width] = True
+    return x_t, t, image, mask, noise
+
+
+def random_images(kinds: int, batch_size: int, config: Any) -> Any:
+    """Noise the size of slices, the same in every process: [kinds, batch_size, 1, H, W]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randn(kinds, batch_size, 1, *[config.data.image_size] * 2, generator=generator)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags that the timed benchmarks share."""
+    add = parser.add_argument
+    add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
+    add(
+        "--dataset",
+        default="brats",
+        help="whose networks are timed: brats (the paper's) or phantom (the demo's)",
+    )
+    add("--repeats", type=int, default=5, help="turns of each side that the medians are taken over")
+
+
+def check_at_least_one(args: Any, *flags: str) -> None:
+    """Refuse flags below 1.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for flag in flags:
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+
+
+def _serve(pipe: Connection, device: Any, prepare: Callable[[], Work], in_a_row: int) -> None:
+    import torch
+
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    work = prepare()
+    while True:
+        try:
+            args = pipe.recv()
+        except EOFError:
+            return
+        wait()
+        start = perf_counter()
+        for _ in range(in_a_row):
+            work(*args)
+        wait()
+        pipe.send(Run((perf_counter() - start) / in_a_row, _peak_memory(device)))
+
+
+def _peak_memory(device: Any) -> int:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux ru_maxrss begins at the peak of the process that started this one; VmHWM knows this one alone.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _prepare_product(device: Any, precision: Any, size: int) -> Work:
+    import torch
+
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        # By torch's default float32 convolutions, nearly all of a network, are in TF32, and products are not.
+        torch.set_float32_matmul_precision("high")
+    a, b = torch.randn(2, size, size, device=device).to(precision)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)

@@ -1,0 +1,138 @@
+"""Time a training step of the masked diffusion beside the plain way of benchmarks/reference.py.
+
+Slices are synthetic and in memory: what reading them from disk takes is no part of it.
+"""
+
+import argparse
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import (
+    Work,
+    Worker,
+    add_flags,
+    check_at_least_one,
+    count_flops,
+    describe,
+    matrix_peak,
+    passes_in_a_row,
+    print_reached,
+    random_images,
+    ratio,
+    take_turns,
+    untrained_network,
+)
+from utils.cli import ArgumentParser, run
+
+
+def main() -> None:
+    args = parse_args()
+
+    import torch
+
+    import config as configs
+    from utils.device import pick_device, pick_precision
+
+    config = configs.get_config(args.dataset)
+    device = pick_device(args.gpu_id)
+    precisions = {"plain": torch.float32, "optimised": pick_precision(config.precision, device)}
+    peaks = {side: matrix_peak(device, precision) for side, precision in precisions.items()}
+    flops = count_flops(config, training=True)
+    with ExitStack() as stack:
+        workers = {
+            side: stack.enter_context(
+                Worker(device, partial(prepare, config, args.batch_size, device), passes_in_a_row(device))
+            )
+            for side, prepare in (("plain", prepare_plain_step), ("optimised", prepare_optimised_step))
+        }
+        runs = take_turns(workers, args.repeats)
+
+    print(
+        f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns"
+    )
+    print(
+        f"\nA training step, batch {args.batch_size}, dropout {config.score_model.model.dropout}, "
+        f"{flops / 1e9:.2f} GFLOP a sample forward and backward (a multiply-add counts as 2)"
+    )
+    print_reached(runs, args.batch_size * flops, precisions, peaks)
+    print(f"plain / optimised: {ratio(runs['plain'], runs['optimised'])}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=8, help="samples of a step")
+    args = parser.parse_args()
+    check_at_least_one(args, "repeats", "batch_size")
+    return args
+
+
+def prepare_plain_step(config: Any, batch_size: int, device: Any) -> Work:
+    """Steps of the reference, one for each call."""
+    import copy
+    from itertools import count
+
+    from benchmarks.reference import plain_network, plain_optimizer, plain_training_step
+
+    training = config.score_model.training
+    model = plain_network(untrained_network("diffusion", config)).to(device).train()
+    ema_model = copy.deepcopy(model).requires_grad_(False)
+    optimizer = plain_optimizer(model, training.lr, training.weight_decay)
+    batch, compute_losses = create_problem(config, batch_size, device)
+    steps = count()
+    return lambda: plain_training_step(
+        model, ema_model, optimizer, compute_losses, batch, next(steps), training.ema_rate
+    )
+
+
+def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
+    """Steps of the training loop as modality_cyclic_train.py sets it up, one for each call."""
+    from itertools import repeat
+
+    from guided_diffusion.train_util import TrainLoop
+    from utils.device import pick_precision, speed_up
+
+    training = config.score_model.training
+    batch, compute_losses = create_problem(config, batch_size, device)
+    loop = TrainLoop(
+        model=speed_up(untrained_network("diffusion", config), device, training=True),
+        compute_losses=compute_losses,
+        batches_from=lambda step: repeat(batch),
+        directory=Path(),
+        logger=None,  # single steps neither log nor save nor resume
+        iterations=training.iterations,
+        batch_size=batch_size,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        lr_decay_steps=training.lr_decay_steps,
+        lr_decay_factor=training.lr_decay_factor,
+        ema_rate=training.ema_rate,
+        precision=pick_precision(config.precision, device),
+        seed=config.seed,
+        log_interval=training.log_interval,
+        save_interval=training.save_interval,
+        keep_last=training.keep_last,
+        remembered=None,
+        on_save=lambda network, step: None,
+    )
+    loop.model.train()
+    return lambda: loop._train_step(batch)
+
+
+def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
+    """A batch of two modalities, and what training minimises on it: losses of (model, batch, step)."""
+    from models.build import create_losses
+
+    losses, _ = create_losses("diffusion", config)
+    return random_images(2, batch_size, config), lambda model, batch, step: losses(
+        model, *batch.to(device, non_blocking=True), step
+    )
+
+
+if __name__ == "__main__":
+    run(main)

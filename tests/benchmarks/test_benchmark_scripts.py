@@ -1,0 +1,112 @@
+"""The command lines of the benchmarks, at the size of the demo; no time is judged."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import config as configs
+from benchmarks import scoring, training
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = ("--gpu_id", "cpu", "--dataset", "phantom", "--repeats", "1", "--batch_size", "1")
+
+
+def run_benchmark(name: str, *args: str) -> subprocess.CompletedProcess:
+    script = str(REPOSITORY / "benchmarks" / f"{name}.py")
+    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("scoring", ["plain / optimised", "plain / paper", "plain / fast"]),
+        ("training", ["plain / optimised"]),
+    ],
+)
+def test_a_run_prints_its_ratios(name, ratios):
+    done = run_benchmark(name, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.findall(r"^(.* / .*): [\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE) == ratios
+    assert len(re.findall(r"[1-9]\d* MiB$", done.stdout, re.MULTILINE)) == (5 if name == "scoring" else 2)
+
+
+@pytest.mark.parametrize("name", ["scoring", "training"])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--dataset", "brat"], "did you mean 'brats'?"),
+        (["--gpu_id", "first"], "neither a number nor cpu"),
+    ],
+)
+def test_a_mistake_is_one_sentence(name, args, said):
+    done = run_benchmark(name, *args)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["scoring", "training"])
+def test_help_imports_nothing_slow(name):
+    code = (
+        "import runpy, sys, atexit\n"
+        "slow = {'torch', 'numpy', 'ml_collections', 'absl'}\n"
+        "atexit.register(lambda: print('imported:', sorted(slow & set(sys.modules))))\n"
+        f"sys.argv = ['{name}.py', '--help']\n"
+        f"runpy.run_path('benchmarks/{name}.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "imported: []" in done.stdout
+    assert "--repeats" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Both sides do the same work
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def exact_config():
+    """The demo's, in float32 and with 2 heads; its dropout is 0."""
+    config = configs.get_config("phantom")
+    config.precision = "float32"
+    config.score_model.model.num_heads = 2
+    return config
+
+
+def test_both_sides_compute_the_same_pass(exact_config):
+    torch.manual_seed(0)
+    plain, optimised = (
+        prepare(exact_config, 2, CPU)()
+        for prepare in (scoring.prepare_plain_pass, scoring.prepare_optimised_pass)
+    )
+    assert plain.std() > 1e-3
+    torch.testing.assert_close(plain, optimised, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_both_sides_score_the_same_slice(exact_config, preset):
+    part = scoring.part_of(scoring.whole_sweep(exact_config, preset), 3)
+    plain = scoring.prepare_plain_score(part, CPU)()
+    optimised = scoring.prepare_optimised_score(part, CPU, 2)()
+    assert plain.std() > 1e-2
+    torch.testing.assert_close(plain, optimised, rtol=1e-4, atol=1e-4)
+
+
+def test_both_sides_train_alike(exact_config):
+    plain, optimised = (
+        prepare(exact_config, 2, CPU)
+        for prepare in (training.prepare_plain_step, training.prepare_optimised_step)
+    )
+    for _ in range(2):
+        assert plain().item() == pytest.approx(optimised().item(), abs=1e-4)
