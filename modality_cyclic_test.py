@@ -209,16 +209,16 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         UserError: nothing is there, it is a translator of another kind, or it was trained with settings that
             contradict a `given` key.
     """
-    from utils.experiment import experiment_name, leaves, newest_ema, read_record
+    from utils.experiment import experiment_name, leaves, newest_ema, read_record, require_name
 
     model_name = args.model_name if process == "forward" else "unet"
     checkpoint = getattr(args, f"checkpoint_{process}")
     if checkpoint is None:
-        name = getattr(args, f"experiment_name_{process}")
-        name = name or experiment_name(
+        flag = f"experiment_name_{process}"
+        name = getattr(args, flag) or experiment_name(
             model_name, process, args.dataset, config.data.trans, config.data.input
         )
-        checkpoint = newest_ema(Path(args.logdir), name)
+        checkpoint = newest_ema(Path(args.logdir), require_name(f"--{flag}", name))
     elif not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
     record = read_record(checkpoint)

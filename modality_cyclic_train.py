@@ -1,6 +1,7 @@
 """Train one translator of the modality cycle, forward (input → trans) or backward (trans → input)."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,22 @@ def main() -> None:
     import torch
 
     import config as configs
-    from datasets.brats2021 import BraTS2021Dataset
+    from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import training_batches
+    from guided_diffusion.checkpoint import CheckpointError
     from guided_diffusion.logger import Logger
-    from guided_diffusion.train_util import TrainLoop
+    from guided_diffusion.train_util import Stopped, TrainLoop
     from models.build import create_losses, create_masked_translator, create_network
     from utils.device import pick_device, pick_precision, speed_up
-    from utils.experiment import experiment_name, refuse_other_settings, write_record
+    from utils.experiment import (
+        describe_run,
+        experiment_name,
+        lock,
+        refuse_other_settings,
+        remove_experiment,
+        require_name,
+        write_record,
+    )
 
     flags = {
         "data.data_dir": args.data_dir,
@@ -42,7 +52,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     try:
         network = create_network(args.model_name, config.score_model.model)
-        losses = create_losses(args.model_name, config)
+        losses, remembered = create_losses(args.model_name, config)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
     except ValueError as error:
@@ -50,13 +60,18 @@ def main() -> None:
 
     names = (args.model_name, args.training_process, args.dataset)
     name = args.experiment_name or experiment_name(*names, data.trans, data.input)
-    directory = Path(args.logdir) / name
+    directory = Path(args.logdir) / require_name("--experiment_name", name)
     record = dict(zip(("model_name", "training_process", "dataset"), names, strict=True))
     record["config"] = config.to_dict()
-    refuse_other_settings(directory, record)
+    record["data"] = fingerprint(data.data_dir, "train", [image, target])
+    if not args.overwrite:
+        refuse_other_settings(directory, record)
 
     dataset = BraTS2021Dataset(data.data_dir, "train", [image, target], data.image_size)
-    write_record(directory, record)
+    held = lock(directory)  # until this process ends
+    if args.overwrite:
+        remove_experiment(directory)
+    write_record(directory, record | {"run": describe_run(device)})
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
     where = f"{device} in {str(precision).removeprefix('torch.')}"
@@ -81,6 +96,8 @@ def main() -> None:
         seed=config.seed,
         log_interval=training.log_interval,
         save_interval=training.save_interval,
+        keep_last=training.keep_last,
+        remembered=remembered,
         on_save=translation_preview(args.model_name, config, dataset, image, target, logger, device),
     )
     try:
@@ -88,8 +105,13 @@ def main() -> None:
         logger.info(f"done, all in {directory}")
     except FloatingPointError as error:
         raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
+    except CheckpointError as error:
+        raise UserError(f"{error}: make room, or see --config.score_model.training.keep_last") from error
+    except Stopped as stopped:
+        sys.exit(128 + stopped.received)
     finally:
         logger.close()
+        held.close()
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -110,6 +132,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add(
         "--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})"
     )
+    add("--overwrite", action="store_true", help="start anew where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
     if args.model_name == "diffusion" and args.training_process == "backward":
         raise UserError(

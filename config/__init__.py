@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from utils.cli import UserError, did_you_mean
 from utils.device import PRECISIONS
-from utils.experiment import leaves
+from utils.experiment import leaves, require_name
 
 from . import brats_config, phantom_config
 
@@ -101,6 +101,8 @@ def check(config: ConfigDict) -> None:
         UserError: the first value that is out of range.
     """
     data, score_model = config.data, config.score_model
+    for flag, modality in (("--input", data.input), ("--trans", data.trans)):
+        require_name(flag, modality)
     if data.input == data.trans:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not 0 <= config.seed < 2**32:
@@ -149,6 +151,6 @@ _AT_LEAST_ONE = {
     "sampling": ["batch_size"],
 }
 _AT_LEAST_ZERO = {  # and at most
-    "training": {"lr": inf, "weight_decay": inf, "lr_decay_factor": inf, "ema_rate": 1},
+    "training": {"lr": inf, "weight_decay": inf, "lr_decay_factor": inf, "ema_rate": 1, "keep_last": inf},
     "sampling": {"eta": 1},
 }

@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     training.schedule_sampler = "uniform"
     training.log_interval = 100
     training.save_interval = 5_000
+    training.keep_last = 0  # checkpoints that are kept, 0: all
 
     score_model.sampling = sampling = ConfigDict()
     sampling.batch_size = 32  # network samples at a time

@@ -1,7 +1,10 @@
 """Preprocessed slices as a dataset: the files that brats_preprocess.py wrote, resized and kept in memory."""
 
+import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,7 @@ class BraTS2021Dataset(CacheDataset):
         transform = Compose(
             [
                 LoadImaged(kinds, reader="NumpyReader"),
+                partial(_require_one_shape, kinds=kinds),
                 EnsureChannelFirstd(kinds, channel_dim="no_channel"),
                 Lambdad(kinds, lambda image: image.as_tensor()),
                 Lambdad(images, resize_image),
@@ -58,6 +62,24 @@ class BraTS2021Dataset(CacheDataset):
             raise UserError(
                 f"a slice in {Path(data_dir) / split} cannot be read ({reason}): preprocess again"
             ) from error
+
+
+def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """How many slices a dataset has, and a hash of their names and kinds: alike for the same set of files anywhere.
+
+    Raises:
+        UserError: as `BraTS2021Dataset`, but for broken files.
+    """
+    slices = find_slices(Path(data_dir) / split, kinds)
+    lines = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in slices)
+    return {"slices": len(slices), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+
+
+def _require_one_shape(item: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    shapes = {tuple(item[kind].shape) for kind in kinds}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(f"slice {item['name']} has shapes {', '.join(map(str, sorted(shapes)))}")
+    return item
 
 
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:

@@ -9,6 +9,8 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .checkpoint import write_whole
+
 
 class Logger:
     """Writes into `directory`, which is made if it is not there; what an earlier run left in it is appended to.
@@ -21,7 +23,27 @@ class Logger:
         directory.mkdir(parents=True, exist_ok=True)
         self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
         self._progress_path = directory / "progress.csv"
+        self._directory = directory
         self._events = SummaryWriter(str(directory))
+
+    def rewind(self, step: int) -> None:
+        """Forget the figures after `step`: training goes on from there, and will give them again."""
+        if not self._progress_path.exists():
+            return
+        # Bytes, since a machine that crashed may have left anything in the last row.
+        header, *rows = self._progress_path.read_bytes().splitlines(keepends=True) or [b""]
+        steps = [row.partition(b",")[0] for row in rows]
+        kept = [
+            row
+            for row, of in zip(rows, steps, strict=True)
+            if row.endswith(b"\n") and of.isdigit() and int(of) <= step
+        ]
+        if kept:
+            write_whole(self._progress_path, b"".join([header, *kept]))
+        else:
+            self._progress_path.unlink()
+        self._events.close()
+        self._events = SummaryWriter(str(self._directory), purge_step=step + 1)
 
     def info(self, message: str) -> None:
         """Say something to the terminal (beside a running progress bar) and to log.txt."""
@@ -32,7 +54,7 @@ class Logger:
         """One row of progress.csv, and the same figures to TensorBoard; the keys are alike in every call."""
         new = not self._progress_path.exists()
         with self._progress_path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["step", *values])
             writer.writerow([step, *(f"{value:.6g}" for value in values.values())])

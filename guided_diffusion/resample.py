@@ -39,6 +39,13 @@ class ScheduleSampler(ABC):
     def update(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027  (most samplers learn nothing)
         """Tell the sampler the losses [N] that the timesteps t [N] gave."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it has learnt from updates."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027  (most samplers learn nothing)
+        """Go on with what `state_dict` returned."""
+
 
 class UniformSampler(ScheduleSampler):
     """Every timestep alike."""
@@ -76,3 +83,10 @@ class LossSecondMomentResampler(ScheduleSampler):
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
             self._history[step, self._counts[step] % self._history.shape[1]] = loss
             self._counts[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"history": torch.from_numpy(self._history), "counts": torch.from_numpy(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._history[:] = state["history"].cpu().numpy()
+        self._counts[:] = state["counts"].cpu().numpy()

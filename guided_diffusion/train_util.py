@@ -2,19 +2,58 @@
 
 import copy
 import math
+import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import checkpoint
 from .logger import Logger
 from .nn import update_ema
 
 Batch = Any
+
+
+class Remembered(Protocol):
+    """Something with a state of tensors and plain Python."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stopped(Exception):
+    """Training was asked to stop by a signal, and has saved."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(f"stopped by {received.name}")
+        self.received = received
+
+
+class StopSignals:
+    """While it is entered, the first SIGTERM or SIGINT only says so in `received`; a second one does its work."""
+
+    def __enter__(self) -> "StopSignals":
+        self.received: signal.Signals | None = None
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self._before:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
 
 
 class TrainLoop:
@@ -45,6 +84,8 @@ class TrainLoop:
         seed: int,  # with the step number, it seeds what the network draws itself (dropout)
         log_interval: int,  # steps between two rows of progress.csv
         save_interval: int,  # steps between two checkpoints; the last step is always saved
+        keep_last: int,  # checkpoints that are kept, older ones are removed; 0 keeps all
+        remembered: Remembered | None,  # what compute_losses remembers from step to step, if anything
         on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
     ):
         self.model = model
@@ -63,6 +104,8 @@ class TrainLoop:
         self.seed = seed
         self.log_interval = log_interval
         self.save_interval = save_interval
+        self.keep_last = keep_last
+        self.remembered = remembered
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay, fused=True)
@@ -72,42 +115,58 @@ class TrainLoop:
         self.step = 0
 
     def run(self) -> None:
-        """Train from the newest checkpoint, or from the beginning, to the last iteration.
+        """Train from the newest sound checkpoint, or from the beginning, to the last iteration.
+
+        SIGTERM and Ctrl-C end the step that is under way and save; a second one ends the process at once.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or a weight is not finite; the last checkpoint is from before that.
+            UnreadableError: there are checkpoints, and none can be read.
+            CheckpointError: none can be written.
+            Stopped: a signal asked for it, and all is saved.
         """
         self._resume()
         if self.step >= self.iterations:
             self.logger.info(f"finished already: {self.step} of {self.iterations} steps")
             return
+        self._require_space()
         self.model.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
-        progress = tqdm(total=self.iterations, initial=self.step, unit="step", dynamic_ncols=True)
         batches = self.batches_from(self.step)
-        while self.step < self.iterations:
-            # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
-            loss_sum = loss_sum + self._train_step(next(batches))
-            progress.update()
-            saves = self.step % self.save_interval == 0 or self.step == self.iterations
-            if not saves and self.step % self.log_interval:
-                continue
-            loss, seconds = float(loss_sum) / (self.step - since), time.monotonic() - started
-            if not math.isfinite(loss):  # known before anything is saved
-                progress.close()
-                raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
-            values = {
-                "loss": loss,
-                "learning_rate": self._learning_rate(self.step - 1),
-                "images_per_second": (self.step - since) * self.batch_size / seconds,
-            }
-            self.logger.scalars(self.step, values)
-            progress.set_postfix(loss=f"{loss:.4f}")
-            if saves:
-                self._save()
-                self.on_save(self.ema_model, self.step)
-            loss_sum, since, started = 0.0, self.step, time.monotonic()
-        progress.close()
+        with (
+            StopSignals() as signals,
+            tqdm(total=self.iterations, initial=self.step, unit="step", dynamic_ncols=True) as progress,
+        ):
+            while self.step < self.iterations:
+                # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
+                loss_sum = loss_sum + self._train_step(next(batches))
+                progress.update()
+                stops = signals.received is not None
+                saves = stops or self.step % self.save_interval == 0 or self.step == self.iterations
+                if not saves and self.step % self.log_interval:
+                    continue
+                loss, seconds = float(loss_sum) / (self.step - since), time.monotonic() - started
+                if not math.isfinite(loss):  # known before anything is saved
+                    raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
+                values = {
+                    "loss": loss,
+                    "learning_rate": self._learning_rate(self.step - 1),
+                    "images_per_second": (self.step - since) * self.batch_size / seconds,
+                }
+                self.logger.scalars(self.step, values)
+                progress.set_postfix(loss=f"{loss:.4f}")
+                if saves:
+                    if not all(parameter.isfinite().all() for parameter in self.trained):
+                        raise FloatingPointError(f"the weights are not finite after {self.step} steps")
+                    self._save()
+                if stops:
+                    self.logger.info(
+                        f"stopped by {signals.received.name}: the same command goes on from here"
+                    )
+                    raise Stopped(signals.received)
+                if saves:
+                    self.on_save(self.ema_model, self.step)
+                loss_sum, since, started = 0.0, self.step, time.monotonic()
 
     def _train_step(self, batch: Batch) -> Tensor:
         torch.manual_seed(self.seed + self.step)
@@ -127,33 +186,62 @@ class TrainLoop:
     def _learning_rate(self, step: int) -> float:
         return self.lr * self.lr_decay_factor ** (step // self.lr_decay_steps)
 
-    def _paths(self, step: int) -> dict[str, Path]:
-        return {
-            "model": self.directory / f"model{step:06d}.pt",
-            "ema": self.directory / f"ema_{self.ema_rate}_{step:06d}.pt",
-            "opt": self.directory / f"opt{step:06d}.pt",
+    def _state(self) -> dict[str, Any]:
+        """What the next steps depend on, by file. Random numbers are keyed by the step: they have no state."""
+        rest = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
+        rest["schedule"] = self.remembered.state_dict() if self.remembered else {}
+        return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
     def _save(self) -> None:
-        paths = self._paths(self.step)
-        torch.save(self.model.state_dict(), paths["model"])
-        torch.save(self.ema_model.state_dict(), paths["ema"])
-        # The optimizer's file comes last: where it lies, the other two are whole.
-        torch.save(
-            {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
-            paths["opt"],
-        )
+        paths = checkpoint.paths_of(self.directory, self.ema_rate, self.step)
+        checkpoint.save(paths, self._state())
+        if self.keep_last:
+            checkpoint.remove_older(self.directory, self.ema_rate, self.step, self.keep_last)
         self.logger.info(f"saved {paths['ema'].name} after {self.step} steps")
 
     def _resume(self) -> None:
-        steps = [int(path.stem.removeprefix("opt")) for path in self.directory.glob("opt*.pt")]
-        if not steps:
-            return
-        paths = self._paths(max(steps))
-        self.model.load_state_dict(torch.load(paths["model"], map_location=self.device, weights_only=True))
-        self.ema_model.load_state_dict(torch.load(paths["ema"], map_location=self.device, weights_only=True))
-        saved = torch.load(paths["opt"], map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.step = saved["step"]
-        self.logger.info(f"going on from {paths['opt'].name}")
+        for leftover in self.directory.glob("*.pt.tmp"):
+            leftover.unlink()
+        steps = checkpoint.saved_steps(self.directory)
+        for step in reversed(steps):
+            paths = checkpoint.paths_of(self.directory, self.ema_rate, step)
+            try:
+                states = checkpoint.load(paths, self.device)
+                self.model.load_state_dict(states["model"])
+                self.ema_model.load_state_dict(states["ema"])
+                self.optimizer.load_state_dict(states["opt"]["optimizer"])
+                self.scaler.load_state_dict(states["opt"]["scaler"])
+                if self.remembered:
+                    self.remembered.load_state_dict(states["opt"]["schedule"])
+                self.step = states["opt"]["step"]
+            except Exception as error:  # damaged, or a state of something else
+                reason = checkpoint.reason(error)
+                self.logger.info(
+                    f"warning: checkpoint {step} cannot be used, trying the one before it: {reason}"
+                )
+                continue
+            self.logger.info(f"going on from {paths['opt'].name}")
+            break
+        else:
+            if steps:
+                raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")
+        self.logger.rewind(self.step)
+
+    def _require_space(self) -> None:
+        """Raise a CheckpointError now rather than after hours, if the checkpoints to come will not fit on the disk."""
+        size = sum(p.nbytes for p in (*self.model.parameters(), *self.ema_model.parameters()))
+        size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
+        saves = math.ceil(self.iterations / self.save_interval) - self.step // self.save_interval
+        if self.keep_last:  # and one more while it is written; what lies there already takes no more space
+            there = len(checkpoint.saved_steps(self.directory))
+            saves = min(saves, max(self.keep_last + 1 - there, 1))
+        free = shutil.disk_usage(self.directory).free
+        if saves * size > free:
+            raise checkpoint.CheckpointError(
+                f"{saves} checkpoints of {size / 1e6:.0f} MB will not fit on the disk of {self.directory}, "
+                f"where {free / 1e6:.0f} MB are free"
+            )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from ml_collections import ConfigDict
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from guided_diffusion.gaussian_diffusion import (
     ModelVarType,
     get_named_beta_schedule,
 )
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 from .masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
@@ -30,28 +31,31 @@ def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator 
     return NETWORKS[model_name](**model_config)
 
 
-def create_losses(model_name: str, config: ConfigDict) -> Callable[[nn.Module, Tensor, Tensor, int], Tensor]:
+def create_losses(
+    model_name: str, config: ConfigDict
+) -> tuple[Callable[[nn.Module, Tensor, Tensor, int], Tensor], ScheduleSampler | None]:
     """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
+
+    Returns:
+        The losses, and what they remember from step to step, if anything.
 
     Raises:
         ValueError: as `create_diffusion`, or an unknown schedule sampler.
     """
     if model_name == "unet":
-        return lambda model, image, target, step: translation_losses(model, image, target)
+        return lambda model, image, target, step: translation_losses(model, image, target), None
     score_model = config.score_model
     diffusion = create_diffusion(score_model.diffusion)
     schedule_sampler = create_named_schedule_sampler(score_model.training.schedule_sampler, diffusion)
-    return lambda model, image, target, step: masked_diffusion_losses(
-        model,
-        image,
-        target,
+    losses = partial(
+        masked_diffusion_losses,
         diffusion=diffusion,
         schedule_sampler=schedule_sampler,
         band_width=score_model.mask.width,
         band_stride=score_model.mask.stride,
         seed=config.seed,
-        step=step,
     )
+    return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
 
 
 def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:

@@ -1,10 +1,17 @@
 """What an experiment is called, what it says of itself, and where its weights lie."""
 
+import fcntl
 import json
+import platform
 import re
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -25,7 +32,9 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary = directory / "config.json.tmp"
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(directory / "config.json")  # there as a whole or not at all
     except OSError as error:
         raise UserError(f"{directory} cannot be written to ({error.strerror}): check --logdir") from error
 
@@ -52,6 +61,8 @@ _FREE = (
     "config.score_model.training.iterations",
     "config.score_model.training.log_interval",
     "config.score_model.training.save_interval",
+    "config.score_model.training.keep_last",
+    "run.",
 )
 
 
@@ -59,19 +70,101 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     """Hold training that goes on in `directory` to the settings that it began with.
 
     Raises:
-        UserError: there is a checkpoint, and its config.json says otherwise than `record`.
+        UserError: there is a checkpoint, and its config.json says otherwise than `record`; all keys are named.
     """
     checkpoint = next(directory.glob("opt*.pt"), None)
     before = read_record(checkpoint) if checkpoint else None
     if before is None:
         return
     began_with = dict(leaves(before))
-    for key, value in leaves(json.loads(json.dumps(record))):  # tuples become lists, as they are in the file
-        if not key.startswith(_FREE) and began_with.get(key) != value:
-            raise UserError(
-                f"{directory} was begun with {key}={began_with.get(key)}, not {value}: "
-                "go on with the same, or give another --experiment_name"
-            )
+    now = dict(leaves(json.loads(json.dumps(record))))  # tuples become lists, as they are in the file
+    others = [
+        f"{key}={began_with.get(key)}, not {value}"
+        for key, value in now.items()
+        if not key.startswith(_FREE) and began_with.get(key) != value
+    ]
+    if others:
+        raise UserError(
+            f"{directory} was begun with {'; '.join(others)}: go on with the same, "
+            "give another --experiment_name, or start anew with --overwrite"
+        )
+
+
+def require_name(flag: str, name: str) -> str:
+    """`name`, if it is that of something in a folder and not a way out of it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise UserError(
+            f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere"
+        )
+    return name
+
+
+def lock(directory: Path) -> IO:
+    """Keep other processes from training in `directory`, which is made, for as long as the result is open.
+
+    The system takes the lock back from a process that ends, however it ends.
+
+    Raises:
+        UserError: another process has the lock, or the folder cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {directory}: wait for it, or give another --experiment_name"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to ({error.strerror}): check --logdir") from error
+    return file
+
+
+def remove_experiment(directory: Path) -> None:
+    """Remove all that training wrote into `directory`, and nothing else."""
+    written = (
+        "opt*.pt",
+        "*.pt.tmp",
+        "model*.pt",
+        "ema_*.pt",
+        "config.json",
+        "log.txt",
+        "progress.csv",
+        "events.out.*",
+    )
+    for pattern in written:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """What a run was: its command line, code, versions, device and beginning, for config.json."""
+    packages = ("torch", "monai", "numpy")
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _git(*command: str) -> str | None:
+    """What git says of this code, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

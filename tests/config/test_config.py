@@ -49,6 +49,7 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.training.schedule_sampler": "uniform",
     "score_model.training.log_interval": 100,
     "score_model.training.save_interval": 5000,
+    "score_model.training.keep_last": 0,
     "score_model.sampling.batch_size": 32,
     "score_model.sampling.stride": 2,
     "score_model.sampling.use_ddim": True,

@@ -1,6 +1,5 @@
 """The training loop on a tiny regression: what it learns, what it writes, and that it can be stopped at any time."""
 
-import csv
 import itertools
 import math
 
@@ -8,95 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_regression import TRUTH, Stop, batch_of, flat, rows_of, squared_error, stopping_at, with_dropout
 from torch import nn
-
-from guided_diffusion.logger import Logger
-from guided_diffusion.train_util import TrainLoop
-
-TRUTH = torch.tensor([[1.0], [-2.0], [0.5]])
-
-
-def batch_of(step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    x = torch.randn(8, 3, generator=generator)
-    return x, x @ TRUTH
-
-
-def batches_from(step):
-    return (batch_of(i) for i in itertools.count(step))
-
-
-def squared_error(model, batch, step):
-    x, y = batch
-    return (model(x) - y).square().flatten(1).mean(1)
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping_at(last):
-    """Batches that end the run, as a power cut would, when step `last` asks for its own."""
-
-    def batches(step):
-        for i in itertools.count(step):
-            if i == last:
-                raise Stop
-            yield batch_of(i)
-
-    return batches
-
-
-@pytest.fixture
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(3, 1)
-
-
-@pytest.fixture
-def train(tmp_path):
-    """Train `model` in tmp_path, or a folder below it; what comes back is the loop."""
-
-    def run(model, folder=".", on_save=None, **kwargs):
-        directory = tmp_path / folder
-        logger = Logger(directory)
-        options = {
-            "model": model,
-            "compute_losses": squared_error,
-            "batches_from": batches_from,
-            "directory": directory,
-            "logger": logger,
-            "iterations": 6,
-            "batch_size": 8,
-            "lr": 0.05,
-            "weight_decay": 0.0,
-            "lr_decay_steps": 1000,
-            "lr_decay_factor": 0.5,
-            "ema_rate": 0.9,
-            "precision": torch.float32,
-            "seed": 0,
-            "log_interval": 2,
-            "save_interval": 2,
-            "on_save": (lambda network, step: on_save(logger, network, step)) if on_save else lambda *_: None,
-        }
-        loop = TrainLoop(**{**options, **kwargs})
-        try:
-            loop.run()
-        finally:
-            logger.close()
-        return loop
-
-    return run
-
-
-def rows_of(directory):
-    with (directory / "progress.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def flat(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
-
 
 # ----------------------------------------------------------------------------------------------------------
 # What it learns
@@ -277,11 +189,6 @@ def test_log_says_what_was_saved(train, linear, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------
 # Stopping and going on
-
-
-def with_dropout(seed):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 1))
 
 
 @pytest.mark.parametrize("stop_at", [2, 5])
