@@ -327,7 +327,9 @@ def name_difference(made_with: dict, asked_for: dict) -> str:
         before = made_with.get(key)
         if before != now:
             if key == "volumes":
-                kinds = [kind for kind in now if not isinstance(before, dict) or before.get(kind) != now[kind]]
+                kinds = [
+                    kind for kind in now if not isinstance(before, dict) or before.get(kind) != now[kind]
+                ]
                 return f"made from another {' and '.join(kinds)} than --data_dir has of it now"
             if key == "split":
                 return f"which was in the {before} split and is in {now} now"
@@ -447,7 +449,8 @@ def read_labels(settings: Settings, path: Path, first: Grid) -> np.ndarray:
     import numpy as np
 
     labels, _ = read_aligned(settings, path, first)
-    unknown = labels[~np.isin(labels, LABELS)]
+    tumour = labels[labels != 0]  # few of all voxels, which makes the search among them quick
+    unknown = tumour[~np.isin(tumour, LABELS)]
     if unknown.size:
         raise UserError(f"{path} must hold labels, whole numbers from 0 to 4, but holds {unknown[0]:g}")
     return labels.astype("uint8")

@@ -88,9 +88,10 @@ def size(path: Path) -> int:
 
 
 def clear(output_dir: Path, whole: Iterable[str], leftovers: Iterable[Path]) -> None:
-    """Remove what earlier runs left beside the whole subjects: their records, their slices, what is half written.
+    """Remove what earlier runs left beside the whole subjects: other records, other slices, what is half written.
 
-    Records go first: a subject must not have one when the first of its slices is gone.
+    It goes all at once, before a new slice is written: neither slices of two settings nor a new slice with an old
+    record ever lie side by side.
     """
     keep = set(whole)
     with writing(output_dir):

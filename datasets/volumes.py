@@ -131,8 +131,10 @@ def read_content(path: Path, file: BinaryIO, head: bytes, n_bytes: int) -> bytes
     while chunk := file.read(min(CHUNK, n_bytes - len(content))):
         content += chunk
     if len(content) < n_bytes:
-        raise UserError(f"{path} cannot be read, it is cut off: its header claims {n_bytes} bytes, but there are {len(content)}")
+        claim = f"its header claims {n_bytes} bytes, but there are {len(content)}"
+        raise UserError(f"{path} cannot be read, it is cut off: {claim}")
     # Looking for one byte more makes gzip compare its checksum, too.
     if len(head) > n_bytes or file.read(1):
-        raise UserError(f"{path} cannot be read, it is damaged: it goes on after the {n_bytes} bytes that its header claims")
+        claim = f"it goes on after the {n_bytes} bytes that its header claims"
+        raise UserError(f"{path} cannot be read, it is damaged: {claim}")
     return bytes(content)
