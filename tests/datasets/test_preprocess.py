@@ -711,7 +711,7 @@ BAD_VOLUMES = {  # which volume, how, what is said
     "voxels cut off": ("t1", content(lambda data: data[:5000]), "cut off", "11872 bytes", "5000"),
     "bytes too many": ("t1", content(lambda data: data + bytes(16)), "goes on after", "11872"),
     "impossible header": ("t1", header(datatype=77), "cannot be read"),
-    "voxels in the header": ("t1", header(vox_offset=0), "cannot be read", "header"),
+    "voxels in the header": ("t1", header(vox_offset=0), "cannot be read", "inside its header"),
     "claims the impossible": (
         "t1",
         header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]),

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import math
 import tracemalloc
+import warnings
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from datasets.brats_preprocess import Settings, cut_subject, normalise
 from datasets.records import find_whole, store
-from datasets.volumes import MAX_BYTES, checksum, read_shape, read_volume
+from datasets.volumes import MAX_BYTES, checksum, plain_errors, read_shape, read_volume
 from utils.cli import UserError
 
 SHAPE = (6, 5, 4)
@@ -207,6 +208,7 @@ CLAIMS = {
     "voxels far behind": (claiming((6, 5, 4), vox_offset=1e12), "too many"),
     "voxels behind much": (claiming((6, 5, 4), bytes(2**20), vox_offset=2**29), "cut off"),
     "less than there is": (claiming((6, 5, 4), bytes(2**27)), "goes on"),
+    "a little less": (claiming((2, 2, 2), bytes(17)), "goes on"),
     "long extension": (claiming((6, 5, 4), vox_offset=2**29)[:348] + b"\1\0\0\0\xf0\xff\xff\x7f", "cut off"),
 }
 
@@ -273,6 +275,24 @@ def test_a_header_with_an_extension_is_read(tmp_path):
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"x" * 5000))
     nibabel.save(image, tmp_path / "A.nii.gz")
     np.testing.assert_array_equal(read_volume(tmp_path / "A.nii.gz")[0], voxels)
+
+
+def test_what_is_odd_but_readable_is_read_in_silence(tmp_path, caplog):
+    """nibabel warns of the extension's length and logs the voxels' offset, neither being divisible by 16."""
+    extension = np.array([24, 6], "<i4").tobytes() + bytes(16)
+    data = claiming((6, 5, 4), vox_offset=376)[:348] + b"\1\0\0\0" + extension + bytes(240)
+    (tmp_path / "A.nii").write_bytes(data)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert read_volume(tmp_path / "A.nii")[0].shape == SHAPE
+    assert not warned
+    assert not caplog.records
+
+
+def test_an_error_of_several_lines_becomes_one():
+    with pytest.raises(UserError) as refusal, plain_errors(Path("A.nii")):
+        raise OSError("Expected 8 bytes,\n  got 4")
+    assert str(refusal.value) == "A.nii cannot be read (OSError, Expected 8 bytes, got 4)"
 
 
 def test_subjects_of_any_size_with_voxels_below_0_are_made(subject, tmp_path):
