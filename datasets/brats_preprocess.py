@@ -5,24 +5,31 @@
 Writes OUT/{train,val,test}/{modality…,seg,brainmask}/{subject}_{kind}_{slice}.npy: float32 images, uint8
 segmentations with their labels kept, uint8 brain masks. Training gets every slice without tumour of the range asked
 for; validation and testing get of each subject the one slice with the largest tumour.
+
+A subject is written whole or not at all. Run again, the same command makes what is missing and leaves the rest
+alone; a subject that cannot be read is left out and reported at the end, with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python ./datasets/X.py`
 
+from datasets.records import RECORDS, Record, clear, find_whole, locked, store, writing
 from datasets.split_traintest import (
     BRATS_DIR,
     LIST_NAMES,
@@ -37,12 +44,19 @@ from datasets.split_traintest import (
 )
 from utils.cli import ArgumentParser, UserError, did_you_mean, run
 
-# numpy, nibabel and tqdm are imported where they are used, so that `--help` and a mistyped flag need not wait.
+# numpy, tqdm and what reads volumes are imported where they are used: `--help` and a mistyped flag need not wait.
 if TYPE_CHECKING:
     import numpy as np
 
+    from datasets.volumes import Grid
+
 BACKGROUND = -3.0  # the normalised value of background and of the lower quantile
 BRIGHT = 3.0  # the normalised value of the upper quantile
+BEGIN_ANEW = "give --overwrite to begin anew, or name another --output_dir"
+MEND = "replace the file and run the same command again"
+LABELS = (0, 1, 2, 3, 4)  # of a segmentation; BraTS 2021 uses all but 3, other years do not
+
+Job = tuple[str, str]  # part and subject
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,11 @@ class Settings:
     percentage_upper: float
     start: int  # slices [start, stop) of the third axis
     stop: int
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of slices that are written."""
+        return (*self.modalities, "seg", "brainmask")
 
 
 def main() -> None:
@@ -73,15 +92,25 @@ def main() -> None:
     list_paths = find_lists(settings.data_dir) | explicit_lists(args)
     splits = read_splits(list_paths, subjects) if list_paths else split_subjects(subjects)
     check_modalities(settings, subjects)
-    check_headers(settings, splits)
-    earlier = find_earlier_slices(settings, splits)
+    listed = [subject for part in splits.values() for subject in part]
+    check_volumes(settings, listed)
+    check_slices(settings, listed)
 
-    prepare_output(settings, splits, earlier)
-    if not list_paths:
-        write_lists(splits, settings.output_dir)
-    print_plan(settings, splits, list_paths, len(subjects))
-    counts = preprocess(settings, splits, args.workers)
-    print_summary(settings, splits, counts)
+    with locked(settings.output_dir):
+        finished = {} if args.overwrite else find_finished(settings, splits)
+        leftovers = find_leftovers(settings, splits, finished, args.overwrite)
+        clear(settings.output_dir, finished, leftovers)
+        make_folders(settings, splits)
+        if not list_paths:
+            update_lists(splits, settings.output_dir)
+        print_plan(settings, splits, list_paths, len(subjects), len(finished))
+        jobs = [(part, name) for part, names in splits.items() for name in names if name not in finished]
+        made, failures = preprocess(settings, jobs, args.workers)
+    print_summary(settings, splits, finished, made, failures)
+    if failures:
+        for reason in sorted(failures.values()):
+            print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        sys.exit(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -127,6 +156,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="subjects at a time, all cores if not given"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew: remove all slices that earlier runs wrote to output_dir",
     )
     args = parser.parse_args()
 
@@ -216,99 +250,210 @@ def check_modalities(settings: Settings, subjects: list[str]) -> None:
             )
 
 
-def check_headers(settings: Settings, splits: Splits) -> None:
-    """Raise a UserError unless each subject has all its volumes, of one 3D shape that covers the slices.
+def check_volumes(settings: Settings, subjects: list[str]) -> None:
+    """Raise a UserError for a subject that lacks a volume."""
+    for subject in subjects:
+        for kind in (*settings.modalities, "seg"):
+            volume_path(settings.data_dir, subject, kind)
 
-    It reads headers only, so that a whole cohort is checked in seconds.
+
+def check_slices(settings: Settings, subjects: list[str]) -> None:
+    """Raise a UserError where no volume has all the slices asked for: then it is the flag that is wrong.
+
+    Where just some have not, it is these that are, and they are reported in their turn.
     """
-    for subject in chain.from_iterable(splits.values()):
-        first, *others = (
-            volume_path(settings.data_dir, subject, kind) for kind in (*settings.modalities, "seg")
-        )
-        shape = read_shape(first)
-        if len(shape) != 3:
-            raise UserError(f"{first} must hold a volume with 3 axes, but its shape is {shape}")
-        if settings.stop > shape[2]:
-            raise UserError(
-                f"--slices {settings.start} {settings.stop} exceeds {first}, which has {shape[2]} slices"
-            )
-        for other in others:
-            if read_shape(other) != shape:
-                raise UserError(
-                    f"{other} has shape {read_shape(other)}, but {first.name} has {shape}: they must agree"
-                )
+    from datasets.volumes import read_shape
+
+    shallow = None
+    for subject in subjects:
+        path = volume_path(settings.data_dir, subject, settings.modalities[0])
+        try:
+            depth = read_shape(path)[2]
+        except UserError:  # reported in its turn, too
+            continue
+        if depth >= settings.stop:
+            return
+        shallow = shallow or too_shallow(settings, path, depth)
+    if shallow:
+        raise shallow
 
 
-def find_earlier_slices(settings: Settings, splits: Splits) -> list[Path]:
-    """The slices of an earlier run that this run replaces.
+def too_shallow(settings: Settings, path: Path, depth: int) -> UserError:
+    return UserError(f"--slices {settings.start} {settings.stop} exceeds {path}, which has {depth} slices")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What earlier runs left
+
+
+def find_finished(settings: Settings, splits: Splits) -> dict[str, Record]:
+    """The subjects that earlier runs finished, with their records.
 
     Raises:
-        UserError: there are others (of a subject that is now in another part or in none, or of a modality not
-            asked for now), which would be mixed up with the new ones.
+        UserError: one of them this run would make otherwise, or not at all; the two must not be mixed.
     """
-    kinds = {*settings.modalities, "seg", "brainmask"}
+    finished = find_whole(settings.output_dir)
+    parts = {subject: part for part, subjects in splits.items() for subject in subjects}
+    for subject, record in finished.items():
+        if subject not in parts:
+            difference = "which is in no split list now"
+        else:
+            difference = name_difference(record.made_with, describe(settings, parts[subject], subject))
+        if difference:
+            raise UserError(f"{settings.output_dir} holds {subject}, {difference}: {BEGIN_ANEW}")
+    return finished
+
+
+def describe(settings: Settings, part: str, subject: str) -> dict:
+    """All that a subject's slices depend on, in JSON's types."""
+    from datasets.volumes import checksum
+
+    modalities = sorted(settings.modalities)  # their order changes nothing
+    return {
+        "split": part,
+        "modality": ",".join(modalities),
+        "slices": f"{settings.start} {settings.stop}",
+        "percentage_lower": settings.percentage_lower,
+        "percentage_upper": settings.percentage_upper,
+        "volumes": {
+            kind: checksum(volume_path(settings.data_dir, subject, kind)) for kind in (*modalities, "seg")
+        },
+    }
+
+
+def name_difference(made_with: dict, asked_for: dict) -> str:
+    """The first thing in which two descriptions of a subject differ, as a clause; empty where they agree."""
+    for key, now in asked_for.items():
+        before = made_with.get(key)
+        if before != now:
+            if key == "volumes":
+                kinds = [
+                    kind for kind in now if not isinstance(before, dict) or before.get(kind) != now[kind]
+                ]
+                return f"made from another {' and '.join(kinds)} than --data_dir has of it now"
+            if key == "split":
+                return f"which was in the {before} split and is in {now} now"
+            return f"made with --{key} {before}, not {now}"
+    return ""
+
+
+def find_leftovers(
+    settings: Settings, splits: Splits, finished: dict[str, Record], overwrite: bool
+) -> list[Path]:
+    """The slices that lie about beside those of finished subjects, sorted: a run that broke off left them.
+
+    Raises:
+        UserError: a file that is no slice; or, unless all are overwritten, a slice that this run has no use for (of a
+            subject that is now in another part or in none, or of a modality not asked for now).
+    """
+    in_use = {name for record in finished.values() for name in record.files}
     members = {part: set(subjects) for part, subjects in splits.items()}
-    earlier = []
+    leftovers = []
     for part in splits:
-        for path in settings.output_dir.glob(f"{part}/*/*.npy"):
+        for path in sorted(settings.output_dir.glob(f"{part}/*/*.npy")):
             kind = path.parent.name
             name = re.fullmatch(rf"(.+)_{re.escape(kind)}_\d+", path.stem)
-            if kind not in kinds or name is None or name[1] not in members[part]:
+            if name is None:
                 raise UserError(
-                    f"{path} is of an earlier run with other subjects or modalities: "
-                    "remove the old slices or name another --output_dir"
+                    f"{path} is no slice that this script wrote: move it away or name another --output_dir"
                 )
-            earlier.append(path)
-    return earlier
+            if f"{part}/{kind}/{path.name}" in in_use:
+                continue
+            if not overwrite and (kind not in settings.kinds or name[1] not in members[part]):
+                raise UserError(
+                    f"{path} is of an earlier run with other subjects or modalities: {BEGIN_ANEW}"
+                )
+            leftovers.append(path)
+    return leftovers
 
 
-def prepare_output(settings: Settings, splits: Splits, earlier: list[Path]) -> None:
-    """Make the output folders and remove the slices that this run replaces.
-
-    They go all at once before the first new one is written, so that a run that breaks off leaves too few slices,
-    but never slices of two settings.
-    """
-    try:
+def make_folders(settings: Settings, splits: Splits) -> None:
+    """Those of the slices and of the records."""
+    with writing(settings.output_dir):
+        (settings.output_dir / RECORDS).mkdir(exist_ok=True)
         for part in splits:
-            for kind in (*settings.modalities, "seg", "brainmask"):
+            for kind in settings.kinds:
                 (settings.output_dir / part / kind).mkdir(parents=True, exist_ok=True)
-        for path in earlier:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir {settings.output_dir} cannot be written to: {error}") from error
+
+
+def update_lists(splits: Splits, output_dir: Path) -> None:
+    """Write the lists of a split made here, unless they are there already."""
+    paths = {part: output_dir / name for part, name in LIST_NAMES.items()}
+    if not all(path.exists() and read_list(path) == splits[part] for part, path in paths.items()):
+        write_lists(splits, output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The work on one subject
 
 
-def preprocess_subject(settings: Settings, part: str, subject: str) -> int:
-    """Normalise the subject's volumes, choose its slices and write them; returns how many slices.
+def cut_subject(settings: Settings, part: str, subject: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Normalise the subject's volumes and choose its slices.
+
+    Returns:
+        What the slices depend on, as in `describe`, and images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one
+        kind after the other: float32 for modalities, uint8 for seg and brainmask.
 
     Raises:
-        UserError: a volume cannot be read or normalised, or a slice not written; the message names the file.
+        UserError: a volume cannot be read or normalised, or does not fit the others; the message names the file.
     """
+    made_with = describe(settings, part, subject)
     window = slice(settings.start, settings.stop)
     stacks = {}  # by kind: [H, W, stop - start]
     brainmask = False
+    first = None  # the modality that the others are compared with
     for modality in settings.modalities:
         path = volume_path(settings.data_dir, subject, modality)
-        volume = read_volume(path)
+        volume, first = read_aligned(settings, path, first)
         try:
             image = normalise(volume, settings.percentage_lower, settings.percentage_upper)
         except ValueError as error:
-            raise UserError(f"{path} cannot be normalised: {error}") from error
+            raise UserError(f"{path} cannot be normalised, {error}") from error
         stacks[modality] = image[:, :, window].copy()  # a view would keep the whole volume in memory
         brainmask = brainmask | (volume[:, :, window] != 0)
     stacks["brainmask"] = brainmask.astype("uint8")
-    stacks["seg"] = read_labels(volume_path(settings.data_dir, subject, "seg"), window)
+    stacks["seg"] = read_labels(settings, volume_path(settings.data_dir, subject, "seg"), first)[:, :, window]
 
     chosen = choose_slices(part, stacks["seg"], stacks["brainmask"])
-    for index in chosen:
-        for kind, stack in stacks.items():
-            name = f"{subject}_{kind}_{settings.start + index}.npy"
-            write_slice(settings.output_dir / part / kind / name, stack[:, :, index])
-    return len(chosen)
+    return made_with, {
+        f"{kind}/{subject}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
+        for kind, stack in stacks.items()
+        for index in chosen
+    }
+
+
+def read_aligned(settings: Settings, path: Path, first: Grid | None) -> tuple[np.ndarray, Grid]:
+    """A volume [H, W, D] that has the slices asked for, on the grid of the subject's first one if there is one.
+
+    Raises:
+        UserError: it cannot be read, has too few slices, or another shape or affine than the first.
+    """
+    import numpy as np
+
+    from datasets.volumes import read_volume
+
+    volume, grid = read_volume(path)
+    if first is None:
+        first = grid
+    if grid.shape != first.shape:
+        raise UserError(f"{path} has shape {grid.shape}, but {first.path.name} has {first.shape}")
+    if not np.allclose(grid.affine, first.affine, atol=1e-3):  # mm; header fields are rounded to float32
+        raise UserError(f"{path} lies elsewhere in space than {first.path.name}, their affines differ")
+    if grid.shape[2] < settings.stop:
+        raise too_shallow(settings, path, grid.shape[2])
+    return volume, first
+
+
+def read_labels(settings: Settings, path: Path, first: Grid) -> np.ndarray:
+    """The segmentation's labels, [H, W, D] uint8; a UserError where it holds others than BraTS knows."""
+    import numpy as np
+
+    labels, _ = read_aligned(settings, path, first)
+    tumour = labels[labels != 0]  # few of all voxels, which makes the search among them quick
+    unknown = tumour[~np.isin(tumour, LABELS)]
+    if unknown.size:
+        raise UserError(f"{path} must hold labels, whole numbers from 0 to 4, but holds {unknown[0]:g}")
+    return labels.astype("uint8")
 
 
 def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
@@ -325,7 +470,8 @@ def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
         float32 array of the same shape, nothing below -3, background exactly -3.
 
     Raises:
-        ValueError: no voxel but 0, a voxel that is not finite, or two quantiles that coincide.
+        ValueError: no voxel but 0, a voxel that is not finite, two quantiles that coincide, or a range of
+            intensities that floating point cannot scale.
     """
     import numpy as np
 
@@ -335,12 +481,15 @@ def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
         raise ValueError("every voxel is 0")
     if not np.isfinite(voxels).all():
         raise ValueError("some voxels are not finite")
-    low, high = np.quantile(voxels, [lower, upper]).astype(np.float64)
-    if low == high:
-        raise ValueError(f"its {lower:g} and {upper:g} quantiles are both {low:g}")
-    scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
-    image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
-    image[brain] = np.maximum(scaled, BACKGROUND)
+    with np.errstate(all="ignore"):  # whatever overflows is not finite at the end
+        low, high = np.quantile(voxels, [lower, upper]).astype(np.float64)
+        if low == high:
+            raise ValueError(f"its {lower:g} and {upper:g} quantiles are both {low:g}")
+        scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
+        image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
+        image[brain] = np.maximum(scaled, BACKGROUND)
+    if not np.isfinite(image).all():
+        raise ValueError("its intensities differ by too many orders of magnitude")
     return image
 
 
@@ -364,10 +513,6 @@ def choose_slices(part: str, seg: np.ndarray, brainmask: np.ndarray) -> list[int
     return [int(tumour_area.argmax())] if tumour_area.any() else []
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Files
-
-
 def volume_path(data_dir: Path, subject: str, kind: str) -> Path:
     """The subject's volume of `kind`, compressed or not; a UserError names the file that is not there."""
     candidates = [data_dir / subject / f"{subject}_{kind}{suffix}" for suffix in VOLUME_SUFFIXES]
@@ -377,74 +522,70 @@ def volume_path(data_dir: Path, subject: str, kind: str) -> Path:
     raise UserError(f"{candidates[0]} is missing: restore it or take {subject} out of the data")
 
 
-def read_shape(path: Path) -> tuple[int, ...]:
-    """The shape that the volume's header states."""
-    import nibabel
-
-    try:
-        return nibabel.load(path).shape
-    except Exception as error:  # a broken file raises whatever gzip, zlib, numpy or nibabel stumble over
-        raise unreadable(path, error) from error
-
-
-def read_volume(path: Path) -> np.ndarray:
-    """The volume's intensities, [H, W, D], in the dtype on disk, or floats where the header scales them."""
-    import nibabel
-    import numpy as np
-
-    try:
-        return np.asarray(nibabel.load(path).dataobj)
-    except Exception as error:  # as in read_shape
-        raise unreadable(path, error) from error
-
-
-def read_labels(path: Path, window: slice) -> np.ndarray:
-    """The segmentation's labels in a range of slices, [H, W, N] uint8; a UserError where uint8 cannot hold them."""
-    labels = read_volume(path)[:, :, window]
-    if not ((labels >= 0) & (labels <= 255) & (labels % 1 == 0)).all():
-        raise UserError(f"{path} must hold labels, whole numbers from 0 to 255, but holds other values")
-    return labels.astype("uint8")
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())  # some of nibabel's messages have several lines
-    return UserError(f"{path} cannot be read: {type(error).__name__}, {reason}")
-
-
-def write_slice(path: Path, image: np.ndarray) -> None:
-    """Save one slice [H, W] in the orientation of the volume's array."""
-    import numpy as np
-
-    try:
-        np.save(path, np.ascontiguousarray(image))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
 # ----------------------------------------------------------------------------------------------------------
 # All subjects
 
 
-def preprocess(settings: Settings, splits: Splits, workers: int) -> dict[str, int]:
-    """Work on all subjects, `workers` at a time; returns the number of slices written by subject."""
+def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[str, Record], dict[str, str]]:
+    """Make subjects, `workers` at a time; returns the records of those made, and why the others were not.
+
+    Workers read and calculate, and this process writes: when it is killed, nobody writes any more.
+    """
     from tqdm import tqdm
 
-    jobs = [(part, subject) for part, subjects in splits.items() for subject in subjects]
-    # Ctrl-C is for the parent to answer: each worker would print a traceback.
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with ProcessPoolExecutor(min(workers, len(jobs)), **ignore) as pool:
+    made, failures = {}, {}
+    if not jobs:
+        return made, failures
+    workers = min(workers, len(jobs))
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         try:
-            futures = {pool.submit(preprocess_subject, settings, *job): job[1] for job in jobs}
-            done = tqdm(as_completed(futures), total=len(futures), unit="subject", disable=None)
-            return {futures[future]: future.result() for future in done}
+            done = completed(lambda job: pool.submit(cut_subject, settings, *job), jobs, 2 * workers)
+            for (part, subject), future in tqdm(done, total=len(jobs), unit="subject", disable=None):
+                try:
+                    made_with, slices = future.result()
+                except UserError as error:
+                    failures[subject] = f"{error}; {subject} is left out: {MEND}"
+                except MemoryError:
+                    folder = settings.data_dir / subject
+                    failures[subject] = f"{folder} needs more memory than there is: try fewer --workers"
+                else:
+                    made[subject] = store(settings.output_dir, part, subject, made_with, slices)
         except BrokenProcessPool as error:
-            raise UserError("a worker was killed, perhaps for want of memory: try fewer --workers") from error
+            raise UserError(
+                "a worker was killed, perhaps for want of memory: run the same command with fewer --workers"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure, leave the remaining subjects
+    return made, failures
 
 
-def print_plan(settings: Settings, splits: Splits, list_paths: dict[str, Path], n_on_disk: int) -> None:
-    """Say what is about to happen, in two lines."""
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, for a worker would answer it with a traceback; and end when the parent has."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def completed(
+    submit: Callable[[Job], Future], jobs: Iterable[Job], ahead: int
+) -> Iterator[tuple[Job, Future]]:
+    """Each job with its future, when it is done; no more than `ahead` at a time, lest slices pile up in memory."""
+    jobs = iter(jobs)
+    running = {submit(job): job for job in islice(jobs, ahead)}
+    while running:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future
+            running.update({submit(job): job for job in islice(jobs, 1)})
+
+
+def print_plan(
+    settings: Settings, splits: Splits, list_paths: dict[str, Path], n_on_disk: int, n_finished: int
+) -> None:
+    """Say what is about to happen, in a few lines."""
     n_subjects = sum(len(subjects) for subjects in splits.values())
     if not list_paths:
         origin = f"made and written to {settings.output_dir}"
@@ -453,19 +594,39 @@ def print_plan(settings: Settings, splits: Splits, list_paths: dict[str, Path], 
         origin += "" if "val" in list_paths else "; validation hashed out of training"
     print(f"{n_subjects} of {n_on_disk} subjects in {settings.data_dir}, slices to {settings.output_dir}")
     print(f"split lists: {origin}", flush=True)
+    if n_finished:
+        print(f"there already: {n_finished} of {n_subjects} subjects", flush=True)
 
 
-def print_summary(settings: Settings, splits: Splits, counts: dict[str, int]) -> None:
-    """Print what was read, what was written, and who was left out and why."""
+def print_summary(
+    settings: Settings,
+    splits: Splits,
+    finished: dict[str, Record],
+    made: dict[str, Record],
+    failures: dict[str, str],
+) -> None:
+    """Print what was there, read and written, and who was left out and why."""
     for part, subjects in splits.items():
-        n_slices = sum(counts[subject] for subject in subjects)
-        print(f"{part}: subjects read: {len(subjects)}, slices written: {n_slices}")
+        n_there = sum(subject in finished for subject in subjects)
+        n_slices = sum(n_slices_of(made[subject]) for subject in subjects if subject in made)
+        there = f", subjects there already: {n_there}" if n_there else ""
+        print(f"{part}: subjects read: {len(subjects) - n_there}, slices written: {n_slices}{there}")
+    records = finished | made
     for part, subjects in splits.items():
-        left_out = [subject for subject in subjects if counts[subject] == 0]
-        if left_out:
-            lacking = "no tumour-free slice" if part == "train" else "no tumour"
-            where = f"in slices {settings.start} to {settings.stop - 1}"
-            print(f"{part}: left out, {lacking} {where}: {len(left_out)} ({name_a_few(left_out)})")
+        lacking = "no tumour-free slice" if part == "train" else "no tumour"
+        reasons = {
+            f"{lacking} in slices {settings.start} to {settings.stop - 1}": [
+                subject for subject in subjects if subject in records and not records[subject].files
+            ],
+            "bad volumes": [subject for subject in subjects if subject in failures],
+        }
+        for reason, left_out in reasons.items():
+            if left_out:
+                print(f"{part}: left out, {reason}: {len(left_out)} ({name_a_few(left_out)})")
+
+
+def n_slices_of(record: Record) -> int:
+    return sum("/seg/" in name for name in record.files)
 
 
 def name_a_few(names: list[str], limit: int = 5) -> str:

@@ -42,6 +42,7 @@ FLAGS = {
         "test_split",
         "slices",
         "workers",
+        "overwrite",
     ),
     "datasets/split_traintest.py": ("data_dir", "output_dir", "seed"),
 }

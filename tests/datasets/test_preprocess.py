@@ -1,16 +1,23 @@
 """Preprocessing: its normalisation and choice of slices, and its command line on tiny volumes."""
 
+import contextlib
+import fcntl
 import gzip
+import itertools
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
+from datasets.brats2021 import find_slices
 from datasets.brats_preprocess import choose_slices, normalise
+from datasets.records import find_whole, store
 from datasets.split_traintest import (
     LIST_NAMES,
     find_subjects,
@@ -18,6 +25,7 @@ from datasets.split_traintest import (
     read_list,
     split_subjects,
 )
+from utils.cli import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "brats_preprocess.py"
 SHAPE = (24, 20, 12)
@@ -93,6 +101,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def raw(data_dir: Path, subject: str, kind: str) -> np.ndarray:
     return np.asarray(nibabel.load(data_dir / subject / f"{subject}_{kind}.nii.gz").dataobj)
+
+
+def assert_one_plain_sentence(result: subprocess.CompletedProcess, *fragments: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for fragment in fragments:
+        assert fragment in result.stderr
+
+
+def untouched(data_dir: Path) -> None:
+    pass
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,7 +210,8 @@ def test_command_line_writes_the_slices_it_should(cohort, tmp_path):
                 for z in indices:
                     expected[f"{part}/{kind}/{subject}_{kind}_{z}.npy"] = stack[:, :, z]
 
-    written = {path: np.load(tmp_path / "out" / path) for path in contents(tmp_path / "out")}
+    paths = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.npy")]
+    written = {path.as_posix(): np.load(tmp_path / "out" / path) for path in paths}
     assert sorted(written) == sorted(expected)
     for path, image in expected.items():
         assert written[path].dtype == (np.float32 if path.split("/")[1] in ("flair", "t2") else np.uint8)
@@ -251,32 +272,226 @@ def test_files_depend_neither_on_workers_nor_on_an_earlier_run(cohort, tmp_path)
     preprocess(cohort, tmp_path / "two", "--workers", 2)
     preprocess(cohort, tmp_path / "again", "--slices", 2, 7, "--percentage_upper", 0.7)
     other_settings = contents(tmp_path / "again")
-    preprocess(cohort, tmp_path / "again")
-    preprocess(cohort, tmp_path / "again")
+    preprocess(cohort, tmp_path / "again", "--overwrite")
     assert contents(tmp_path / "one") != other_settings
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Run again
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    """When each file and folder was last changed."""
+    return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def finished(cohort, tmp_path_factory) -> Path:
+    """The cohort's slices. Not to be changed: copy it."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    preprocess(cohort, output_dir)
+    return output_dir
+
+
+@pytest.fixture
+def output_dir(finished, tmp_path) -> Path:
+    """A copy of the cohort's slices."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("modalities", ["t2,flair,t1", "t1,t2,flair"])
+def test_run_again_changes_nothing(cohort, output_dir, modalities):
+    before = listing(output_dir)
+    result = preprocess(cohort, output_dir, "--modality", modalities)
+    assert listing(output_dir) == before
+    assert "there already: 5 of 5 subjects\n" in result.stdout
+    assert "train: subjects read: 0, slices written: 0, subjects there already: 2\n" in result.stdout
+    assert "train: left out, no tumour-free slice in slices 4 to 8: 1 (P_sick)\n" in result.stdout
+
+
+def test_lists_made_here_are_not_written_again(unlisted, tmp_path):
+    preprocess(unlisted, tmp_path / "out", "--slices", 4, 6)
+    before = listing(tmp_path / "out")
+    preprocess(unlisted, tmp_path / "out", "--slices", 4, 6)
+    assert listing(tmp_path / "out") == before
+
+
+SLICE = "train/t1/P_train_t1_6.npy"
+INCOMPLETE = {
+    "slice gone": lambda out: (out / SLICE).unlink(),
+    "slice cut off": lambda out: (out / SLICE).write_bytes((out / SLICE).read_bytes()[:100]),
+    "slice too many": lambda out: shutil.copy(out / SLICE, out / "train/t1/P_train_t1_5.npy"),
+    "no record": lambda out: (out / "subjects/P_train.json").unlink(),
+    "record cut off": lambda out: (out / "subjects/P_train.json").write_text('{"made_with": {'),
+    "record of another kind": lambda out: (out / "subjects/P_train.json").write_text("[1]"),
+    "half written": lambda out: shutil.copytree(out / "train/t1", out / ".partial"),
+    "slices removed by hand": lambda out: [shutil.rmtree(out / part) for part in LIST_NAMES],
+    "record of somebody gone": lambda out: (out / "subjects/P_gone.json").write_text(
+        (out / "subjects/P_train.json").read_text().replace("P_train", "P_gone")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_what_is_not_whole_is_made_again_and_the_rest_is_left_alone(cohort, finished, output_dir, case):
+    INCOMPLETE[case](output_dir)
+    before = listing(output_dir)
+    preprocess(cohort, output_dir)
+    assert contents(output_dir) == contents(finished)
+    if case != "slices removed by hand":
+        after = listing(output_dir)
+        others = [path for path in after if path.is_file() and "P_train" not in path.name]
+        assert {path: after[path] for path in others} == {path: before[path] for path in others}
+
+
+def modality_changed(data_dir: Path) -> None:
+    save(data_dir / "P_val" / "P_val_t1.nii.gz", raw(data_dir, "P_val", "t1") + 1)
+
+
+OTHERWISE = {
+    "fewer modalities": (untouched, SPLITS, ("--modality", "t2"), "--modality flair,t1,t2, not t2"),
+    "quantile": (untouched, SPLITS, ("--percentage_upper", "0.7"), "--percentage_upper 0.9, not 0.7"),
+    "other quantile": (untouched, SPLITS, ("--percentage_lower", "0"), "--percentage_lower 0.02, not 0"),
+    "slices": (untouched, SPLITS, ("--slices", "4", "8"), "--slices 4 9, not 4 8"),
+    "subject gone": (
+        untouched,
+        {**SPLITS, "train": ["P_sick"]},
+        (),
+        "P_train, which is in no split list now",
+    ),
+    "other split": (
+        untouched,
+        {"train": ["P_train"], "val": ["P_val", "P_sick"], "test": ["P_test", "P_well"]},
+        (),
+        "P_sick, which was in the train split and is in val now",
+    ),
+    "other volume": (modality_changed, SPLITS, (), "P_val, made from another t1 than"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_slices_made_otherwise_are_refused(cohort, output_dir, tmp_path, case):
+    edit, lists, args, difference = OTHERWISE[case]
+    data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
+    edit(data_dir)
+    write_lists(data_dir, lists)
+    before = listing(output_dir)
+    result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, *args)
+    assert_one_plain_sentence(result, difference, str(output_dir), "--overwrite", "another --output_dir")
+    assert listing(output_dir) == before
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_slices(cohort, output_dir, tmp_path):
+    data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
+    write_lists(data_dir, {"train": ["P_train"], "val": [], "test": ["P_sick"]})
+    args = ("--modality", "t1,t2", "--slices", 2, 7)
+    preprocess(data_dir, output_dir, *args, "--overwrite")
+    preprocess(data_dir, tmp_path / "fresh", *args)
+    assert contents(output_dir) == contents(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize(
-    ("args", "lists"),
-    [
-        (("--modality", "t2"), SPLITS),
-        ((), {**SPLITS, "train": ["P_sick"]}),
-        ((), {"train": ["P_val"], "val": ["P_train"], "test": ["P_test"]}),
-    ],
+    "name", ["val/t1ce/P_val_t1ce_6.npy", "val/t1/P_train_t1_6.npy", "train/t1/note_t1_.npy"]
 )
-def test_slices_of_another_run_are_not_mixed_up_with_the_new_ones(cohort, tmp_path, args, lists):
-    preprocess(cohort, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    write_lists(tmp_path / "lists", lists)
-    split_args = [
-        item for part, name in LIST_NAMES.items() for item in (f"--{part}_split", tmp_path / "lists" / name)
-    ]
-    result = run_script(
-        "--data_dir", cohort, "--output_dir", tmp_path / "out", "--slices", 4, 9, *split_args, *args
-    )
-    assert_one_plain_sentence(result, "of an earlier run with other subjects or modalities")
-    assert contents(tmp_path / "out") == before
+def test_a_slice_that_no_record_explains_is_refused(cohort, output_dir, name):
+    (output_dir / name).parent.mkdir(exist_ok=True)
+    (output_dir / name).write_text("")
+    before = listing(output_dir)
+    result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
+    assert_one_plain_sentence(result, str(output_dir / name))
+    assert listing(output_dir) == before
+
+
+def test_two_runs_at_a_time_are_refused(cohort, output_dir):
+    with (output_dir / ".lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
+    assert_one_plain_sentence(result, "another run is writing", str(output_dir))
+
+
+# Runs a script, and kills it with SIGKILL just before its n-th step that changes the output folder.
+KILLED = """
+import os, runpy, signal, sys
+output_dir, n, *sys.argv = sys.argv[1:]
+steps = 0
+def count(event, args):
+    global steps
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    changes = event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
+    if (writes or changes) and str(args[0]).startswith(output_dir):
+        steps += 1
+        if steps == int(n):
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_killed(n: int, output_dir: Path, *args: object) -> int:
+    """The exit code. It returns when the workers have ended, too: they hold the pipe of stdout."""
+    command = [sys.executable, "-c", KILLED, output_dir, n, SCRIPT, "--output_dir", output_dir, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, timeout=100).returncode
+
+
+def whole_subjects(output_dir: Path, kinds: tuple[str, str]) -> set[frozenset[str]]:
+    """What the dataset makes of an output folder: the slices of each subject; no subjects where it refuses."""
+    subjects = set()
+    for part in LIST_NAMES:
+        with contextlib.suppress(UserError):
+            names = [found["name"] for found in find_slices(output_dir / part, kinds)]
+            groups = itertools.groupby(names, lambda name: name.rpartition("_")[0])
+            subjects |= {frozenset(group) for _, group in groups}
+    return subjects
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_moment_it_ends_up_with_the_same_files(cohort, finished, tmp_path, overwrite):
+    output_dir = tmp_path / "out"
+    args = ["--data_dir", cohort, "--slices", 4, 9, "--workers", 2]
+    earlier = tmp_path / "earlier"
+    preprocess(cohort, earlier, "--slices", 3, 8, "--percentage_upper", 0.7)
+    if overwrite:
+        shutil.copytree(earlier, output_dir)
+        args.append("--overwrite")
+    pairs = list(itertools.permutations(("flair", "t1", "t2", "seg", "brainmask"), 2))
+    wholes = {pair: whole_subjects(finished, pair) | whole_subjects(earlier, pair) for pair in pairs}
+    assert all(len(subjects) > 3 for subjects in wholes.values())
+    old, new = ({path.read_bytes() for path in folder.glob("*/flair/*")} for folder in (earlier, finished))
+    assert not old & new
+
+    for n in np.random.default_rng(0).integers(1, 70, 6):
+        assert run_killed(n, output_dir, *args) == -signal.SIGKILL
+        there = {path.read_bytes() for path in output_dir.glob("*/flair/*")}
+        assert there <= old or there <= new
+        assert all(whole_subjects(output_dir, pair) <= whole for pair, whole in wholes.items())
+    assert run_killed(0, output_dir, *args) == 0
+    assert contents(output_dir) == contents(finished)
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_no_part_of_a_subject_is_taken_for_the_whole(tmp_path, monkeypatch, n):
+    """As above, at each of the moves that put one subject in place."""
+    kinds = ("flair", "t1", "seg")
+    slices = {f"{kind}/A_{kind}_{z}.npy": np.zeros((2, 2)) for kind in kinds for z in (4, 5, 6, 7)}
+    for kind in kinds:
+        (tmp_path / "train" / kind).mkdir(parents=True)
+    (tmp_path / "subjects").mkdir()
+    moves = itertools.count(1)
+    replace = Path.replace
+
+    def break_off(path: Path, target: Path) -> None:
+        if next(moves) == n:
+            raise KeyboardInterrupt
+        replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, "train", "A", {}, slices)
+    whole = frozenset({"A_4", "A_5", "A_6", "A_7"})
+    for pair in itertools.permutations(kinds, 2):
+        assert whole_subjects(tmp_path, pair) <= {whole}
+    assert not find_whole(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -351,14 +566,6 @@ def test_a_single_test_subject_will_do(unlisted, tmp_path):
 # Bad input
 
 
-def assert_one_plain_sentence(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for fragment in fragments:
-        assert fragment in result.stderr
-
-
 def append_to_list(part: str, line: str):
     def edit(data_dir: Path) -> None:
         with (data_dir / LIST_NAMES[part]).open("a") as file:
@@ -373,14 +580,6 @@ def remove(*names: str):
             (data_dir / name).unlink()
 
     return edit
-
-
-def put(subject: str, kind: str, volume: np.ndarray):
-    return lambda data_dir: save(data_dir / subject / f"{subject}_{kind}.nii.gz", volume)
-
-
-def untouched(data_dir: Path) -> None:
-    pass
 
 
 TRAINING, VALIDATION, TESTING = LIST_NAMES.values()
@@ -428,14 +627,6 @@ BAD_INPUT = {
     "slices beyond the end": (untouched, ("--slices", "4", "13"), "P_train_t2.nii.gz", "12 slices"),
     "no workers": (untouched, ("--workers", "0"), "--workers must be 1 or more"),
     "mistyped flag": (untouched, ("--modalities", "t2"), "did you mean '--modality'?"),
-    "shapes differ": (put("P_test", "t1", np.ones((24, 21, 12))), (), "P_test_t1.nii.gz", "(24, 21, 12)"),
-    "seg of another shape": (put("P_test", "seg", np.ones((20, 24, 12))), (), "P_test_seg.nii.gz"),
-    "four axes": (put("P_val", "t2", np.ones((*SHAPE, 2))), (), "P_val_t2.nii.gz", "3 axes"),
-    "no gzip": (
-        lambda path: (path / "P_val/P_val_t1.nii.gz").write_text("a web page"),
-        (),
-        "P_val_t1.nii.gz cannot be read",
-    ),
 }
 
 
@@ -457,28 +648,174 @@ def test_output_dir_that_is_a_file_is_refused(cohort, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def truncated(path: Path) -> None:
-    """Header and gzip are sound, but half the voxels are missing."""
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:5000]))
+# ----------------------------------------------------------------------------------------------------------
+# Bad subjects
 
 
-@pytest.mark.parametrize(
-    ("kind", "damage", "message"),
-    [
-        ("t1", truncated, "cannot be read"),
-        ("t1", lambda path: save(path, np.zeros(SHAPE, np.int16)), "every voxel is 0"),
-        ("t1", lambda path: save(path, np.full(SHAPE, np.nan)), "not finite"),
-        ("seg", lambda path: save(path, np.full(SHAPE, 0.5)), "must hold labels"),
-        ("seg", lambda path: save(path, np.full(SHAPE, -1, np.int16)), "must hold labels"),
-    ],
-)
-def test_a_failure_among_the_voxels_names_the_file(cohort, tmp_path, kind, damage, message):
-    data_dir = tmp_path / "raw"
+def content(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Damage the uncompressed bytes of a volume; gzip is sound."""
+    return lambda path: path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+
+
+def header(**fields: object) -> Callable[[Path], None]:
+    """Damage the header of a volume; gzip is sound."""
+
+    def change(data: bytes) -> bytes:
+        header = nibabel.Nifti1Header(data[:348], check=False)
+        for name, value in fields.items():
+            header[name] = value
+        return header.binaryblock + data[348:]
+
+    return content(change)
+
+
+def voxels(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Put other voxels into a sound file."""
+    return lambda path: save(path, change(np.asarray(nibabel.load(path).dataobj)))
+
+
+def elsewhere(path: Path) -> None:
+    """The same voxels, but shifted by 1 mm."""
+    affine = np.eye(4)
+    affine[0, 3] = 1
+    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), affine), path)
+
+
+def put(kind: type, index: int, value: float) -> Callable[[Path], None]:
+    """Set one voxel of the brain, as another dtype."""
+
+    def change(volume: np.ndarray) -> np.ndarray:
+        volume = volume.astype(kind)
+        volume[volume != 0] = np.where(np.arange((volume != 0).sum()) == index, value, volume[volume != 0])
+        return volume
+
+    return voxels(change)
+
+
+def cut_bytes(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def wrong_checksum(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + bytes(4) + data[-4:])
+
+
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+BAD_VOLUMES = {  # which volume, how, what is said
+    "no gzip": ("t1", lambda path: path.write_text("a web page"), "cannot be read", "gzip"),
+    "empty": ("t1", lambda path: path.write_bytes(b""), "cannot be read", "NIfTI"),
+    "no NIfTI": ("t2", lambda path: path.write_bytes(gzip.compress(bytes(5000))), "cannot be read", "NIfTI"),
+    "gzip cut off": ("t1", cut_bytes, "cannot be read"),
+    "checksum": ("t1", wrong_checksum, "cannot be read", "CRC"),
+    "voxels cut off": ("t1", content(lambda data: data[:5000]), "cut off", "11872 bytes", "5000"),
+    "bytes too many": ("t1", content(lambda data: data + bytes(16)), "goes on after", "11872"),
+    "impossible header": ("t1", header(datatype=77), "cannot be read"),
+    "voxels in the header": ("t1", header(vox_offset=0), "cannot be read", "inside its header"),
+    "claims the impossible": (
+        "t1",
+        header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]),
+        "32767 × 32767 × 32767",
+    ),
+    "claims too much": ("t1", header(dim=[3, 512, 512, 512, 1, 1, 1, 1]), "cut off", "268435808 bytes"),
+    "no voxels": ("t1", header(dim=[3, 24, 0, 12, 1, 1, 1, 1]), "3 axes", "(24, 0, 12)"),
+    "axis below 0": ("t1", header(dim=[3, 24, -20, 12, 1, 1, 1, 1]), "3 axes", "(24, -20, 12)"),
+    "four axes": ("t2", voxels(lambda volume: np.stack([volume, volume], -1)), "3 axes", "(24, 20, 12, 2)"),
+    "two axes": ("t2", voxels(lambda volume: volume[:, :, 5]), "3 axes", "(24, 20)"),
+    "other shape": ("t1", voxels(lambda volume: volume[:, :-1]), "shape (24, 19, 12)", "(24, 20, 12)"),
+    "other shape of seg": ("seg", voxels(lambda volume: volume[1:]), "shape (23, 20, 12)"),
+    "other affine": ("flair", elsewhere, "affine"),
+    "other affine of seg": ("seg", elsewhere, "affine"),
+    "no affine": ("t2", header(sform_code=1, srow_x=np.nan), "affine is not finite"),
+    "NaN": ("t1", put(np.float32, 7, np.nan), "not finite"),
+    "Inf": ("t1", put(np.float64, 7, -np.inf), "not finite"),
+    "scaling without sense": ("t1", header(scl_slope=1, scl_inter=np.nan), "cannot be read", "intercept"),
+    "no brain": ("t1", voxels(np.zeros_like), "every voxel is 0"),
+    "constant": ("t1", voxels(lambda volume: np.full_like(volume, -7)), "both -7"),
+    "constant brain": ("flair", voxels(lambda volume: (volume != 0).astype(np.uint8)), "both 1"),
+    "too wide a range": ("t1", voxels(lambda v: np.sign(v) * 1.7e308), "orders of magnitude"),
+    "complex": ("t1", voxels(lambda volume: volume.astype(np.complex64)), "real numbers", "complex64"),
+    "colours": ("t1", voxels(lambda volume: np.zeros(volume.shape, RGB)), "real numbers"),
+    "label 5": ("seg", voxels(lambda seg: seg + np.uint8(5)), "must hold labels", "holds 5"),
+    "label outside the slices": (
+        "seg",
+        voxels(lambda seg: seg + np.uint8([9] + 11 * [0])),
+        "must hold labels",
+    ),
+    "label between": ("seg", voxels(lambda seg: seg + 0.5), "must hold labels", "0.5"),
+    "label below 0": ("seg", voxels(lambda seg: seg.astype(np.int16) - 1), "must hold labels", "-1"),
+    "label NaN": ("seg", voxels(lambda seg: seg * np.nan), "must hold labels", "nan"),
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    """The cohort with a subject more for each bad volume, its output, and what the run said."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    data_dir, output_dir = folder / "raw", folder / "out"
     shutil.copytree(cohort, data_dir)
-    path = data_dir / "P_val" / f"P_val_{kind}.nii.gz"
-    damage(path)
+    names = [f"B{index:02d}" for index in range(len(BAD_VOLUMES))]
+    for name, (kind, damage, *_) in zip(names, BAD_VOLUMES.values(), strict=True):
+        make_subject(data_dir, name, {5: (1, 3)})
+        damage(data_dir / name / f"{name}_{kind}.nii.gz")
+    write_lists(
+        data_dir, {**SPLITS, "train": names[::2] + SPLITS["train"], "test": SPLITS["test"] + names[1::2]}
+    )
+    result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, "--workers", 2)
+    return data_dir, output_dir, result
+
+
+@pytest.mark.parametrize("case", BAD_VOLUMES)
+def test_a_bad_subject_is_left_out_with_a_plain_sentence(spoilt, case):
+    data_dir, output_dir, result = spoilt
+    name = f"B{list(BAD_VOLUMES).index(case):02d}"
+    kind, _, *fragments = BAD_VOLUMES[case]
+    [sentence] = [line for line in result.stderr.splitlines() if name in line]
+    assert sentence.startswith(f"brats_preprocess.py: error: {data_dir / name / f'{name}_{kind}.nii.gz'} ")
+    assert sentence.endswith(f"{name} is left out: replace the file and run the same command again")
+    for fragment in fragments:
+        assert fragment in sentence
+    assert not [path for path in output_dir.rglob("*") if name in path.name]
+
+
+def test_bad_subjects_do_not_keep_others_from_being_made(spoilt, finished):
+    _, output_dir, result = spoilt
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == len(BAD_VOLUMES), result.stderr
+    n_train = (len(BAD_VOLUMES) + 1) // 2
+    assert f"train: subjects read: {n_train + 2}, slices written: 4\n" in result.stdout
+    assert f"train: left out, bad volumes: {n_train} (B00, B02, B04, B06, B08 and " in result.stdout
+    lists = set(LIST_NAMES.values())
+    assert contents(output_dir) == {
+        name: data for name, data in contents(finished).items() if name not in lists
+    }
+
+
+def test_a_subject_whose_file_was_replaced_is_made_by_the_same_command(cohort, finished, tmp_path):
+    data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
+    path = data_dir / "P_val" / "P_val_t2.nii.gz"
+    sound = path.read_bytes()
+    cut_bytes(path)
+    command = ("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", 4, 9)
+    for _ in range(2):
+        result = run_script(*command)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert "P_val_t2.nii.gz cannot be read" in result.stderr
+    assert "there already: 4 of 5 subjects" in result.stdout
+    path.write_bytes(sound)
+    assert run_script(*command).returncode == 0
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_a_subject_with_too_few_slices_is_left_out(cohort, tmp_path):
+    data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
+    for kind in KINDS:
+        save(data_dir / "P_train" / f"P_train_{kind}.nii.gz", raw(cohort, "P_train", kind)[:, :, :8])
     result = run_script("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", 4, 9)
-    assert_one_plain_sentence(result, str(path), message)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "--slices 4 9 exceeds" in result.stderr
+    assert "P_train_t2.nii.gz, which has 8 slices" in result.stderr
+    assert len(find_whole(tmp_path / "out")) == 4
 
 
 def test_help_explains_every_flag_without_importing_numpy():

@@ -1,0 +1,140 @@
+"""Raw NIfTI volumes, read with distrust: a file must have what its header claims before memory is spent on it."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import nibabel
+import numpy as np
+
+from utils.cli import UserError
+
+MAX_BYTES = 2**30 + 2**20  # of a file: a header and 512³ voxels of 8 bytes; BraTS has 240 × 240 × 155
+CHUNK = 2**20  # bytes read at a time
+FORMATS = (nibabel.Nifti1Image, nibabel.Nifti2Image)
+HEADER_BYTES = max(image.header_class.sizeof_hdr for image in FORMATS)
+
+# nibabel also logs to stderr what it finds odd in a header; what is wrong is said once, in the error.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
+
+
+class Grid(NamedTuple):
+    """Where a volume's voxels lie."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    affine: np.ndarray  # [4, 4], from voxel index to mm
+
+
+class Layout(NamedTuple):
+    """What a header says of its file."""
+
+    image_class: type[nibabel.Nifti1Image]
+    shape: tuple[int, int, int]
+    n_bytes: int  # uncompressed, from the file's beginning to the end of its voxels
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
+    """A volume's intensities, [H, W, D], in the dtype on disk or floats where the header scales them, and its grid.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or holds anything but one volume of real numbers.
+    """
+    with plain_errors(path):
+        with open_volume(path) as file:
+            head = file.read(HEADER_BYTES)
+            layout = parse_header(path, head)
+            content = read_content(path, file, head, layout.n_bytes)
+        image = layout.image_class.from_bytes(content)
+        if not np.isfinite(image.affine).all():
+            raise UserError(f"{path} lies nowhere in space, its affine is not finite")
+        return np.asarray(image.dataobj), Grid(path, layout.shape, image.affine)
+
+
+def read_shape(path: Path) -> tuple[int, int, int]:
+    """The shape that the volume's header states; a UserError as from `read_volume`."""
+    with plain_errors(path), open_volume(path) as file:
+        return parse_header(path, file.read(HEADER_BYTES)).shape
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a volume's uncompressed bytes, which tells two volumes apart; quick where the file is compressed."""
+    with plain_errors(path), path.open("rb") as file:
+        if path.suffix == ".gz":  # gzip keeps it at the end, before the size
+            file.seek(-min(8, path.stat().st_size), 2)
+            return int.from_bytes(file.read(4), "little")
+        crc = 0
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+        return crc
+
+
+@contextmanager
+def plain_errors(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in reading into a UserError that names the file, and keep warnings off the screen."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a broken file raises whatever gzip, zlib, numpy or nibabel stumble over
+        reason = " ".join(str(error).split())  # some of nibabel's messages have several lines
+        raise UserError(f"{path} cannot be read ({type(error).__name__}, {reason})") from error
+
+
+def open_volume(path: Path) -> BinaryIO:
+    """The file's uncompressed bytes as a stream."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def parse_header(path: Path, head: bytes) -> Layout:
+    """Read and check the header in a file's first bytes.
+
+    Raises:
+        UserError: no NIfTI header, other than 3 axes, voxels that are not real numbers, or a size beyond MAX_BYTES.
+    """
+    image_class = next((image for image in FORMATS if image.header_class.may_contain_header(head)), None)
+    if image_class is None:
+        raise UserError(f"{path} cannot be read, it does not begin with a NIfTI header")
+    header = image_class.header_class(head[: image_class.header_class.sizeof_hdr])
+    shape = tuple(int(length) for length in header.get_data_shape())
+    dtype = header.get_data_dtype()
+    offset = header.get_data_offset()
+    if len(shape) != 3 or min(shape) < 1:
+        raise UserError(f"{path} must hold a volume with 3 axes, but its shape is {shape}")
+    if dtype.kind not in "iuf":
+        raise UserError(f"{path} must hold real numbers, but its voxels are {dtype}")
+    if offset < header.single_vox_offset:
+        raise UserError(f"{path} cannot be read, its voxels would begin inside its header")
+    n_voxels = math.prod(shape)
+    if offset + n_voxels * max(dtype.itemsize, 8) > MAX_BYTES:  # scaled voxels become floats of 8 bytes
+        raise UserError(f"{path} claims to hold {' × '.join(map(str, shape))} voxels, too many to be a scan")
+    return Layout(image_class, shape, offset + n_voxels * dtype.itemsize)
+
+
+def read_content(path: Path, file: BinaryIO, head: bytes, n_bytes: int) -> bytes:
+    """The `n_bytes` that a file must have, of which `head` has been read; memory grows with what is really there.
+
+    Raises:
+        UserError: the file ends before or goes on after.
+    """
+    content = bytearray(head[:n_bytes])
+    while chunk := file.read(min(CHUNK, n_bytes - len(content))):
+        content += chunk
+    if len(content) < n_bytes:
+        claim = f"its header claims {n_bytes} bytes, but there are {len(content)}"
+        raise UserError(f"{path} cannot be read, it is cut off: {claim}")
+    # Looking for one byte more makes gzip compare its checksum, too.
+    if len(head) > n_bytes or file.read(1):
+        claim = f"it goes on after the {n_bytes} bytes that its header claims"
+        raise UserError(f"{path} cannot be read, it is damaged: {claim}")
+    return bytes(content)

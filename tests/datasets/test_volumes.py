@@ -1,0 +1,313 @@
+"""Reading volumes: whatever the bytes of a file, it is refused plainly or read as nibabel reads it."""
+
+import dataclasses
+import gzip
+import math
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.brats_preprocess import Settings, cut_subject, normalise
+from datasets.records import find_whole, store
+from datasets.volumes import MAX_BYTES, checksum, plain_errors, read_shape, read_volume
+from utils.cli import UserError
+
+SHAPE = (6, 5, 4)
+MEMORY = 8 * 2**20  # bytes, what reading a volume of some hundred bytes may take: some chunks
+HEADERS = {"nifti1": nibabel.Nifti1Header, "nifti2": nibabel.Nifti2Header}
+IMAGES = {"nifti1": nibabel.Nifti1Image, "nifti2": nibabel.Nifti2Image}
+DTYPES = (np.uint8, np.int16, np.dtype(">i2"), np.float32, np.float64)
+
+
+def volume_bytes(version: str, dtype: np.dtype, voxels: np.ndarray | None = None) -> bytes:
+    """A small volume as it lies in an uncompressed file; by default with negative voxels, where it can have them."""
+    if voxels is None:
+        voxels = np.random.default_rng(0).integers(-99, 99, SHAPE)
+    header = HEADERS[version](endianness=">" if np.dtype(dtype).byteorder == ">" else "<")
+    header.set_data_dtype(dtype)
+    return IMAGES[version](voxels.astype(dtype), np.diag([1, 2, 3, 1]), header).to_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Any bytes
+
+
+def numbers(dtype: np.dtype) -> st.SearchStrategy:
+    """Values of a header field: ordinary ones, those at the ends of its range, and what is no number."""
+    if dtype.kind == "f":
+        special = [0, 1, -1, 0.5, 352, 400, 1e9, -1e9, 3e38, math.nan, math.inf]
+        return st.sampled_from(special) | st.floats(width=32)
+    info = np.iinfo(dtype)
+    special = [0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 64, 512, 768, 30000, 32767, 2**31 - 1, 2**62, -1]
+    sensible = [value for value in special if info.min <= value <= info.max]
+    return st.sampled_from([*sensible, int(info.min), int(info.max)]) | st.integers(info.min, info.max)
+
+
+@st.composite
+def spoil_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
+    """Set some fields, or elements of fields, of the header."""
+    header = HEADERS[version](data[: HEADERS[version].sizeof_hdr], check=False)
+    known = [
+        "dim",
+        "datatype",
+        "vox_offset",
+        "scl_slope",
+        "scl_inter",
+        "pixdim",
+        "srow_x",
+        "sform_code",
+        "magic",
+    ]
+    for name in draw(st.lists(st.sampled_from(known + list(header.keys())), min_size=1, max_size=3)):
+        field = header.structarr[name]
+        if field.dtype.kind == "S":
+            header.structarr[name] = draw(st.binary(max_size=field.dtype.itemsize))
+        elif field.ndim:
+            field[draw(st.integers(0, field.size - 1))] = draw(numbers(field.dtype))
+        else:
+            header.structarr[name] = draw(numbers(field.dtype))
+    return header.binaryblock + data[len(header.binaryblock) :]
+
+
+@st.composite
+def spoil_bytes(draw, data: bytes, much: int) -> bytes:
+    """Change single bytes, cut the end off, or add to it, up to `much`."""
+    how = draw(st.sampled_from(["change", "cut", "add"]))
+    if how == "cut":
+        return data[: draw(st.integers(0, len(data)))]
+    if how == "add":
+        return data + draw(st.binary(min_size=1, max_size=20) | st.just(bytes(much)))
+    spoilt = bytearray(data)
+    for place in draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=4)):
+        spoilt[place] = draw(st.integers(0, 255))
+    return bytes(spoilt)
+
+
+@st.composite
+def files(draw) -> tuple[str, bytes]:
+    """The suffix and the bytes of a file, spoilt in none, one or several ways."""
+    version = draw(st.sampled_from(list(HEADERS)))
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    data = volume_bytes(version, dtype)
+    how = draw(st.sets(st.sampled_from(["header", "bytes", "gzip"])))
+    if "header" in how:
+        data = draw(spoil_header(data, version, dtype))
+    if "bytes" in how:
+        data = draw(spoil_bytes(data, 2**24))
+    if "gzip" not in how:
+        suffix = draw(st.sampled_from([".nii", ".nii.gz"]))
+        return suffix, gzip.compress(data, mtime=0) if suffix == ".nii.gz" else data
+    return ".nii.gz", draw(spoil_bytes(gzip.compress(data, 1, mtime=0), 2**12))
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Settings:
+    """Where subject A lies, with a sound segmentation of the same grid; its flair is to be written."""
+    folder = tmp_path_factory.mktemp("subject")
+    (folder / "raw/A").mkdir(parents=True)
+    seg = volume_bytes("nifti1", np.uint8, np.arange(4) * np.ones(SHAPE) * (np.arange(4) < 2))
+    (folder / "raw/A/A_seg.nii").write_bytes(seg)
+    return Settings(folder / "raw", folder / "out", ("flair",), 0.1, 0.9, 0, 3)
+
+
+outcomes = {"read": 0, "refused": 0, "made": 0}
+
+
+@settings(max_examples=300, deadline=2000, derandomize=True, database=None)
+@given(file=files())
+def check_a_file(subject: Settings, file: tuple[str, bytes]) -> None:
+    suffix, data = file
+    path = subject.data_dir / f"A/A_flair{suffix}"
+    for old in path.parent.glob("A_flair*"):
+        old.unlink()
+    path.write_bytes(data)
+    expected = expect_volume(path)
+    check_subject(subject, path, expected)
+
+
+def expect_volume(path: Path) -> np.ndarray | None:
+    """Read a file, None where it is refused: what is read is what nibabel reads."""
+    tracemalloc.start()
+    try:
+        (voxels, grid), refusal = read_volume(path), ""
+    except UserError as error:
+        refusal = str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MEMORY
+    if refusal:
+        assert refusal.startswith(str(path))
+        assert "\n" not in refusal
+        outcomes["refused"] += 1
+        return None
+    image = nibabel.load(path)
+    expected = np.asarray(image.dataobj)
+    np.testing.assert_array_equal(voxels, expected)
+    np.testing.assert_array_equal(grid.affine, image.affine)
+    assert voxels.dtype == expected.dtype
+    assert grid.shape == image.shape == read_shape(path)
+    assert np.isfinite(grid.affine).all()
+    outcomes["read"] += 1
+    return expected
+
+
+def check_subject(subject: Settings, path: Path, expected: np.ndarray | None) -> None:
+    """The subject is refused by the name of a file, or its slices are those of the volume, in full."""
+    try:
+        (made_with, slices), refusal = cut_subject(subject, "train", "A"), ""
+    except UserError as error:
+        refusal = str(error)
+    if refusal:
+        assert refusal.startswith((str(path), str(path.parent / "A_seg.nii")))
+        return
+    assert expected is not None
+    image = normalise(expected, 0.1, 0.9)
+    numbers = [z for z in (0, 2) if expected[:, :, z].any()]  # slice 1 has a tumour
+    assert sorted(slices) == sorted(
+        f"{kind}/A_{kind}_{z}.npy" for kind in ("flair", "seg", "brainmask") for z in numbers
+    )
+    for z in numbers:
+        assert np.isfinite(slices[f"flair/A_flair_{z}.npy"]).all()
+        np.testing.assert_array_equal(slices[f"flair/A_flair_{z}.npy"], image[:, :, z])
+        np.testing.assert_array_equal(slices[f"brainmask/A_brainmask_{z}.npy"], expected[:, :, z] != 0)
+    assert made_with["volumes"]["flair"] == checksum(path)
+    outcomes["made"] += 1
+
+
+def test_any_file_is_refused_plainly_or_read_as_nibabel_does(subject):
+    check_a_file(subject)
+    assert min(outcomes.values()) > 50, f"one-sided examples: {outcomes}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Claims
+
+
+def claiming(dim: tuple[int, ...], data: bytes = b"", **fields: object) -> bytes:
+    """A header, sound but for what it claims, and what follows it."""
+    header = nibabel.Nifti1Header()
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    header["dim"][: len(dim) + 1] = [len(dim), *dim]
+    header["datatype"], header["bitpix"] = 4, 16
+    for name, value in fields.items():
+        header[name] = value
+    return header.binaryblock + bytes(4) + data
+
+
+CLAIMS = {
+    "more than any scan has": (claiming((30000, 30000, 30000)), "30000 × 30000 × 30000"),
+    "more by overflow": (claiming((32767, 32767, 4)), "32767 × 32767 × 4"),
+    "as much as is allowed": (claiming((512, 512, 512)), "cut off"),
+    "voxels far behind": (claiming((6, 5, 4), vox_offset=1e12), "too many"),
+    "voxels behind much": (claiming((6, 5, 4), bytes(2**20), vox_offset=2**29), "cut off"),
+    "less than there is": (claiming((6, 5, 4), bytes(2**27)), "goes on"),
+    "a little less": (claiming((2, 2, 2), bytes(17)), "goes on"),
+    "long extension": (claiming((6, 5, 4), vox_offset=2**29)[:348] + b"\1\0\0\0\xf0\xff\xff\x7f", "cut off"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_memory_is_spent_on_what_a_file_has_not_on_what_it_claims(tmp_path, claim, suffix):
+    data, message = CLAIMS[claim]
+    path = tmp_path / f"A{suffix}"
+    path.write_bytes(gzip.compress(data, 1) if suffix == ".nii.gz" else data)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        read_volume(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MEMORY
+
+
+def test_no_more_is_decompressed_than_the_header_claims(tmp_path, monkeypatch):
+    """A gigabyte of zeros in a megabyte."""
+    path = tmp_path / "A.nii.gz"
+    million = gzip.compress(bytes(2**20), 1)
+    path.write_bytes(gzip.compress(claiming((6, 5, 4), bytes(240))) + 1024 * million)
+    reads = []
+    read = gzip.GzipFile.read
+
+    def count(file: gzip.GzipFile, size: int) -> bytes:
+        data = read(file, size)
+        reads.append(len(data))
+        return data
+
+    monkeypatch.setattr(gzip.GzipFile, "read", count)
+    with pytest.raises(UserError, match="goes on"):
+        read_volume(path)
+    assert sum(reads) <= 2**20
+
+
+def test_the_bound_leaves_room_for_the_largest_scans():
+    assert 512**3 * 8 < MAX_BYTES < 2**31
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sound files
+
+
+@pytest.mark.parametrize("version", HEADERS)
+@pytest.mark.parametrize("dtype", [*DTYPES, np.int8, np.uint16, np.int32, np.uint64])
+def test_what_is_sound_is_read(tmp_path, version, dtype):
+    voxels = np.random.default_rng(1).integers(0, 99, SHAPE)
+    data = volume_bytes(version, dtype, voxels)
+    (tmp_path / "A.nii").write_bytes(data)
+    (tmp_path / "A.nii.gz").write_bytes(gzip.compress(data))
+    for name in ("A.nii", "A.nii.gz"):
+        found, grid = read_volume(tmp_path / name)
+        np.testing.assert_array_equal(found, voxels)
+        assert found.dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(grid.affine, np.diag([1, 2, 3, 1]))
+        assert checksum(tmp_path / name) == zlib.crc32(data)
+
+
+def test_a_header_with_an_extension_is_read(tmp_path):
+    voxels = np.arange(120, dtype=np.int16).reshape(SHAPE)
+    image = nibabel.Nifti1Image(voxels, np.eye(4))
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"x" * 5000))
+    nibabel.save(image, tmp_path / "A.nii.gz")
+    np.testing.assert_array_equal(read_volume(tmp_path / "A.nii.gz")[0], voxels)
+
+
+def test_what_is_odd_but_readable_is_read_in_silence(tmp_path, caplog):
+    """nibabel warns of the extension's length and logs the voxels' offset, neither being divisible by 16."""
+    extension = np.array([24, 6], "<i4").tobytes() + bytes(16)
+    data = claiming((6, 5, 4), vox_offset=376)[:348] + b"\1\0\0\0" + extension + bytes(240)
+    (tmp_path / "A.nii").write_bytes(data)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert read_volume(tmp_path / "A.nii")[0].shape == SHAPE
+    assert not warned
+    assert not caplog.records
+
+
+def test_an_error_of_several_lines_becomes_one():
+    with pytest.raises(UserError) as refusal, plain_errors(Path("A.nii")):
+        raise OSError("Expected 8 bytes,\n  got 4")
+    assert str(refusal.value) == "A.nii cannot be read (OSError, Expected 8 bytes, got 4)"
+
+
+def test_subjects_of_any_size_with_voxels_below_0_are_made(subject, tmp_path):
+    """Read, cut, stored and found again: here as an example, above for any bytes."""
+    (tmp_path / "raw/B").mkdir(parents=True)
+    place = dataclasses.replace(subject, data_dir=tmp_path / "raw", output_dir=tmp_path / "out")
+    voxels = np.random.default_rng(2).integers(-50, 90, (3, 17, 5))
+    for kind, volume in {"flair": voxels, "seg": 0 * voxels}.items():
+        (tmp_path / f"raw/B/B_{kind}.nii").write_bytes(volume_bytes("nifti1", np.int16, volume))
+    made_with, slices = cut_subject(place, "train", "B")
+    for kind in place.kinds:
+        (tmp_path / "out/train" / kind).mkdir(parents=True)
+    (tmp_path / "out/subjects").mkdir()
+    record = store(place.output_dir, "train", "B", made_with, slices)
+    assert find_whole(place.output_dir) == {"B": record}
+    image = normalise(voxels, 0.1, 0.9)
+    for z in range(3):
+        np.testing.assert_array_equal(np.load(tmp_path / f"out/train/flair/B_flair_{z}.npy"), image[:, :, z])
