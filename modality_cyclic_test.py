@@ -30,8 +30,9 @@ def main() -> None:
 def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
+    from datasets.brats2021 import fingerprint
     from utils.device import pick_device
-    from utils.experiment import trained_steps
+    from utils.experiment import describe_run, trained_steps, write_record
     from utils.report import write_maps
 
     forward, backward = find_translators(args, overrides)
@@ -53,6 +54,10 @@ def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
         "trained_steps": {process: trained_steps(found.checkpoint) for process, found in translators.items()},
     }
     results = Path(args.logdir) / "results" / results_name(args.model_name, forward, backward)
+    data = {split: fingerprint(config.data.data_dir, split, kinds_scored(config)) for split in maps}
+    write_record(
+        results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)}
+    )
     write_maps(results / ERROR_MAPS, run, maps)
     score_maps(results, run, maps)
 
@@ -104,6 +109,7 @@ class Translator(NamedTuple):
     name: str  # of its experiment, or of a checkpoint without one
     checkpoint: Path
     config: Any  # ConfigDict
+    normalisation: dict[str, float] | None  # of the slices that it was trained on, where that is known
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -197,6 +203,7 @@ def find_translators(args: argparse.Namespace, overrides: list[str]) -> tuple[Tr
         config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
     backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
     configs.check(config)
+    require_same_normalisation(forward, backward)
     return forward, backward
 
 
@@ -223,7 +230,7 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
     record = read_record(checkpoint)
     if record is None:
-        return Translator(checkpoint.stem, checkpoint, config)
+        return Translator(checkpoint.stem, checkpoint, config, None)
     if not {"model_name", "training_process", "config"} <= set(record):
         raise UserError(f"{checkpoint.parent / 'config.json'} is not what training writes: restore it")
     if (record["model_name"], record["training_process"]) != (model_name, process):
@@ -239,7 +246,32 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
                 f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}"
             )
         fixed.update_from_flattened_dict({key: value})
-    return Translator(checkpoint.absolute().parent.name, checkpoint, fixed)
+    normalisation = record.get("data", {}).get("normalisation")
+    return Translator(checkpoint.absolute().parent.name, checkpoint, fixed, normalisation)
+
+
+def require_same_normalisation(forward: Translator, backward: Translator) -> None:
+    """Refuse translators and slices whose intensities mean different things.
+
+    Raises:
+        UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise.
+    """
+    from datasets.records import read_normalisation
+
+    data_dir = forward.config.data.data_dir
+    known = {
+        str(forward.checkpoint): forward.normalisation,
+        str(backward.checkpoint): backward.normalisation,
+        data_dir: read_normalisation(Path(data_dir)),
+    }
+    known = {where: quantiles for where, quantiles in known.items() if quantiles}
+    (first, expected), *others = known.items() or [("", None)]
+    for where, quantiles in others:
+        if quantiles != expected:
+            raise UserError(
+                f"{first} and {where} do not fit: normalised by {expected} and by {quantiles}; "
+                "preprocess with the same --percentage_lower and --percentage_upper"
+            )
 
 
 class Scorer:
@@ -349,6 +381,11 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     return maps, cost
 
 
+def kinds_scored(config: Any) -> list[str]:
+    """What scoring reads of each slice."""
+    return [config.data.input, "seg", "brainmask"]
+
+
 def load_slices(config: Any, split: str) -> dict | None:
     """All slices of a split as one batch; None, with a word about it, if there are no validation slices.
 
@@ -361,8 +398,9 @@ def load_slices(config: Any, split: str) -> dict | None:
     if split == "val" and not any(Path(config.data.data_dir, split).glob("*/*.npy")):
         print(f"no validation slices in {config.data.data_dir}: only the oracle threshold can be shown")
         return None
-    kinds = [config.data.input, "seg", "brainmask"]
-    return all_slices(BraTS2021Dataset(config.data.data_dir, split, kinds, config.data.image_size))
+    return all_slices(
+        BraTS2021Dataset(config.data.data_dir, split, kinds_scored(config), config.data.image_size)
+    )
 
 
 def labelled(maps: dict, key: str) -> tuple:

@@ -2,15 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.data import CacheDataset
-from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd
+from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd, Transform
 
+from datasets.records import read_normalisation
 from utils.cli import UserError, did_you_mean
 
 MASKS = ("seg", "brainmask")
@@ -47,7 +47,7 @@ class BraTS2021Dataset(CacheDataset):
         transform = Compose(
             [
                 LoadImaged(kinds, reader="NumpyReader"),
-                partial(_require_one_shape, kinds=kinds),
+                RequireOneShape(kinds),
                 EnsureChannelFirstd(kinds, channel_dim="no_channel"),
                 Lambdad(kinds, lambda image: image.as_tensor()),
                 Lambdad(images, resize_image),
@@ -65,21 +65,38 @@ class BraTS2021Dataset(CacheDataset):
 
 
 def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """How many slices a dataset has, and a hash of their names and kinds: alike for the same set of files anywhere.
+    """How many slices a dataset has, a hash of their names and kinds, and how they were normalised.
+
+    It is alike for the same set of files anywhere.
 
     Raises:
         UserError: as `BraTS2021Dataset`, but for broken files.
     """
     slices = find_slices(Path(data_dir) / split, kinds)
     lines = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in slices)
-    return {"slices": len(slices), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
+    return {
+        "slices": len(slices),
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "normalisation": read_normalisation(Path(data_dir)),
+    }
 
 
-def _require_one_shape(item: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    shapes = {tuple(item[kind].shape) for kind in kinds}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-        raise ValueError(f"slice {item['name']} has shapes {', '.join(map(str, sorted(shapes)))}")
-    return item
+class RequireOneShape(Transform):  # MONAI caches what comes after it only if it is a Transform
+    """Let a slice through if all its kinds are images [H, W] of one size.
+
+    Raises:
+        ValueError: they are not.
+    """
+
+    def __init__(self, kinds: Sequence[str]):
+        self.kinds = kinds
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        shapes = {kind: tuple(item[kind].shape) for kind in self.kinds}
+        if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+            told = ", ".join(f"{kind} {shape}" for kind, shape in shapes.items())
+            raise ValueError(f"slice {item['name']} has shapes {told}")
+        return item
 
 
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:

@@ -70,6 +70,14 @@ def find_whole(output_dir: Path) -> dict[str, Record]:
     }
 
 
+def read_normalisation(output_dir: Path) -> dict[str, float] | None:
+    """The quantiles that the folder's slices were normalised by, all alike; None where there is no record of them."""
+    records = (load_record(path) for path in sorted(output_dir.glob(f"{RECORDS}/*.json")))
+    made_with = next((record.made_with for record in records if record), None)
+    keys = ("percentage_lower", "percentage_upper")
+    return {key: made_with[key] for key in keys} if made_with and made_with.keys() >= set(keys) else None
+
+
 def load_record(path: Path) -> Record | None:
     """None where the file is not what `store` writes, as though there were none."""
     try:

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Every command line, and the flags it is documented with.
 SHARED = ("gpu_id", "dataset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
 FLAGS = {
-    "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name"),
+    "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name", "overwrite"),
     "modality_cyclic_test.py": (
         *SHARED,
         "model",

@@ -82,6 +82,30 @@ TRAINING = {
     "no stride": ([f"{SCORE_MODEL}.mask.stride=0"], ["mask.stride=0"]),
     "experiments in a file": (["--logdir=datasets/note.txt"], ["note.txt", "--logdir"]),
     "broken slices": (["--data_dir=datasets/broken"], ["datasets/broken/train", "S1_flair_80.npy"]),
+    "slices of two shapes": (
+        ["--data_dir=datasets/two_shapes"],
+        ["datasets/two_shapes/train", "slice S1_80", "flair (48, 48), t2 (24, 48)", "preprocess again"],
+    ),
+    "slices that are volumes": (
+        ["--data_dir=datasets/volumes"],
+        ["datasets/volumes/train", "slice S2_80", "flair (48, 48, 2)", "preprocess again"],
+    ),
+    "experiment outside": (
+        ["--experiment_name=../outside"],
+        ["--experiment_name '../outside'", "plain name"],
+    ),
+    "experiment below": (["--experiment_name=a/b"], ["--experiment_name 'a/b'", "plain name"]),
+    "experiment at the root": (
+        ["--experiment_name=/outside"],
+        ["--experiment_name '/outside'", "plain name"],
+    ),
+    "experiment that is logdir": (["--experiment_name=."], ["--experiment_name '.'", "plain name"]),
+    "experiment above logdir": (["--experiment_name=.."], ["--experiment_name '..'", "plain name"]),
+    "experiment outside to overwrite": (["--experiment_name=..", "--overwrite"], ["--experiment_name '..'"]),
+    "input outside": (["--input=../flair"], ["--input '../flair'", "plain name"]),
+    "trans outside": (["--trans=../../x/t2"], ["--trans '../../x/t2'", "plain name"]),
+    "config's input outside": (["--config.data.input=../flair"], ["--input '../flair'", "plain name"]),
+    "negative number of checkpoints": ([f"{SCORE_MODEL}.training.keep_last=-1"], ["keep_last=-1"]),
 }
 
 # Testing gets the phantom's config and the slices before these.
@@ -108,6 +132,17 @@ TESTING = {
         ["--experiment_name_backward=begun"],
         ["'begun'", "no EMA checkpoint", "train it"],
     ),
+    "forward experiment outside": (
+        ["--experiment_name_forward=../outside"],
+        ["--experiment_name_forward '../outside'", "plain name"],
+    ),
+    "backward experiment at the root": (
+        ["--experiment_name_backward=/outside"],
+        ["--experiment_name_backward '/outside'", "plain name"],
+    ),
+    "experiment that is logdir": (["--experiment_name_forward=."], ["--experiment_name_forward '.'"]),
+    "input outside": (["--input=../flair"], ["../flair'", "plain name"]),
+    "input outside with a checkpoint": ([*BARE, "@tiny", "--input=../flair"], ["--input '../flair'"]),
     "experiments elsewhere": (["--logdir=elsewhere"], ["elsewhere", FORWARD]),
     "checkpoint not there": (
         ["--checkpoint_forward=gone.pt"],
@@ -136,6 +171,10 @@ TESTING = {
         ["data.input=t1", FORWARD, "flair"],
     ),
     "translators of different modalities": (["--experiment_name_backward=other_pair"], ["other_pair", "t1"]),
+    "translators of different normalisation": (
+        ["--experiment_name_forward=scale_a", "--experiment_name_backward=scale_b"],
+        ["scale_a", "scale_b", "0.9", "0.8", "--percentage_upper"],
+    ),
     "other image size than trained": (["--config.data.image_size=64"], ["image_size=64", FORWARD, "32"]),
     "other network than trained": (
         ["--config.score_model.model.channel_mult=(1, 2)"],
@@ -174,6 +213,12 @@ def place(tmp_path_factory, in_process, tiny, short):
     shutil.rmtree(folder / "datasets/no_test/test")
     shutil.copytree(folder / "datasets/data", folder / "datasets/broken")
     (folder / "datasets/broken/train/flair/S1_flair_80.npy").write_bytes(b"cut off")
+    for name, file, shape in (
+        ("two_shapes", "t2/S1_t2_80.npy", (24, 48)),
+        ("volumes", "flair/S2_flair_80.npy", (48, 48, 2)),
+    ):
+        shutil.copytree(folder / "datasets/data", folder / "datasets" / name)
+        np.save(folder / "datasets" / name / "train" / file, np.zeros(shape, np.float32))
     (folder / "datasets/note.txt").write_text("not a folder")
 
     once = (*tiny, *short, "--config.score_model.training.iterations=1")
@@ -191,6 +236,11 @@ def place(tmp_path_factory, in_process, tiny, short):
     for name, text in {"damaged": "{", "lacking": "{}"}.items():
         shutil.copytree(experiments / FORWARD, experiments / name)
         (experiments / name / "config.json").write_text(text)
+    for name, experiment, upper in (("scale_a", FORWARD, 0.9), ("scale_b", BACKWARD, 0.8)):
+        shutil.copytree(experiments / experiment, experiments / name)
+        record = json.loads((experiments / name / "config.json").read_text())
+        record["data"]["normalisation"] = {"percentage_lower": 0.02, "percentage_upper": upper}
+        (experiments / name / "config.json").write_text(json.dumps(record))
     bare = folder / "bare"
     bare.mkdir()
     for name, experiment in {

@@ -338,10 +338,10 @@ def test_respacing_as_the_public_library_spells_it(run_mmccd):
 
 
 def test_sampling_presets(run_mmccd, workspace):
-    """Bands are 8 px wide: `fast` sweeps them by 4 px, `paper` pixel by pixel; a flag beside a preset holds."""
+    """Bands are 8 px wide: `fast` sweeps them by 2 px, `paper` pixel by pixel; a flag beside a preset holds."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
-    _, spelt_out = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__fast", stride=4)
+    _, spelt_out = run_mmccd("--timestep_respacing=3", name=f"{MASKED}__fast", stride=2)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
     _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
     _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)
