@@ -19,7 +19,7 @@ def main() -> None:
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import training_batches
-    from guided_diffusion.checkpoint import CheckpointError
+    from guided_diffusion.checkpoint import CheckpointError, UnreadableError, saved_steps
     from guided_diffusion.logger import Logger
     from guided_diffusion.train_util import Stopped, TrainLoop
     from models.build import create_losses, create_masked_translator, create_network
@@ -71,7 +71,8 @@ def main() -> None:
     held = lock(directory)  # until this process ends
     if args.overwrite:
         remove_experiment(directory)
-    write_record(directory, record | {"run": describe_run(device)})
+    if args.overwrite or max(saved_steps(directory), default=0) < training.iterations:
+        write_record(directory, record | {"run": describe_run(device)})  # of a finished run it stays
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
     where = f"{device} in {str(precision).removeprefix('torch.')}"
@@ -105,8 +106,15 @@ def main() -> None:
         logger.info(f"done, all in {directory}")
     except FloatingPointError as error:
         raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
+    except UnreadableError as error:
+        raise UserError(f"{error}: restore one, or start anew with --overwrite") from error
     except CheckpointError as error:
         raise UserError(f"{error}: make room, or see --config.score_model.training.keep_last") from error
+    except OSError as error:  # what is logged, to a disk that has become full
+        raise UserError(
+            f"{directory} cannot be written to ({error.strerror or error}): make room, and the same command "
+            "goes on from the last checkpoint"
+        ) from error
     except Stopped as stopped:
         sys.exit(128 + stopped.received)
     finally:

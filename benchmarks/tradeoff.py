@@ -153,12 +153,8 @@ def draw(
                 *((rows["val", *p, seed][0], rows["val", *p, seed][column]) for p in points), strict=True
             )
             ax.plot(passes, scores, ".-", color=shade, label=f"{bands} bands a width, from 1 step on")
-        one_step = (1, fast[1])
-        for label, point, marker in (
-            ("one step: a masked regression UNet", one_step, "D"),
-            (f"fast: {fast[0]} steps, {fast[1]} bands a width", fast, "o"),
-            (f"paper: {paper[0]} steps, {paper[1]} bands a width, {len(SEEDS)} seeds", paper, "s"),
-        ):
+        for label, point, marker in (("fast", fast, "o"), ("paper", paper, "s")):
+            label = f"{label}: {point[0]} step{'s' * (point[0] > 1)}, {point[1]} bands a width, {len(SEEDS)} seeds"
             style = {"color": "#d95f02", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
             shown = [rows["val", *point, s] for s in SEEDS if ("val", *point, s) in rows]
             ax.plot([row[0] for row in shown], [row[column] for row in shown], marker, label=label, **style)

@@ -16,7 +16,7 @@ from . import brats_config, phantom_config
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
 # How MMCCD samples, by name: DDIM steps, and bands of the sweep in the width of one band (so many see each pixel,
 # in either direction). The README shows what each costs and scores.
-SAMPLING = {"paper": (100, 8), "fast": (3, 4)}
+SAMPLING = {"paper": (100, 8), "fast": (1, 4)}
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 

@@ -1,5 +1,6 @@
 """What one experiment writes while it runs: log.txt, progress.csv and TensorBoard events."""
 
+import contextlib
 import csv
 import time
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ class Logger:
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close all files."""
-        self._events.close()
-        self._log.close()
+        """Flush and close all files, as far as the disk lets it: why a run ended is not to be hidden by this."""
+        for file in (self._events, self._log):
+            with contextlib.suppress(OSError):
+                file.close()

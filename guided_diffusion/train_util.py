@@ -214,7 +214,8 @@ class TrainLoop:
                 self.model.load_state_dict(states["model"])
                 self.ema_model.load_state_dict(states["ema"])
                 self.optimizer.load_state_dict(states["opt"]["optimizer"])
-                self.scaler.load_state_dict(states["opt"]["scaler"])
+                if states["opt"]["scaler"]:  # saved in float16
+                    self.scaler.load_state_dict(states["opt"]["scaler"])
                 if self.remembered:
                     self.remembered.load_state_dict(states["opt"]["schedule"])
                 self.step = states["opt"]["step"]

@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +35,10 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / "config.json.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(directory / "config.json")  # there as a whole or not at all
     except OSError as error:
         raise UserError(f"{directory} cannot be written to ({error.strerror}): check --logdir") from error
@@ -126,28 +131,28 @@ def lock(directory: Path) -> IO:
 
 def remove_experiment(directory: Path) -> None:
     """Remove all that training wrote into `directory`, and nothing else."""
-    written = (
-        "opt*.pt",
-        "*.pt.tmp",
-        "model*.pt",
-        "ema_*.pt",
-        "config.json",
-        "log.txt",
-        "progress.csv",
-        "events.out.*",
+    written = (  # in the order in which they go: no set is taken for whole once this has begun
+        r"opt\d{6,}\.pt",
+        r"(model|opt|ema_[\d.e-]+_)\d{6,}\.pt\.tmp",
+        r"(model|ema_[\d.e-]+_)\d{6,}\.pt",
+        r"(config\.json|progress\.csv)(\.tmp)?",
+        r"log\.txt",
+        r"events\.out\.tfevents\..*",
     )
     for pattern in written:
-        for path in directory.glob(pattern):
-            path.unlink()
+        for path in directory.iterdir():
+            if re.fullmatch(pattern, path.name):
+                path.unlink()
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
     """What a run was: its command line, code, versions, device and beginning, for config.json."""
     packages = ("torch", "monai", "numpy")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -207,6 +212,10 @@ def load_weights(network: nn.Module, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}")
     try:
+        if zipfile.is_zipfile(checkpoint):
+            with zipfile.ZipFile(checkpoint) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Preprocessed slices as a dataset, and the batches that training and testing make of them."""
 
 import math
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -111,6 +112,23 @@ def test_modalities_whose_names_begin_alike(tmp_path, write_slices):
         write_slices(tmp_path, "test", {kind: {("A", 1): np.full((SIZE, SIZE), value, np.float32)}})
     item = BraTS2021Dataset(tmp_path, "test", list(values), 16)[0]
     assert {kind: item[kind].mean().item() for kind in values} == pytest.approx(values)
+
+
+def test_slices_are_kept_as_they_come_out(data_dir, monkeypatch):
+    """Nothing is read or resized again, however often a slice is asked for."""
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16)
+    first = [dataset[i] for i in range(3)]
+    shutil.rmtree(data_dir)
+    monkeypatch.setattr("datasets.brats2021.F.interpolate", None)
+    for i, item in enumerate(first):
+        assert all(torch.equal(dataset[i][kind], item[kind]) for kind in KINDS)
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE + 1), (SIZE, SIZE, 1), (SIZE,)])
+def test_kinds_of_other_shapes(data_dir, shape):
+    np.save(data_dir / "train" / "seg" / "BraTS2021_00007_seg_70.npy", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"slice BraTS2021_00007_70 has shapes flair \(48, 48\), .*seg \(48"):
+        BraTS2021Dataset(data_dir, "train", KINDS, 16)
 
 
 def test_data_dir_may_be_a_string(data_dir):

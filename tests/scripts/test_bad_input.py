@@ -155,6 +155,10 @@ TESTING = {
         ["--checkpoint_forward=bare/diffusion.pt", "@tiny"],
         ["bare/diffusion.pt", "does not fit"],
     ),
+    "checkpoint with a flipped bit": (
+        ["--checkpoint_forward=bare/flipped.pt", "@tiny"],
+        ["bare/flipped.pt", "checksum"],
+    ),
     "checkpoint without its overrides": (BARE, ["bare/forward.pt", "does not fit"]),
     "forward as backward": (
         [f"--experiment_name_backward={FORWARD}"],
@@ -250,6 +254,9 @@ def place(tmp_path_factory, in_process, tiny, short):
     }.items():
         shutil.copy(experiments / experiment / "ema_0.5_000001.pt", bare / f"{name}.pt")
     (bare / "text.pt").write_text("not a checkpoint")
+    sound = bytearray((bare / "forward.pt").read_bytes())
+    sound[len(sound) // 2] ^= 1  # among the weights
+    (bare / "flipped.pt").write_bytes(sound)
     torch.save([1, 2, 3], bare / "list.pt")
     torch.save(torch.nn.Conv2d(1, 1, 3), bare / "module.pt")
     return folder

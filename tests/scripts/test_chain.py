@@ -93,7 +93,7 @@ def test_training_leaves_the_files_of_an_experiment(
     checkpoints = {f"{kind}{step:06d}.pt" for kind in ("model", "ema_0.5_", "opt") for step in (2, 4)}
     files = {path.name for path in folder.iterdir()}
     events = {file for file in files if file.startswith("events.out.tfevents.")}
-    assert files - events == {"config.json", "log.txt", "progress.csv", *checkpoints}
+    assert files - events == {".lock", "config.json", "log.txt", "progress.csv", *checkpoints}
     assert events
 
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -128,13 +128,18 @@ def test_training_leaves_the_files_of_an_experiment(
 
 def test_the_same_command_again_finds_training_finished(workspace, chain, in_process, tiny, short):
     folder = workspace / "experiments/unet_forward_phantom_t2_flair"
-    kept = ("config.json", "progress.csv", "model000004.pt", "ema_0.5_000004.pt", "opt000004.pt")
+    kept = ("progress.csv", "model000004.pt", "ema_0.5_000004.pt", "opt000004.pt")
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     before = {name: (folder / name).read_bytes() for name in kept}
     done = in_process(TRAIN, *tiny, *short, cwd=workspace)
     assert done.code == 0, done.stderr
     assert "finished already: 4 of 4 steps" in done.stdout
     assert "saved" not in done.stdout
     assert {name: (folder / name).read_bytes() for name in kept} == before
+    again = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert {key: again[key] for key in record if key != "run"} == {
+        key: record[key] for key in record if key != "run"
+    }
 
 
 def test_interrupted_training_ends_where_uninterrupted_training_does(
@@ -183,7 +188,7 @@ def test_results_have_the_documented_files(results, method):
     folder = results[method]
     files = {path.name for path in folder.iterdir()}
     events = {file for file in files if file.startswith("events.out.tfevents.")}
-    assert files - events == {"metrics.json", "per_slice.csv", "error_maps.npz", "figures"}
+    assert files - events == {"config.json", "metrics.json", "per_slice.csv", "error_maps.npz", "figures"}
     assert events
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert figures == {"slices.png", "precision_recall.png", "dice_threshold.png", "histograms.png"}
@@ -341,7 +346,7 @@ def test_sampling_presets(run_mmccd, workspace):
     """Bands are 8 px wide: `fast` sweeps them by 2 px, `paper` pixel by pixel; a flag beside a preset holds."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
-    _, spelt_out = run_mmccd("--timestep_respacing=3", name=f"{MASKED}__fast", stride=2)
+    _, spelt_out = run_mmccd("--timestep_respacing=1", name=f"{MASKED}__fast", stride=2)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
     _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
     _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)

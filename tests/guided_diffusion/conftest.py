@@ -1,0 +1,55 @@
+"""What the tests of the training loop and of its checkpoints share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_regression import batches_from, squared_error
+from torch import nn
+
+from guided_diffusion.logger import Logger
+from guided_diffusion.train_util import TrainLoop
+
+
+@pytest.fixture
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+@pytest.fixture
+def train(tmp_path) -> Callable[..., TrainLoop]:
+    """Train `model` in tmp_path, or a folder below it; what comes back is the loop."""
+
+    def run(model, folder=".", on_save=None, **kwargs):
+        directory = tmp_path / folder
+        logger = Logger(directory)
+        options = {
+            "model": model,
+            "compute_losses": squared_error,
+            "batches_from": batches_from,
+            "directory": directory,
+            "logger": logger,
+            "iterations": 6,
+            "batch_size": 8,
+            "lr": 0.05,
+            "weight_decay": 0.0,
+            "lr_decay_steps": 1000,
+            "lr_decay_factor": 0.5,
+            "ema_rate": 0.9,
+            "precision": torch.float32,
+            "seed": 0,
+            "log_interval": 2,
+            "save_interval": 2,
+            "keep_last": 0,
+            "remembered": None,
+            "on_save": (lambda network, step: on_save(logger, network, step)) if on_save else lambda *_: None,
+        }
+        loop = TrainLoop(**{**options, **kwargs})
+        try:
+            loop.run()
+        finally:
+            logger.close()
+        return loop
+
+    return run

@@ -1,0 +1,483 @@
+"""A training run that cannot be lost: killed, stopped, shared, changed or full, it goes on, or says plainly why not.
+
+Bit for bit: what a run that was killed and resumed ends with is compared by `torch.equal`, never to a tolerance.
+"""
+
+import csv
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.brats2021 import fingerprint
+from guided_diffusion import checkpoint
+from guided_diffusion.logger import Logger
+
+pytestmark = pytest.mark.xdist_group("robust runs")  # one process, so that its fixtures are made once
+
+TRAIN = "modality_cyclic_train.py"
+CPU = torch.device("cpu")
+TRAINING = "--config.score_model.training"
+# A network and an image so small that a step takes milliseconds; dropout, so that randomness counts.
+FLAGS = (
+    "--gpu_id=cpu",
+    "--dataset=phantom",
+    "--data_dir=data",
+    "--config.precision=float32",
+    "--config.data.image_size=16",
+    "--config.score_model.model.model_channels=16",
+    "--config.score_model.model.channel_mult=(1, 1)",
+    "--config.score_model.model.dropout=0.2",
+    "--config.score_model.diffusion.steps=25",
+    "--config.score_model.mask.width=4",
+    "--config.score_model.mask.stride=4",
+    "--config.score_model.sampling.stride=4",
+    "--config.score_model.sampling.timestep_respacing=2",
+    f"{TRAINING}.lr=0.01",
+    f"{TRAINING}.ema_rate=0.5",
+    f"{TRAINING}.log_interval=1",
+    f"{TRAINING}.batch_size=4",
+)
+UNET = (*FLAGS, f"{TRAINING}.iterations=6", f"{TRAINING}.save_interval=2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A working directory with random slices."""
+    folder, rng = tmp_path_factory.mktemp("robust"), np.random.default_rng(0)
+    for kind in ("flair", "t2"):
+        (folder / "data/train" / kind).mkdir(parents=True)
+        for i in range(5):
+            np.save(folder / f"data/train/{kind}/S{i}_{kind}_80.npy", rng.normal(size=(16, 16)).astype("f4"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Callable[[dict], dict]]:
+    """Give an order to killable.py, and get its answer."""
+    script = Path(__file__).with_name("killable.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+
+        def order(what: dict) -> dict:
+            process.stdin.write(json.dumps(what) + "\n")
+            process.stdin.flush()
+            watchdog = threading.Timer(300, process.kill)
+            watchdog.start()
+            try:
+                answer = process.stdout.readline()
+            finally:
+                watchdog.cancel()
+            assert answer, "killable.py has ended"
+            return json.loads(answer)
+
+        yield order
+        process.stdin.close()
+
+
+@pytest.fixture
+def train(forks, place, tmp_path) -> Callable[..., tuple[dict, str]]:
+    """Run the training script as a process of its own, with signals at moments; its end, and what it printed."""
+
+    def run(*args: str, signals: tuple = ()) -> tuple[dict, str]:
+        output = tmp_path / "output.txt"
+        order = {"script": TRAIN, "args": args, "cwd": str(place), "output": str(output)}
+        end = forks(order | {"signals": signals})
+        return end, output.read_text(encoding="utf-8")
+
+    return run
+
+
+def sets_in(directory: Path) -> dict[str, dict]:
+    """All checkpoints, by file name; each is loaded, so whole."""
+    return {path.name: checkpoint.load({"any": path}, CPU)["any"] for path in sorted(directory.glob("*.pt"))}
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def expect_same_end(directory: Path, uninterrupted: Path) -> None:
+    """The same checkpoints, to the last bit of the optimizer's state; the same rows of progress.csv."""
+    one, other = sets_in(directory), sets_in(uninterrupted)
+    assert set(one) == set(other)
+    for name in one:
+        assert equal(one[name], other[name]), name
+    assert not list(directory.glob("*.tmp"))
+    rows = []
+    for folder in (directory, uninterrupted):
+        with (folder / "progress.csv").open(newline="") as file:
+            rows.append([(row["step"], row["loss"], row["learning_rate"]) for row in csv.DictReader(file)])
+    assert rows[0] == rows[1]
+
+
+def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
+
+
+def expect_sentence(done, *phrases: str) -> None:
+    """The command ended with code 2 and one sentence after what it had to show."""
+    assert done.code == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"{TRAIN}: error: ")
+    for phrase in phrases:
+        assert phrase in last
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Killed and stopped
+
+
+def test_killed_five_times_it_ends_as_if_never_killed(train, place):
+    """SIGKILL at five seeded moments of steps, of writing and of reading; the same command each time.
+
+    The model is a diffusion with dropout, in float32. The batch is so large that after some steps the sampler has
+    seen each timestep often enough to draw by the losses so far.
+    """
+    rounds = 8
+    flags = (
+        *FLAGS,
+        "--model_name=diffusion",
+        f"{TRAINING}.schedule_sampler=loss-second-moment",
+        f"{TRAINING}.iterations={2 * rounds}",
+        f"{TRAINING}.save_interval=2",
+        f"{TRAINING}.keep_last=2",
+        f"{TRAINING}.batch_size=128",
+        "--config.data.image_size=8",
+    )
+    end, output = train(*flags, "--experiment_name=never_killed")
+    assert end["code"] == 0, output
+
+    rng, directory = random.Random(0), place / "experiments/killed"
+    half_written = 0
+    for moment in ("piece", "line", "step", "piece", "line"):
+        of_a_round = end["moments"][moment] / rounds
+        count = rng.randint(round(0.8 * of_a_round), round(1.8 * of_a_round))
+        kill = [signal.SIGKILL, moment, count]
+        killed, output = train(*flags, "--experiment_name=killed", signals=(kill,))
+        assert killed["code"] == -signal.SIGKILL, output
+        whole = sets_in(directory)
+        for step in checkpoint.saved_steps(directory):
+            assert {path.name for path in checkpoint.paths_of(directory, 0.5, step).values()} <= set(whole)
+        half_written += len(list(directory.glob("*.pt.tmp")))
+    assert half_written >= 2  # all that were killed at a piece
+    end, output = train(*flags, "--experiment_name=killed")
+    assert end["code"] == 0, output
+    assert "going on from opt" in output
+    assert "warning" not in (directory / "log.txt").read_text()
+    expect_same_end(directory, place / "experiments/never_killed")
+    (*_, resumed) = [state for name, state in whole.items() if name.startswith("opt")]
+    assert (resumed["schedule"]["counts"] >= 10).all()  # from its first step on it drew by the losses before
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place, in_process) -> Path:
+    """The experiment of a UNet that nothing interrupted; tests only look at it."""
+    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=place)
+    assert done.code == 0, done.stderr
+    return place / "experiments/uninterrupted"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_saves_first(train, place, uninterrupted, number, code):
+    name = f"stopped_by_{number.name}"
+    end, output = train(*UNET, f"--experiment_name={name}", signals=([number, "step", 3],))
+    assert end["code"] == code, output
+    assert f"stopped by {number.name}: the same command goes on from here" in output
+    assert "Traceback" not in output
+    directory = place / "experiments" / name
+    assert checkpoint.saved_steps(directory) == [2, 3]
+    end, output = train(*UNET, f"--experiment_name={name}")
+    assert end["code"] == 0, output
+    assert "going on from opt000003.pt" in output
+    for path in checkpoint.paths_of(directory, 0.5, 3).values():
+        path.unlink()  # the one set more
+    expect_same_end(directory, uninterrupted)
+
+
+def test_a_second_signal_does_not_wait(train, place, uninterrupted):
+    """Ctrl-C twice: it ends in the middle of saving, and what was saved before is sound."""
+    name, twice = "stopped_twice", ([signal.SIGINT, "step", 4], [signal.SIGINT, "piece", 30])
+    end, output = train(*UNET, f"--experiment_name={name}", signals=twice)
+    assert end["code"] == 130, output
+    assert f"{TRAIN}: error: interrupted" in output
+    assert "Traceback" not in output
+    directory = place / "experiments" / name
+    assert len(list(directory.glob("*.pt.tmp"))) == 1
+    assert checkpoint.saved_steps(directory) == [2]
+    end, output = train(*UNET, f"--experiment_name={name}")
+    assert end["code"] == 0, output
+    expect_same_end(directory, uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Two at once
+
+
+def test_two_processes_do_not_share_an_experiment(train, forks, in_process, place, uninterrupted):
+    """The second is refused, with --overwrite too; the lock of a killed process is free."""
+    flags, directory = (*UNET, "--experiment_name=shared"), place / "experiments/shared"
+    first, output = train(*flags, signals=([signal.SIGSTOP, "step", 3],))
+    assert first["code"] is None, output
+    try:
+        before = contents(directory)
+        for more in ((), ("--overwrite",)):
+            done = in_process(TRAIN, *flags, *more, cwd=place)
+            expect_sentence(done, "another process is training in experiments/shared", "--experiment_name")
+            assert contents(directory) == before
+    finally:
+        assert forks({"kill": first["pid"]}) == {"code": -signal.SIGKILL}
+    done = in_process(TRAIN, *flags, cwd=place)
+    assert done.code == 0, done.stderr
+    assert "going on from opt000002.pt" in done.stdout
+    expect_same_end(directory, uninterrupted)
+
+
+def test_a_finished_run_says_so(in_process, place, uninterrupted):
+    before = contents(uninterrupted)
+    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=place)
+    assert done.code == 0, done.stderr
+    assert "finished already: 6 of 6 steps" in done.stdout
+    after = contents(uninterrupted)
+    kept = {name for name in before if name.endswith((".pt", ".csv"))}
+    assert {name: after[name][1] for name in kept} == {name: before[name][1] for name in kept}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# With other settings
+
+
+@pytest.fixture
+def copy(uninterrupted, request) -> Path:
+    """The finished experiment of a UNet, as the test may change it."""
+    name = request.node.name.replace("/", "_")
+    shutil.copytree(uninterrupted, uninterrupted.with_name(name))
+    return uninterrupted.with_name(name)
+
+
+def test_all_settings_that_differ_are_named(in_process, place, copy):
+    others = {
+        "config.score_model.training.lr": "0.02",
+        "config.score_model.model.dropout": "0.1",
+        "config.score_model.model.channel_mult": "(1, 2)",
+        "config.data.image_size": "32",
+        "config.seed": "7",
+        "config.score_model.training.batch_size": "3",
+    }
+    before = contents(copy)
+    overrides = [f"--{key}={value}" for key, value in others.items()]
+    done = in_process(
+        TRAIN, *UNET, *overrides, "--training_process=backward", f"--experiment_name={copy.name}", cwd=place
+    )
+    expect_sentence(
+        done, *others, "training_process=forward, not backward", "--overwrite", "lr=0.01, not 0.02"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert "iterations" not in done.stderr
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "score_model.training.iterations=8",
+        "score_model.training.log_interval=2",
+        "score_model.training.save_interval=3",
+        "score_model.training.keep_last=1",
+        "score_model.sampling.timestep_respacing=3",
+        "score_model.sampling.eta=0.5",
+        "score_model.sampling.use_ddim=False",
+        "score_model.sampling.batch_size=5",
+    ],
+)
+def test_what_does_not_change_the_result_may_change(in_process, place, copy, change):
+    longer = (*UNET, f"{TRAINING}.iterations=7", f"--config.{change}", f"--experiment_name={copy.name}")
+    done = in_process(TRAIN, *longer, cwd=place)
+    assert done.code == 0, done.stderr
+    assert "going on from opt000006.pt" in done.stdout
+    last = 8 if "iterations" in change else 7
+    assert checkpoint.saved_steps(copy)[-1] == last
+    if "keep_last" in change:
+        assert checkpoint.saved_steps(copy) == [last]
+    key, _, value = change.rpartition("=")
+    record = json.loads((copy / "config.json").read_text())["config"]
+    for part in key.split("."):
+        record = record[part]
+    assert str(record) == value
+
+
+def test_the_data_may_move_but_not_change(in_process, place, copy, tmp_path):
+    longer = (*UNET, f"{TRAINING}.iterations=7", f"--experiment_name={copy.name}")
+    shutil.copytree(place / "data", tmp_path / "more")
+    for kind in ("flair", "t2"):
+        np.save(tmp_path / f"more/train/{kind}/S9_{kind}_80.npy", np.zeros((16, 16), np.float32))
+    before = contents(copy)
+    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'more'}", cwd=place)
+    expect_sentence(done, "data.slices=5, not 6", "data.sha256=", "--overwrite")
+    assert contents(copy) == before
+    shutil.copytree(place / "data", tmp_path / "moved")
+    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'moved'}", cwd=place)
+    assert done.code == 0, done.stderr
+    assert "going on from opt000006.pt" in done.stdout
+
+
+def test_overwriting_starts_anew_and_leaves_other_files_alone(in_process, place, copy):
+    """Names that only look like those of checkpoints are the user's, too."""
+    own = ("notes.txt", "model_best.pt", "ema_good.pt", "optimum.pt", "config.json.bak")
+    for name in own:
+        (copy / name).write_text("the user's")
+    (copy / "opt000900.pt.tmp").write_text("half")
+    (copy / "figures").mkdir()
+    flags = (*UNET, f"{TRAINING}.lr=0.02", f"{TRAINING}.iterations=2", f"--experiment_name={copy.name}")
+    done = in_process(TRAIN, *flags, "--overwrite", cwd=place)
+    assert done.code == 0, done.stderr
+    assert "going on" not in (copy / "log.txt").read_text()
+    assert checkpoint.saved_steps(copy) == [2]
+    assert not (copy / "model000006.pt").exists()
+    assert not (copy / "ema_0.5_000006.pt").exists()
+    assert not (copy / "opt000900.pt.tmp").exists()
+    assert [row.split(",")[0] for row in (copy / "progress.csv").read_text().splitlines()] == [
+        "step",
+        "1",
+        "2",
+    ]
+    assert json.loads((copy / "config.json").read_text())["config"]["score_model"]["training"]["lr"] == 0.02
+    assert {name: (copy / name).read_text() for name in own} == dict.fromkeys(own, "the user's")
+    assert (copy / "figures").is_dir()
+
+
+def test_overwriting_is_refused_before_anything_is_removed(in_process, place, copy):
+    before = contents(copy)
+    flags = (*UNET, f"--experiment_name={copy.name}", "--overwrite")
+    done = in_process(TRAIN, *flags, "--data_dir=nowhere", cwd=place)
+    expect_sentence(done, "nowhere")
+    assert contents(copy) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite(in_process, place):
+    """It stops with what to try; the checkpoint from before is whole, and its weights are finite."""
+    name = "diverging"
+    flags = (*UNET, f"--experiment_name={name}", f"{TRAINING}.save_interval=1", f"{TRAINING}.lr=1e30")
+    done = in_process(TRAIN, *flags, cwd=place)
+    expect_sentence(done, "not finite after" if "not finite" in done.stderr else "the loss is", "training.lr")
+    directory = place / "experiments" / name
+    there = sets_in(directory)
+    assert {"model000001.pt", "ema_0.5_000001.pt", "opt000001.pt"} <= set(there)
+    for file, state in there.items():
+        if not file.startswith("opt"):
+            assert all(value.isfinite().all() for value in state.values()), file
+
+
+def test_checkpoints_of_which_none_can_be_read(in_process, place, copy):
+    for path in copy.glob("model*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    before = {path.name: path.read_bytes() for path in copy.glob("*.pt")}
+    done = in_process(TRAIN, *UNET, f"--experiment_name={copy.name}", cwd=place)
+    expect_sentence(done, f"no checkpoint in experiments/{copy.name} can be read", "--overwrite")
+    assert "make room" not in done.stderr
+    assert {path.name: path.read_bytes() for path in copy.glob("*.pt")} == before
+    log = (copy / "log.txt").read_text()
+    assert all(f"warning: checkpoint {step} cannot be used" in log for step in (2, 4, 6))
+
+
+def test_a_disk_that_is_too_small(in_process, place, monkeypatch):
+    """Known before the first step."""
+    really = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: really(path)._replace(free=1000))
+    done = in_process(TRAIN, *UNET, "--experiment_name=no_room", cwd=place)
+    expect_sentence(done, "3 checkpoints of", "experiments/no_room", "make room", "keep_last")
+    assert not list((place / "experiments/no_room").glob("*.pt*"))
+
+
+def test_a_disk_that_becomes_full_while_it_logs(in_process, place, uninterrupted, monkeypatch):
+    """One sentence, though no file can be closed in order either; with space again, it goes on."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags, really_scalars = (*UNET, "--experiment_name=full"), Logger.scalars
+    with monkeypatch.context() as full:
+        full.setattr(Logger, "scalars", lambda *args: (refuse if args[1] == 4 else really_scalars)(*args))
+        full.setattr(SummaryWriter, "close", refuse)
+        done = in_process(TRAIN, *flags, cwd=place)
+    expect_sentence(done, "experiments/full cannot be written to (No space left on device)", "make room")
+    assert checkpoint.saved_steps(place / "experiments/full") == [2]
+    done = in_process(TRAIN, *flags, cwd=place)
+    assert done.code == 0, done.stderr
+    expect_same_end(place / "experiments/full", uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a run was
+
+
+def test_the_record_says_what_a_run_was(repository, place, uninterrupted):
+    record = json.loads((uninterrupted / "config.json").read_text(encoding="utf-8"))
+    assert record["config"]["seed"] == 0
+    assert record["config"]["data"]["data_dir"] == "data"
+    assert record["config"]["score_model"]["training"]["iterations"] == 6
+    assert record["config"]["score_model"]["training"]["weight_decay"] == 0.0  # a default that nobody gave
+    run = record["run"]
+    assert run["command"].startswith(f"{TRAIN} --gpu_id=cpu --dataset=phantom ")
+    assert "'--config.score_model.model.channel_mult=(1, 1)'" in run["command"]  # as a shell takes it
+    assert run["device"] == "cpu, 1 threads"
+    expected = {name: version(name) for name in ("torch", "monai", "numpy")}
+    assert run["versions"] == {"python": sys.version.split()[0], **expected}
+    assert run["started"]
+    git = [
+        subprocess.run(["git", *command], cwd=repository, capture_output=True, text=True, check=False)
+        for command in (("rev-parse", "HEAD"), ("diff", "HEAD", "--quiet"))
+    ]
+    if git[0].returncode == 0:
+        assert run["git_commit"] == git[0].stdout.strip()
+        assert run["git_dirty"] is bool(git[1].returncode)
+    else:
+        assert run["git_commit"] is run["git_dirty"] is None
+    kinds = ["flair", "t2"]
+    assert record["data"] == fingerprint(place / "data", "train", kinds)
+    assert record["data"]["slices"] == 5
+
+
+def test_the_fingerprint_is_that_of_the_slices_wherever_they_lie(place, tmp_path):
+    first = fingerprint(place / "data", "train", ["flair", "t2"])
+    shutil.copytree(place / "data", tmp_path / "moved")
+    assert fingerprint(tmp_path / "moved", "train", ["t2", "flair"]) == first
+    for kind in ("flair", "t2"):
+        shutil.copy(
+            tmp_path / f"moved/train/{kind}/S0_{kind}_80.npy",
+            tmp_path / f"moved/train/{kind}/S0_{kind}_81.npy",
+        )
+    more = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
+    assert (first["slices"], more["slices"]) == (5, 6)
+    assert more["sha256"] != first["sha256"]
+    for kind in ("flair", "t2"):  # as many as before, but others
+        (tmp_path / f"moved/train/{kind}/S0_{kind}_80.npy").unlink()
+    other = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
+    assert other["slices"] == 5
+    assert other["sha256"] not in (first["sha256"], more["sha256"])
