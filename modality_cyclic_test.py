@@ -31,17 +31,23 @@ def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
     from datasets.brats2021 import fingerprint
+    from guided_diffusion import dist_util
     from utils.device import pick_device
     from utils.experiment import describe_run, trained_steps, write_record
     from utils.report import write_maps
 
+    join_processes()
     forward, backward = find_translators(args, overrides)
     config = forward.config
-    scorer = Scorer(args.model_name, forward, backward, pick_device(args.gpu_id))
+    scorer = Scorer(args.model_name, forward, backward, pick_device(dist_util.gpu_id(args.gpu_id)))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
     print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
+    writes = dist_util.rank() == 0
+    dist_util.shut_down()
+    if not writes:
+        return
     translators = {"forward": forward, "backward": backward}
     run = {
         "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
@@ -314,16 +320,21 @@ class Scorer:
         return len(slices_and_bands(brainmask, self.masked_translator, self.bands))
 
     def score(self, image: "Tensor", brainmask: "Tensor", progress: Callable[[int], None]) -> "Cycle":
-        """The cycle of slices [N, 1, H, W], on the CPU; `progress` is told of network passes made."""
+        """The cycle of slices [N, 1, H, W], on the CPU; `progress` is told of network passes made.
+
+        Of several processes each makes its share of the slices, and all get the whole.
+        """
         import torch
 
+        from guided_diffusion import dist_util
         from models.cycle import Cycle, cyclic_unet, mmccd
         from utils.device import autocast, in_batches
 
         def made(samples: int) -> None:
             progress(samples * self.passes_a_sample)
 
-        image, brainmask = image.to(self.device), brainmask.to(self.device)
+        share = dist_util.share(len(image))
+        image, brainmask = image[share].to(self.device), brainmask[share].to(self.device)
         with autocast(self.device, self.precision):
             if self.masked_translator:
                 cycle = mmccd(
@@ -336,7 +347,7 @@ class Scorer:
                     progress=made,
                 )
             else:
-                parts: list[Cycle] = []
+                parts = [Cycle(*(image[:0],) * 3)]  # a process may have no slices
                 in_batches(
                     lambda batch: parts.append(cyclic_unet(batch, *self.networks)),
                     image,
@@ -344,17 +355,26 @@ class Scorer:
                     made,
                 )
                 cycle = Cycle(*(torch.cat(field) for field in zip(*parts, strict=True)))
-        return Cycle(*(field.cpu() for field in cycle))
+        shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
+        return Cycle(*(torch.cat(field) for field in zip(*shares, strict=True)))
 
 
 def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
     from tqdm import tqdm
 
+    from guided_diffusion import dist_util
+
     samples = sum(scorer.samples(batch["brainmask"]) for batch in slices.values())
     passes = samples * scorer.passes_a_sample
+    brains = (batch["brainmask"] for batch in slices.values())
+    of_share = (
+        sum(scorer.samples(brain[dist_util.share(len(brain))]) for brain in brains) * scorer.passes_a_sample
+    )
     cost = {"precision": str(scorer.precision).removeprefix("torch."), "network_passes": passes}
-    print(f"{passes:,} network passes, on {scorer.device} in {cost['precision']}")
+    print(
+        f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {cost['precision']}"
+    )
     if scorer.masked_translator:
         print(
             f"({samples:,} slices with a band hidden × {scorer.passes_a_sample - 1} steps forward and 1 back)"
@@ -362,7 +382,8 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
         if scorer.device.type == "cpu" and sampling_name(scorer.config) != "fast":
             print("that takes long on a CPU: --sampling fast makes far fewer")
     maps = {}
-    with tqdm(total=passes, desc="scoring", unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
+    shown = {"desc": "scoring", "unit": "pass", "unit_scale": True, "dynamic_ncols": True}
+    with tqdm(total=of_share, disable=dist_util.rank() > 0, **shown) as bar:
         for split, batch in slices.items():
             image = batch[scorer.config.data.input]
             cycle = scorer.score(image, batch["brainmask"], bar.update)
@@ -394,12 +415,20 @@ def load_slices(config: Any, split: str) -> dict | None:
     """
     from datasets.brats2021 import BraTS2021Dataset
     from datasets.loader import all_slices
+    from guided_diffusion import dist_util
 
     if split == "val" and not any(Path(config.data.data_dir, split).glob("*/*.npy")):
         print(f"no validation slices in {config.data.data_dir}: only the oracle threshold can be shown")
         return None
     return all_slices(
-        BraTS2021Dataset(config.data.data_dir, split, kinds_scored(config), config.data.image_size)
+        BraTS2021Dataset(
+            config.data.data_dir,
+            split,
+            kinds_scored(config),
+            config.data.image_size,
+            processes=dist_util.local_world_size(),
+            progress=dist_util.rank() == 0,
+        )
     )
 
 
@@ -428,6 +457,20 @@ def sampling_name(config: Any) -> str:
     name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{len(steps)}"
     swept_as_in_paper = sampling.stride == paper["score_model.sampling.stride"]
     return name if swept_as_in_paper else f"{name}_stride{sampling.stride}"
+
+
+def join_processes() -> None:
+    """Join the other processes that torchrun or mpiexec started, if there are any.
+
+    Raises:
+        UserError: they cannot work together.
+    """
+    from guided_diffusion import dist_util
+
+    try:
+        dist_util.setup()
+    except dist_util.LaunchError as error:
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def main() -> None:
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import training_batches
+    from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import CheckpointError, UnreadableError, saved_steps
     from guided_diffusion.logger import Logger
     from guided_diffusion.train_util import Stopped, TrainLoop
@@ -42,17 +43,27 @@ def main() -> None:
     }
     config, _ = configs.resolve(args.dataset, flags, overrides)
     configs.check(config)
+    try:
+        dist_util.setup()
+    except dist_util.LaunchError as error:
+        raise UserError(str(error)) from error
+    if config.score_model.training.batch_size < dist_util.world_size():
+        raise UserError(
+            f"score_model.training.batch_size={config.score_model.training.batch_size} is the total over all "
+            f"processes, and leaves some of these {dist_util.world_size()} with nothing"
+        )
     data, training = config.data, config.score_model.training
     image, target = data.input, data.trans
     if args.training_process == "backward":
         image, target = target, image
 
-    device = pick_device(args.gpu_id)
+    device = pick_device(dist_util.gpu_id(args.gpu_id))
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
         network = create_network(args.model_name, config.score_model.model)
-        losses, remembered = create_losses(args.model_name, config)
+        share = dist_util.share(training.batch_size)
+        losses, remembered = create_losses(args.model_name, config, share)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
     except ValueError as error:
@@ -67,15 +78,25 @@ def main() -> None:
     if not args.overwrite:
         refuse_other_settings(directory, record)
 
-    dataset = BraTS2021Dataset(data.data_dir, "train", [image, target], data.image_size)
-    held = lock(directory)  # until this process ends
-    if args.overwrite:
-        remove_experiment(directory)
-    if args.overwrite or max(saved_steps(directory), default=0) < training.iterations:
-        write_record(directory, record | {"run": describe_run(device)})  # of a finished run it stays
+    dataset = BraTS2021Dataset(
+        data.data_dir,
+        "train",
+        [image, target],
+        data.image_size,
+        processes=dist_util.local_world_size(),
+        progress=dist_util.rank() == 0,
+    )
+    held = None
+    if dist_util.rank() == 0:
+        held = lock(directory)  # until this process ends
+        if args.overwrite:
+            remove_experiment(directory)
+        if args.overwrite or max(saved_steps(directory), default=0) < training.iterations:
+            write_record(directory, record | {"run": describe_run(device)})  # of a finished run it stays
+    dist_util.barrier()
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
-    where = f"{device} in {str(precision).removeprefix('torch.')}"
+    where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
     logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
     loop = TrainLoop(
@@ -83,7 +104,9 @@ def main() -> None:
         compute_losses=lambda model, batch, step: losses(
             model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
         ),
-        batches_from=partial(training_batches, dataset, training.batch_size, config.seed),
+        batches_from=partial(
+            training_batches, dataset, training.batch_size, config.seed, share=share, workers=dataset.workers
+        ),
         directory=directory,
         logger=logger,
         iterations=training.iterations,
@@ -116,9 +139,12 @@ def main() -> None:
             "goes on from the last checkpoint"
         ) from error
     except Stopped as stopped:
+        dist_util.shut_down()  # as in all processes
         sys.exit(128 + stopped.received)
     finally:
         logger.close()
+    dist_util.shut_down()
+    if held:
         held.close()
 
 

@@ -1,17 +1,20 @@
-"""Preprocessed slices as a dataset: the files that brats_preprocess.py wrote, resized and kept in memory."""
+"""Preprocessed slices as a dataset: the files that brats_preprocess.py wrote, resized, in memory where they fit."""
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import CacheDataset
+from monai.data import CacheDataset, MetaTensor, NumpyReader
 from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd, Transform
 
 from datasets.records import read_normalisation
 from utils.cli import UserError, did_you_mean
+from utils.device import available_cores, available_memory
 
 MASKS = ("seg", "brainmask")
 
@@ -22,46 +25,72 @@ class BraTS2021Dataset(CacheDataset):
     Images are float32 (normalised by preprocessing: background −3), resized antialiased; `seg` (lesion or not) and
     `brainmask` are bool, resized to the nearest pixel. `name` is "{subject}_{slice}".
 
+    They are kept in memory if the copies of all processes on this machine fit into half of what is available;
+    otherwise each is read whenever it is asked for, and `workers` says how many processes should do so.
+
     Args:
         data_dir: output folder of brats_preprocess.py.
         split: train, val or test.
         kinds: modalities, `seg`, `brainmask`.
         image_size: H = W of what comes out, px.
+        processes: how many on this machine have such a dataset.
+        progress: show how far reading into memory has come.
 
     Raises:
         UserError: the split or a modality is not there, the kinds do not have the same slices, or a file is broken.
     """
 
-    def __init__(self, data_dir: Path | str, split: str, kinds: Sequence[str], image_size: int):
-        slices = find_slices(Path(data_dir) / split, kinds)
+    def __init__(
+        self,
+        data_dir: Path | str,
+        split: str,
+        kinds: Sequence[str],
+        image_size: int,
+        processes: int = 1,
+        progress: bool = True,
+    ):
+        folder = Path(data_dir) / split
+        slices = find_slices(folder, kinds)
         images = [kind for kind in kinds if kind not in MASKS]
-
-        def resize_image(image: torch.Tensor) -> torch.Tensor:
-            # MONAI's antialiasing pads with zeros, which would draw a frame into a background of −3.
-            size = (image_size, image_size)
-            return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-
-        def resize_mask(mask: torch.Tensor) -> torch.Tensor:
-            return F.interpolate(mask[None], (image_size, image_size), mode="nearest-exact")[0] > 0
-
         transform = Compose(
             [
-                LoadImaged(kinds, reader="NumpyReader"),
+                LoadImaged(kinds, reader=NumpyReader(mmap_mode="c")),
                 RequireOneShape(kinds),
                 EnsureChannelFirstd(kinds, channel_dim="no_channel"),
-                Lambdad(kinds, lambda image: image.as_tensor()),
-                Lambdad(images, resize_image),
-                Lambdad(MASKS, resize_mask, allow_missing_keys=True),
+                Lambdad(kinds, MetaTensor.as_tensor, track_meta=False),
+                Lambdad(images, partial(resize_image, size=image_size), track_meta=False),
+                Lambdad(
+                    MASKS, partial(resize_mask, size=image_size), track_meta=False, allow_missing_keys=True
+                ),
                 SelectItemsd([*kinds, "name"]),
             ]
         )
+        pixel_bytes = sum(1 if kind in MASKS else 4 for kind in kinds)
+        needed = processes * len(slices) * image_size**2 * pixel_bytes
+        available = available_memory()
+        fits = needed <= available / 2
+        self.workers = 0 if fits else max(1, min(8, available_cores() // processes))
+        kept = "kept in memory" if fits else "read from disk as they are needed"
+        print(f"{split}: {len(slices)} slices, {kept} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)")
         try:
-            super().__init__(slices, transform, num_workers=None, progress=True)
-        except RuntimeError as error:  # MONAI's, whatever went wrong
+            if not fits:  # a file cut off or of another size is found now in any case
+                for files in slices:
+                    RequireOneShape(kinds)(files | {kind: np.load(files[kind], "r") for kind in kinds})
+            super().__init__(slices, transform, cache_rate=fits, num_workers=None, progress=progress)
+        except (RuntimeError, ValueError, OSError) as error:  # MONAI's is a RuntimeError, whatever went wrong
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(
-                f"a slice in {Path(data_dir) / split} cannot be read ({reason}): preprocess again"
-            ) from error
+            raise UserError(f"a slice in {folder} cannot be read ({reason}): preprocess again") from error
+
+
+def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Antialiased bilinear, [1, H, W] to [1, size, size]."""
+    # MONAI's antialiasing pads with zeros, which would draw a frame into a background of −3.
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
+    """Labels [1, H, W] to whether there is one at the nearest pixel, bool [1, size, size]."""
+    return F.interpolate(mask[None], (size, size), mode="nearest-exact")[0] > 0
 
 
 def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:

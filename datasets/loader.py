@@ -1,5 +1,6 @@
 """Batches of slices: endless and reproducible for training, all in order for testing."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -15,11 +16,19 @@ class StepSampler:
     that training can go on from any step.
     """
 
-    def __init__(self, dataset_size: int, batch_size: int, seed: int, first_step: int):
+    def __init__(
+        self,
+        dataset_size: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        share: slice = slice(None),  # the part of each batch that is wanted
+    ):
         self.dataset_size = dataset_size
         self.batch_size = batch_size
         self.seed = seed
         self.first_step = first_step
+        self.share = share
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, place = divmod(self.first_step * self.batch_size, self.dataset_size)
@@ -32,7 +41,7 @@ class StepSampler:
                     order = self._order(epoch)
                 batch.append(order[place])
                 place += 1
-            yield batch
+            yield batch[self.share]
 
     def _order(self, epoch: int) -> list[int]:
         return torch.randperm(
@@ -40,10 +49,40 @@ class StepSampler:
         ).tolist()
 
 
-def training_batches(dataset: Dataset, batch_size: int, seed: int, first_step: int) -> Iterator[dict]:
-    """Endless batches, dicts of tensors [batch_size, 1, H, W], beginning with that of `first_step`."""
-    sampler = StepSampler(len(dataset), batch_size, seed, first_step)
-    return iter(DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available()))
+def training_batches(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    *,
+    share: slice = slice(None),
+    workers: int = 0,
+) -> Iterator[dict]:
+    """Endless batches, dicts of tensors [batch_size, 1, H, W], beginning with that of `first_step`.
+
+    Args:
+        dataset: of slices.
+        batch_size: of all processes together.
+        seed: of the order.
+        first_step: number of the first batch.
+        share: the part of each batch that is wanted.
+        workers: processes that read ahead.
+    """
+    sampler = StepSampler(len(dataset), batch_size, seed, first_step, share)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and the end of a Slurm job reach all processes, but training still needs its batch when it stops."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def all_slices(dataset: Dataset) -> dict:

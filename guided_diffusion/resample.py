@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import dist_util
 from .gaussian_diffusion import GaussianDiffusion
 
 
@@ -37,7 +38,7 @@ class ScheduleSampler(ABC):
         return t, (1.0 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027  (most samplers learn nothing)
-        """Tell the sampler the losses [N] that the timesteps t [N] gave."""
+        """Tell the sampler the losses [N] that the timesteps t [N] gave, in this process's share of the batch."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it has learnt from updates."""
@@ -80,7 +81,11 @@ class LossSecondMomentResampler(ScheduleSampler):
         return weights * (1 - self.uniform_prob) + self.uniform_prob / num_timesteps
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+        of_all = dist_util.gather((t.tolist(), losses.tolist()))  # so that every process learns the same
+        pairs = (
+            pair for t_of_one, losses_of_one in of_all for pair in zip(t_of_one, losses_of_one, strict=True)
+        )
+        for step, loss in pairs:
             self._history[step, self._counts[step] % self._history.shape[1]] = loss
             self._counts[step] += 1
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, dist_util
 from .logger import Logger
 from .nn import update_ema
 
@@ -59,6 +59,7 @@ class StopSignals:
 class TrainLoop:
     """Minimises a loss over batches, step by step, and saves what it has learnt.
 
+    Of several processes (`dist_util`), each takes its share of every batch; the first one writes and speaks.
     Every step depends on its number alone (the batches and the losses are told which step it is), so training that
     goes on from a checkpoint ends where uninterrupted training would have.
     """
@@ -69,12 +70,12 @@ class TrainLoop:
         model: nn.Module,  # on its device; parameters that do not require gradients are left alone
         compute_losses: Callable[
             [nn.Module, Batch, int], Tensor
-        ],  # (model, batch, step) -> [N], the mean is minimised
+        ],  # (model, batch, step) -> losses of this process's share of the batch; the mean over all is minimised
         batches_from: Callable[[int], Iterator[Batch]],  # endless batches from the given step on
         directory: Path,  # where checkpoints are written, and looked for
         logger: Logger,
         iterations: int,  # steps in all
-        batch_size: int,  # samples a step, for the figure of images a second
+        batch_size: int,  # samples a step, of all processes together
         lr: float,  # AdamW's learning rate at the start
         weight_decay: float,  # AdamW's
         lr_decay_steps: int,  # the learning rate is multiplied by lr_decay_factor once in so many steps
@@ -89,6 +90,7 @@ class TrainLoop:
         on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
     ):
         self.model = model
+        self.parallel = nn.parallel.DistributedDataParallel(model) if dist_util.world_size() > 1 else model
         self.ema_model = copy.deepcopy(model).eval().requires_grad_(False)
         self.compute_losses = compute_losses
         self.batches_from = batches_from
@@ -129,23 +131,31 @@ class TrainLoop:
         if self.step >= self.iterations:
             self.logger.info(f"finished already: {self.step} of {self.iterations} steps")
             return
-        self._require_space()
+        if dist_util.rank() == 0:
+            self._require_space()
         self.model.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
         with (
             StopSignals() as signals,
-            tqdm(total=self.iterations, initial=self.step, unit="step", dynamic_ncols=True) as progress,
+            tqdm(
+                total=self.iterations,
+                initial=self.step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=dist_util.rank() > 0,
+            ) as progress,
         ):
             while self.step < self.iterations:
                 # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
                 loss_sum = loss_sum + self._train_step(next(batches))
                 progress.update()
-                stops = signals.received is not None
+                stops = dist_util.any_of(signals.received is not None)
                 saves = stops or self.step % self.save_interval == 0 or self.step == self.iterations
                 if not saves and self.step % self.log_interval:
                     continue
-                loss, seconds = float(loss_sum) / (self.step - since), time.monotonic() - started
+                loss = sum(dist_util.gather(float(loss_sum))) / (self.step - since)
+                seconds = time.monotonic() - started
                 if not math.isfinite(loss):  # known before anything is saved
                     raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
                 values = {
@@ -155,27 +165,28 @@ class TrainLoop:
                 }
                 self.logger.scalars(self.step, values)
                 progress.set_postfix(loss=f"{loss:.4f}")
-                if saves:
-                    if not all(parameter.isfinite().all() for parameter in self.trained):
-                        raise FloatingPointError(f"the weights are not finite after {self.step} steps")
+                if saves and not all(parameter.isfinite().all() for parameter in self.trained):
+                    raise FloatingPointError(f"the weights are not finite after {self.step} steps")
+                if saves and dist_util.rank() == 0:
                     self._save()
                 if stops:
-                    self.logger.info(
-                        f"stopped by {signals.received.name}: the same command goes on from here"
-                    )
-                    raise Stopped(signals.received)
-                if saves:
+                    received = next(filter(None, dist_util.gather(signals.received)))  # once all is saved
+                    self.logger.info(f"stopped by {received.name}: the same command goes on from here")
+                    raise Stopped(received)
+                if saves and dist_util.rank() == 0:
                     self.on_save(self.ema_model, self.step)
                 loss_sum, since, started = 0.0, self.step, time.monotonic()
 
     def _train_step(self, batch: Batch) -> Tensor:
-        torch.manual_seed(self.seed + self.step)
+        torch.manual_seed(self.seed + self.step + 10**7 * dist_util.rank())
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            loss = self.compute_losses(self.model, batch, self.step).mean()
+            losses = self.compute_losses(self.parallel, batch, self.step)
+            loss = losses.sum() / self.batch_size
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        # Gradients are averaged over the processes, and are to be summed.
+        self.scaler.scale(loss * dist_util.world_size()).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Warmed up, so that a short run's average is not one of its initialisation.
@@ -204,33 +215,42 @@ class TrainLoop:
         self.logger.info(f"saved {paths['ema'].name} after {self.step} steps")
 
     def _resume(self) -> None:
+        step = self._find_checkpoint() if dist_util.rank() == 0 else None
+        step = dist_util.broadcast(step)
+        if step and dist_util.rank() > 0:
+            self._load(step)
+        self.logger.rewind(self.step)
+
+    def _find_checkpoint(self) -> int | None:
+        """Load the newest sound set; returns its step."""
         for leftover in self.directory.glob("*.pt.tmp"):
             leftover.unlink()
         steps = checkpoint.saved_steps(self.directory)
         for step in reversed(steps):
-            paths = checkpoint.paths_of(self.directory, self.ema_rate, step)
             try:
-                states = checkpoint.load(paths, self.device)
-                self.model.load_state_dict(states["model"])
-                self.ema_model.load_state_dict(states["ema"])
-                self.optimizer.load_state_dict(states["opt"]["optimizer"])
-                if states["opt"]["scaler"]:  # saved in float16
-                    self.scaler.load_state_dict(states["opt"]["scaler"])
-                if self.remembered:
-                    self.remembered.load_state_dict(states["opt"]["schedule"])
-                self.step = states["opt"]["step"]
+                self._load(step)
             except Exception as error:  # damaged, or a state of something else
                 reason = checkpoint.reason(error)
                 self.logger.info(
                     f"warning: checkpoint {step} cannot be used, trying the one before it: {reason}"
                 )
                 continue
-            self.logger.info(f"going on from {paths['opt'].name}")
-            break
-        else:
-            if steps:
-                raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")
-        self.logger.rewind(self.step)
+            self.logger.info(f"going on from step {step}")
+            return step
+        if steps:
+            raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")
+        return None
+
+    def _load(self, step: int) -> None:
+        states = checkpoint.load(checkpoint.paths_of(self.directory, self.ema_rate, step), self.device)
+        self.model.load_state_dict(states["model"])
+        self.ema_model.load_state_dict(states["ema"])
+        self.optimizer.load_state_dict(states["opt"]["optimizer"])
+        if states["opt"]["scaler"]:  # saved in float16
+            self.scaler.load_state_dict(states["opt"]["scaler"])
+        if self.remembered:
+            self.remembered.load_state_dict(states["opt"]["schedule"])
+        self.step = states["opt"]["step"]
 
     def _require_space(self) -> None:
         """Raise a CheckpointError now rather than after hours, if the checkpoints to come will not fit on the disk."""

@@ -32,9 +32,14 @@ def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator 
 
 
 def create_losses(
-    model_name: str, config: ConfigDict
+    model_name: str, config: ConfigDict, share: slice | None = None
 ) -> tuple[Callable[[nn.Module, Tensor, Tensor, int], Tensor], ScheduleSampler | None]:
     """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
+
+    Args:
+        model_name: `unet` or `diffusion`.
+        config: of the run.
+        share: the part of every batch that the losses are given; the whole if left out.
 
     Returns:
         The losses, and what they remember from step to step, if anything.
@@ -54,6 +59,7 @@ def create_losses(
         band_width=score_model.mask.width,
         band_stride=score_model.mask.stride,
         seed=config.seed,
+        **({"batch_size": score_model.training.batch_size, "share": share} if share else {}),
     )
     return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
 

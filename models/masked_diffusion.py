@@ -44,10 +44,12 @@ def masked_diffusion_losses(
     band_stride: int,
     seed: int,
     step: int,
+    batch_size: int | None = None,
+    share: slice = slice(None),
 ) -> Tensor:
-    """The diffusion's loss [N] for a batch of slices, with one random band for each of them.
+    """The diffusion's loss [N] for a batch of slices or a share of it, with one random band for each of them.
 
-    Bands, timesteps and noise are drawn by (seed, step) and a sample's place in the batch.
+    Bands, timesteps and noise are drawn by (seed, step) and a sample's place in the batch, whoever computes its loss.
 
     Args:
         model: a `MaskedConditionalUNet`.
@@ -59,13 +61,15 @@ def masked_diffusion_losses(
         band_stride: px between possible starts.
         seed: of the run.
         step: number of the training step.
+        batch_size: of the whole batch, if `image` and `target` are a share of it.
+        share: which.
     """
-    n, image_size, device = len(image), image.shape[-1], image.device
+    n, image_size, device = batch_size or len(image), image.shape[-1], image.device
     generator = keyed_generator("training", seed, step)
     bands = random_bands(n, image_size, band_stride, generator)
-    mask = band_masks(bands, image_size, band_width).to(device)
-    t, weights = (value.to(device) for value in schedule_sampler.sample(n, generator))
-    condition_noise, noise = torch.randn(2, *image.shape, generator=generator).to(device)
+    mask = band_masks(bands[share], image_size, band_width).to(device)
+    t, weights = (value[share].to(device) for value in schedule_sampler.sample(n, generator))
+    condition_noise, noise = torch.randn(2, n, *image.shape[1:], generator=generator)[:, share].to(device)
     condition = {"image": image, "mask": mask, "noise": condition_noise}
     losses = diffusion.training_losses(model, target, t, model_kwargs=condition, noise=noise)["loss"]
     schedule_sampler.update(t, losses.detach())

@@ -1,10 +1,12 @@
 """Where a run computes, in which precision, and what makes it fast there."""
 
 import ctypes
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -56,6 +58,30 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Compute matrix products and convolutions in `precision`, all else in float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of main memory that may still be used: the machine's, or less where its control group is held to less.
+
+    Off Linux, where nothing says what is in use, it is all that the machine has.
+    """
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = 1024 * int(machine["MemAvailable"].split()[0])
+    root = Path("/sys/fs/cgroup")
+    group = root / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+    for folder in (group, *group.parents):  # Slurm's limit, say, is that of a group further up
+        limit = folder / "memory.max"
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            available = min(available, int(text) - int(used["anon"]))  # what files take can be taken back
+    return available
 
 
 def speed_up(network: Network, device: torch.device, *, training: bool) -> Network:

@@ -35,6 +35,15 @@ def test_a_run_prints_its_ratios(name, ratios):
     assert len(re.findall(r"[1-9]\d* MiB$", done.stdout, re.MULTILINE)) == (5 if name == "scoring" else 2)
 
 
+def test_scaling_prints_its_ratios_and_memory():
+    tiny = ("--repeats=1", "--subjects=4", "--steps=2", "--memory_subjects", "3", "4")
+    done = run_benchmark("scaling", *tiny)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(\w+)  .*  [\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE)
+    assert found == ["preprocessing", "training", "scoring"]
+    assert re.findall(r"^(\d) subjects: [1-9]\d* MiB$", done.stdout, re.MULTILINE) == ["3", "4"]
+
+
 @pytest.mark.parametrize("name", ["scoring", "training"])
 @pytest.mark.parametrize(
     ("args", "said"),
@@ -51,7 +60,7 @@ def test_a_mistake_is_one_sentence(name, args, said):
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["scoring", "training"])
+@pytest.mark.parametrize("name", ["scaling", "scoring", "training"])
 def test_help_imports_nothing_slow(name):
     code = (
         "import runpy, sys, atexit\n"

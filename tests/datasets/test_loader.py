@@ -1,7 +1,9 @@
 """Preprocessed slices as a dataset, and the batches that training and testing make of them."""
 
 import math
+import os
 import shutil
+import signal
 from itertools import islice
 
 import numpy as np
@@ -157,6 +159,99 @@ def test_a_split_without_slices(tmp_path, write_slices):
     write_slices(tmp_path, "test", {"flair": {}})
     with pytest.raises(UserError, match=r"no slices in .*test: preprocess again"):
         BraTS2021Dataset(tmp_path, "test", ["flair"], 16)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# In memory, or read as they are needed
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Set how many bytes are available."""
+    return lambda n: monkeypatch.setattr("datasets.brats2021.available_memory", lambda: n)
+
+
+@pytest.fixture
+def both(data_dir, memory) -> tuple[BraTS2021Dataset, BraTS2021Dataset]:
+    """The same slices in memory and on disk."""
+    in_memory = BraTS2021Dataset(data_dir, "train", KINDS, 16)
+    memory(0)
+    return in_memory, BraTS2021Dataset(data_dir, "train", KINDS, 16)
+
+
+NEEDED = 3 * 16 * 16 * (4 + 4 + 1 + 1)  # bytes of the slices above: two images and two masks
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_what_fits_into_half_of_the_memory_is_kept(data_dir, memory, capsys, processes, lacking):
+    memory(2 * processes * NEEDED - lacking)
+    dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16, processes=processes, progress=False)
+    said = "read from disk as they are needed" if lacking else "kept in memory"
+    assert f"train: 3 slices, {said}" in capsys.readouterr().out
+    assert (dataset.workers > 0) == bool(lacking)
+    before = dataset[0]["flair"].clone()
+    for path in (data_dir / "train/flair").iterdir():
+        np.save(path, np.zeros((SIZE, SIZE), np.float32))
+    assert torch.equal(dataset[0]["flair"], before) == (not lacking)
+
+
+def test_items_are_the_same_in_memory_and_on_disk(both):
+    assert len(both[0]) == len(both[1]) == 3
+    for kept, read in zip(*both, strict=True):
+        assert set(kept) == set(read)
+        assert kept.pop("name") == read.pop("name")
+        for kind, image in kept.items():
+            assert type(read[kind]) is type(image) is torch.Tensor
+            assert torch.equal(read[kind], image)
+
+
+def test_workers_bring_the_same_batches_in_order(both):
+    kept, read = (
+        list(islice(training_batches(dataset, 2, 0, 3, workers=workers), 7))
+        for dataset, workers in zip(both, (0, 2), strict=True)
+    )
+    for one, other in zip(kept, read, strict=True):
+        assert one["name"] == other["name"]
+        assert torch.equal(one["flair"], other["flair"])
+
+
+def test_shares_make_up_the_batch(both):
+    whole, *shares = (
+        next(training_batches(both[0], 5, 0, 2, share=share))
+        for share in (slice(None), slice(0, 2), slice(2, 5))
+    )
+    assert [len(share["name"]) for share in shares] == [2, 3]
+    assert torch.equal(torch.cat([share["t2"] for share in shares]), whole["t2"])
+
+
+class OnlySignalled(torch.utils.data.Dataset):
+    """A dataset whose reader sends itself what Ctrl-C and Slurm send to all processes."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.tensor(index)
+
+
+def test_workers_read_on_when_training_is_asked_to_stop():
+    batches = training_batches(OnlySignalled(), 2, seed=0, first_step=0, workers=1)
+    assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "of another size"])
+def test_a_broken_file_on_disk_is_found_at_the_start(data_dir, memory, damage):
+    path = data_dir / "train/t2/BraTS2021_00007_t2_70.npy"
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        np.save(path, np.zeros((SIZE, SIZE + 1), np.float32))
+    memory(0)
+    with pytest.raises(UserError, match=r"a slice in .*train cannot be read \(.*\): preprocess again"):
+        BraTS2021Dataset(data_dir, "train", KINDS, 16)
 
 
 # ----------------------------------------------------------------------------------------------------------

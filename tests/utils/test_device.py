@@ -1,15 +1,37 @@
 """Precision, memory layout and batches that do not fit, with devices that are not there played by stand-ins."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from guided_diffusion.unet import UNetModel
 from utils.cli import UserError
-from utils.device import autocast, in_batches, pick_precision, speed_up
+from utils.device import autocast, available_memory, in_batches, pick_precision, speed_up
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 8000 * 1024), ("5000", 4000), ("900000000", 8000 * 1024)]
+)
+def test_available_memory_is_that_of_the_control_group_too(monkeypatch, limit, expected):
+    files = {
+        "/proc/meminfo": "MemTotal:       9000 kB\nMemAvailable:   8000 kB\n",
+        "/proc/self/cgroup": "0::/job/step\n",
+        "/sys/fs/cgroup/job/memory.max": f"{limit}\n",
+        "/sys/fs/cgroup/job/memory.stat": "anon 1000\nfile 3000\n",
+    }
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert available_memory() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""Who is who among several processes, and what they say to each other; alone, and started by torchrun and mpiexec."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion import dist_util
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Each process writes what it was told.
+TELL = """
+import json, sys, time
+from pathlib import Path
+from guided_diffusion import dist_util
+
+dist_util.setup()
+rank = dist_util.rank()
+print("heard")
+print("heard", file=sys.stderr)
+told = {
+    "rank": rank,
+    "world_size": dist_util.world_size(),
+    "local": [dist_util.local_rank(), dist_util.local_world_size()],
+    "gpu_id": [dist_util.gpu_id("0"), dist_util.gpu_id("cpu")],
+    "share": list(range(7))[dist_util.share(7)],
+    "broadcast": dist_util.broadcast(f"by {rank}"),
+    "gather": dist_util.gather(f"by {rank}"),
+    "any_of": [dist_util.any_of(rank == 1), dist_util.any_of(False), dist_util.any_of(True)],
+    "mpi4py": "mpi4py" in sys.modules,
+}
+dist_util.barrier()
+dist_util.shut_down()
+time.sleep(0.5 * (told["world_size"] - 1 - rank))  # the first process, which writes, goes on alone
+Path(f"{rank}.json").write_text(json.dumps(told))
+"""
+
+
+def run_told(
+    folder: Path, *launcher: str, **environment: str
+) -> tuple[list[dict], subprocess.CompletedProcess]:
+    """What each process was told, in order, and what became of the job."""
+    (folder / "tell.py").write_text(TELL, encoding="utf-8")
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / launcher[0]), *launcher[1:]] if launcher else [sys.executable]
+    done = subprocess.run(
+        [*command, "tell.py"],
+        cwd=folder,
+        env=os.environ | environment | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))], done
+
+
+def test_alone(tmp_path):
+    (told,), done = run_told(tmp_path)
+    assert told == {
+        "rank": 0,
+        "world_size": 1,
+        "local": [0, 1],
+        "gpu_id": ["0", "cpu"],
+        "share": list(range(7)),
+        "broadcast": "by 0",
+        "gather": ["by 0"],
+        "any_of": [False, False, True],
+        "mpi4py": False,
+    }
+    assert done.stdout == done.stderr == "heard\n"
+
+
+@pytest.mark.parametrize(("launcher", "n"), [("torchrun", 2), ("mpiexec", 3)])
+def test_several_processes(tmp_path, launcher, n):
+    if launcher == "torchrun":  # under Slurm, where srun started one on each of two machines
+        how = ("torchrun", "--standalone", f"--nproc-per-node={n}")
+        told, done = run_told(tmp_path, *how, SLURM_STEP_NUM_TASKS="2")
+    else:
+        told, done = run_told(tmp_path, "mpiexec", "-n", str(n), sys.executable)
+    shares = {2: [[0, 1, 2], [3, 4, 5, 6]], 3: [[0, 1], [2, 3], [4, 5, 6]]}[n]
+    assert told == [
+        {
+            "rank": rank,
+            "world_size": n,
+            "local": [rank, n],
+            "gpu_id": [str(rank), "cpu"],
+            "share": shares[rank],
+            "broadcast": "by 0",
+            "gather": [f"by {i}" for i in range(n)],
+            "any_of": [True, False, True],
+            "mpi4py": launcher == "mpiexec",
+        }
+        for rank in range(n)
+    ]
+    assert done.stdout.count("heard") == 1
+    assert done.stderr.count("heard") == n
+
+
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_an_mpi_launcher_that_is_not_mpi4pys_is_refused(variable):
+    """What the scripts make of it: tests/scripts/test_distributed.py."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from guided_diffusion import dist_util; dist_util.setup()"],
+        cwd=REPOSITORY,
+        env=os.environ | {variable: "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "LaunchError: several tasks were started, and each believes itself alone" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [0, 1, 5, 7, 139])
+def test_shares_are_contiguous_and_even(monkeypatch, processes, n):
+    monkeypatch.setattr(dist_util, "world_size", lambda: processes)
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
+        shares.append(range(n)[dist_util.share(n)])
+    assert [i for share in shares for i in share] == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
