@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.cli import ArgumentParser, UserError, parse_run_args, run, run_parser
+from utils.storage import Folder, local_path, open_folder
 
 if TYPE_CHECKING:  # these take seconds to import
     from torch import Tensor
@@ -24,10 +25,11 @@ def main() -> None:
     elif args.rescore:
         score_again(args.rescore)
     else:
-        score_translators(args, overrides)
+        with open_folder(args.logdir) as experiments:
+            score_translators(args, overrides, experiments)
 
 
-def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
+def score_translators(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> None:
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
     from datasets.brats2021 import fingerprint
@@ -37,18 +39,20 @@ def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
     from utils.report import write_maps
 
     join_processes()
-    forward, backward = find_translators(args, overrides)
+    experiments.writes = dist_util.rank() == 0
+    forward, backward = find_translators(args, overrides, experiments)
     config = forward.config
     scorer = Scorer(args.model_name, forward, backward, pick_device(dist_util.gpu_id(args.gpu_id)))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
-    print(f"{config}\nforward:  {forward.checkpoint}\nbackward: {backward.checkpoint}")
+    translators = {"forward": forward, "backward": backward}
+    checkpoints = {process: experiments.address(found.checkpoint) for process, found in translators.items()}
+    print(f"{config}\nforward:  {checkpoints['forward']}\nbackward: {checkpoints['backward']}")
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
     writes = dist_util.rank() == 0
     dist_util.shut_down()
     if not writes:
         return
-    translators = {"forward": forward, "backward": backward}
     run = {
         "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
         "input": config.data.input,
@@ -56,16 +60,17 @@ def score_translators(args: argparse.Namespace, overrides: list[str]) -> None:
         "image_size": config.data.image_size,
         "sampling": sampling_name(config) if args.model_name == "diffusion" else None,
         **cost,
-        "checkpoints": {process: str(found.checkpoint) for process, found in translators.items()},
+        "checkpoints": checkpoints,
         "trained_steps": {process: trained_steps(found.checkpoint) for process, found in translators.items()},
     }
-    results = Path(args.logdir) / "results" / results_name(args.model_name, forward, backward)
+    results = experiments.local / "results" / results_name(args.model_name, forward, backward)
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(config)) for split in maps}
     write_record(
         results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)}
     )
     write_maps(results / ERROR_MAPS, run, maps)
-    score_maps(results, run, maps)
+    experiments.remove(f"results/{results.name}", "events.out.tfevents.*")  # as those of a local folder are
+    score_maps(results, run, maps, experiments.address(results))
 
 
 def score_again(path: Path) -> None:
@@ -73,16 +78,17 @@ def score_again(path: Path) -> None:
     from utils.report import read_maps
 
     path = path / ERROR_MAPS if path.is_dir() else path
-    score_maps(path.parent, *read_maps(path))
+    score_maps(path.parent, *read_maps(path), str(path.parent))
 
 
-def score_maps(results: Path, run: dict[str, Any], maps: dict[str, dict]) -> None:
+def score_maps(results: Path, run: dict[str, Any], maps: dict[str, dict], address: str) -> None:
     """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
 
     Args:
         results: folder of the test run.
         run: what was chained, for the head of metrics.json.
         maps: by split, `names` and arrays [N, H, W], as `utils.report.write_maps` takes them.
+        address: what to call the folder.
     """
     from utils.figures import draw_scores, write_figures
     from utils.metrics import by_lesion_size, evaluate, ranked_scores
@@ -104,9 +110,7 @@ def score_maps(results: Path, run: dict[str, Any], maps: dict[str, dict]) -> Non
     write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
     write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
     write_events(results, metrics, ranked)
-    print(
-        f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {results}\nfigures: {results / 'figures'}"
-    )
+    print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
 
 
 class Translator(NamedTuple):
@@ -124,13 +128,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     instead.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=local_path,
         metavar=("RUN_A", "RUN_B"),
         help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
     )
     instead.add_argument(
         "--rescore",
-        type=Path,
+        type=local_path,
         metavar="RUN",
         help="only score the error maps in a test run's folder again, without a model",
     )
@@ -156,7 +160,7 @@ def chain_parser(description: str) -> ArgumentParser:
         )
         add(
             f"--checkpoint_{process}",
-            type=Path,
+            type=local_path,
             help="state dict to use (default: the experiment's newest EMA)",
         )
     add(
@@ -193,7 +197,9 @@ HELD = {
 }
 
 
-def find_translators(args: argparse.Namespace, overrides: list[str]) -> tuple[Translator, Translator]:
+def find_translators(
+    args: argparse.Namespace, overrides: list[str], experiments: Folder
+) -> tuple[Translator, Translator]:
     """The forward and the backward translator that the flags name; the forward one's config is that of the run.
 
     Raises:
@@ -202,18 +208,20 @@ def find_translators(args: argparse.Namespace, overrides: list[str]) -> tuple[Tr
     import config as configs
 
     config, given = configs.resolve(args.dataset, config_flags(args), overrides)
-    forward = find_translator("forward", args, config, given)
+    forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
     if args.sampling:
         preset = configs.sampling_preset(args.sampling, config.score_model.mask.width)
         config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
-    backward = find_translator("backward", args, config, given | set(HELD_BY_BOTH))
+    backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
     configs.check(config)
     require_same_normalisation(forward, backward)
     return forward, backward
 
 
-def find_translator(process: str, args: argparse.Namespace, config: Any, given: set[str]) -> Translator:
+def find_translator(
+    process: str, args: argparse.Namespace, experiments: Folder, config: Any, given: set[str]
+) -> Translator:
     """The checkpoint of one direction, and the config with what its experiment's config.json says.
 
     A checkpoint without a config.json is taken with the config as it is.
@@ -231,7 +239,7 @@ def find_translator(process: str, args: argparse.Namespace, config: Any, given: 
         name = getattr(args, flag) or experiment_name(
             model_name, process, args.dataset, config.data.trans, config.data.input
         )
-        checkpoint = newest_ema(Path(args.logdir), require_name(f"--{flag}", name))
+        checkpoint = newest_ema(experiments, require_name(f"--{flag}", name))
     elif not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
     record = read_record(checkpoint)

@@ -2,17 +2,23 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, parse_run_args, run, run_parser
+from utils.storage import Folder, StorageError, open_folder
 
 
 def main() -> None:
     args, overrides = parse_args()
+    with open_folder(args.logdir) as experiments:
+        train(args, overrides, experiments)
 
+
+def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> None:
+    """Train the translator that the flags describe, from where it is."""
     # Only now what takes seconds to import.
     import torch
 
@@ -29,6 +35,7 @@ def main() -> None:
         describe_run,
         experiment_name,
         lock,
+        pull_to_resume,
         refuse_other_settings,
         remove_experiment,
         require_name,
@@ -47,6 +54,7 @@ def main() -> None:
         dist_util.setup()
     except dist_util.LaunchError as error:
         raise UserError(str(error)) from error
+    experiments.writes = dist_util.rank() == 0
     if config.score_model.training.batch_size < dist_util.world_size():
         raise UserError(
             f"score_model.training.batch_size={config.score_model.training.batch_size} is the total over all "
@@ -71,11 +79,12 @@ def main() -> None:
 
     names = (args.model_name, args.training_process, args.dataset)
     name = args.experiment_name or experiment_name(*names, data.trans, data.input)
-    directory = Path(args.logdir) / require_name("--experiment_name", name)
+    directory = experiments.local / require_name("--experiment_name", name)
     record = dict(zip(("model_name", "training_process", "dataset"), names, strict=True))
     record["config"] = config.to_dict()
     record["data"] = fingerprint(data.data_dir, "train", [image, target])
     if not args.overwrite:
+        pull_to_resume(experiments, name, training.keep_last)
         refuse_other_settings(directory, record)
 
     dataset = BraTS2021Dataset(
@@ -90,14 +99,26 @@ def main() -> None:
     if dist_util.rank() == 0:
         held = lock(directory)  # until this process ends
         if args.overwrite:
-            remove_experiment(directory)
+            remove_experiment(experiments, name)
         if args.overwrite or max(saved_steps(directory), default=0) < training.iterations:
             write_record(directory, record | {"run": describe_run(device)})  # of a finished run it stays
+        experiments.push()  # so that it fails now, not at the first save
     dist_util.barrier()
     logger = Logger(directory)
     logger.info(f"{name}\n{config}")
+    if experiments.remote:
+        logger.info(f"there are no locks on {experiments.remote}: see that nothing else trains {name} there")
     where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
     logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
+
+    preview = translation_preview(args.model_name, config, dataset, image, target, logger, device)
+
+    def show_and_store(network: Any, step: int) -> None:
+        preview(network, step)
+        try:
+            experiments.push()
+        except StorageError as error:
+            logger.info(f"warning: {error}; the next save tries again")
 
     loop = TrainLoop(
         model=speed_up(network, device, training=True),
@@ -122,17 +143,18 @@ def main() -> None:
         save_interval=training.save_interval,
         keep_last=training.keep_last,
         remembered=remembered,
-        on_save=translation_preview(args.model_name, config, dataset, image, target, logger, device),
+        on_save=show_and_store,
     )
     try:
         loop.run()
-        logger.info(f"done, all in {directory}")
+        logger.info(f"done, all in {experiments.address(directory)}")
     except FloatingPointError as error:
         raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
     except UnreadableError as error:
         raise UserError(f"{error}: restore one, or start anew with --overwrite") from error
     except CheckpointError as error:
-        raise UserError(f"{error}: make room, or see --config.score_model.training.keep_last") from error
+        room = f"make room in {tempfile.gettempdir()} (or set TMPDIR)" if experiments.remote else "make room"
+        raise UserError(f"{error}: {room}, or see --config.score_model.training.keep_last") from error
     except OSError as error:  # what is logged, to a disk that has become full
         raise UserError(
             f"{directory} cannot be written to ({error.strerror or error}): make room, and the same command "

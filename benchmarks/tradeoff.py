@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modality_cyclic_test import Scorer, Translator, chain_parser, find_translators, load_slices
 from utils.cli import UserError, parse_run_args, run
+from utils.storage import open_folder
 
 STEPS = (1, 2, 3, 5, 10)
 BANDS_A_WIDTH = (1, 2, 4, 8)
@@ -29,22 +30,23 @@ def main() -> None:
     from config import SAMPLING
     from utils.device import pick_device
 
-    forward, backward = find_translators(args, overrides)
-    device = pick_device(args.gpu_id)
-    (paper, fast), seed = (SAMPLING["paper"], SAMPLING["fast"]), forward.config.seed
-    grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
-    wanted = [("val", *point, seed) for point in (*grid, *LONG, paper)]
-    wanted += [("test", *point, s) for point, seeds in ((fast, SEEDS), (paper, [seed])) for s in seeds]
-    wanted += [("val", *point, s) for point in (fast, paper) for s in SEEDS if s != seed]
+    with open_folder(args.logdir) as experiments:
+        forward, backward = find_translators(args, overrides, experiments)
+        device = pick_device(args.gpu_id)
+        (paper, fast), seed = (SAMPLING["paper"], SAMPLING["fast"]), forward.config.seed
+        grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
+        wanted = [("val", *point, seed) for point in (*grid, *LONG, paper)]
+        wanted += [("test", *point, s) for point, seeds in ((fast, SEEDS), (paper, [seed])) for s in seeds]
+        wanted += [("val", *point, s) for point in (fast, paper) for s in SEEDS if s != seed]
 
-    rows = read_rows(args.csv)
-    for point in wanted:
-        if point not in rows:
-            rows[point] = measure(forward, backward, device, *point)
-            write_rows(args.csv, rows)
-    draw(rows, paper, fast, seed, args.figure)
-    print(table(rows, wanted))
-    print(f"\n{args.csv}\n{args.figure}")
+        rows = read_rows(args.csv)
+        for point in wanted:
+            if point not in rows:
+                rows[point] = measure(forward, backward, device, *point)
+                write_rows(args.csv, rows)
+        draw(rows, paper, fast, seed, args.figure)
+        print(table(rows, wanted))
+        print(f"\n{args.csv}\n{args.figure}")
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:

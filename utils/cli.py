@@ -48,7 +48,11 @@ def run_parser(description: str) -> ArgumentParser:
     add("--data_dir", help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)")
     add("--input", help="modality at hand at test time (default: the config's, flair)")
     add("--trans", help="modality it is translated to (default: the config's, t2)")
-    add("--logdir", default="./experiments", help="folder of all experiments")
+    add(
+        "--logdir",
+        default="./experiments",
+        help="folder of all experiments; or on object storage, gs://bucket/path or az://account/container/path",
+    )
     add("--seed", type=int, help="seed of everything random (default: the config's, 0)")
     add("--config.KEY", metavar="VALUE", help="override any field of the config, as --config.KEY=VALUE")
     return parser

@@ -1,6 +1,7 @@
 """What an experiment is called, what it says of itself, and where its weights lie."""
 
 import fcntl
+import fnmatch
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from .cli import UserError, did_you_mean
+from .storage import Folder
 
 
 def experiment_name(model_name: str, process: str, dataset: str, trans: str, input: str) -> str:
@@ -129,20 +131,32 @@ def lock(directory: Path) -> IO:
     return file
 
 
-def remove_experiment(directory: Path) -> None:
-    """Remove all that training wrote into `directory`, and nothing else."""
+def pull_to_resume(experiments: Folder, name: str, keep_last: int) -> None:
+    """Fetch what training goes on from: its figures, and of the checkpoints those that it may need or remove."""
+    saved = sorted(fnmatch.filter(experiments.names(name), "opt*.pt"), key=_steps)
+    newest = [opt.replace("opt", "*") for opt in saved[-2:]]  # the other one, in case that one is damaged
+    checkpoints = ["*.pt"] if keep_last else newest
+    experiments.pull(name, "config.json", "log.txt", "progress.csv", *checkpoints)
+
+
+def remove_experiment(experiments: Folder, name: str) -> None:
+    """Remove all that training wrote into a folder of `experiments`, and nothing else."""
     written = (  # in the order in which they go: no set is taken for whole once this has begun
-        r"opt\d{6,}\.pt",
-        r"(model|opt|ema_[\d.e-]+_)\d{6,}\.pt\.tmp",
-        r"(model|ema_[\d.e-]+_)\d{6,}\.pt",
-        r"(config\.json|progress\.csv)(\.tmp)?",
-        r"log\.txt",
-        r"events\.out\.tfevents\..*",
+        "opt[0-9]*.pt",
+        "opt[0-9]*.pt.tmp",
+        "model[0-9]*.pt",
+        "model[0-9]*.pt.tmp",
+        "ema_[0-9]*_[0-9]*.pt",
+        "ema_[0-9]*_[0-9]*.pt.tmp",
+        "config.json*",
+        "progress.csv*",
+        "log.txt",
+        "events.out.tfevents.*",
     )
     for pattern in written:
-        for path in directory.iterdir():
-            if re.fullmatch(pattern, path.name):
-                path.unlink()
+        for path in (experiments.local / name).glob(pattern):
+            path.unlink()
+    experiments.remove(name, *written)
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
@@ -181,26 +195,32 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def newest_ema(logdir: Path, name: str) -> Path:
-    """The EMA weights of an experiment after the most steps.
+def newest_ema(experiments: Folder, name: str) -> Path:
+    """The EMA weights of an experiment after the most steps, pulled with its config.json where that is needed.
 
     Raises:
         UserError: there is no such experiment, or it has saved nothing yet.
     """
-    directory = logdir / name
+    saved = fnmatch.filter(experiments.names(name), "ema_*_*.pt")
+    experiments.pull(name, "config.json", *sorted(saved, key=_steps)[-1:])
+    logdir, directory = experiments.local, experiments.local / name
     if not directory.is_dir():
         there = [path.name for path in logdir.iterdir() if path.is_dir()] if logdir.is_dir() else []
         raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, there)}; train it first")
     checkpoints = list(directory.glob("ema_*_*.pt"))
     if not checkpoints:
         raise UserError(f"experiment {name!r} has no EMA checkpoint in {directory}; train it first")
-    return max(checkpoints, key=lambda checkpoint: trained_steps(checkpoint) or 0)
+    return max(checkpoints, key=_steps)
 
 
 def trained_steps(checkpoint: Path) -> int | None:
     """The training steps that a checkpoint's name tells, or None where it tells none."""
     found = re.search(r"(\d+)\.pt$", checkpoint.name)
     return int(found[1]) if found else None
+
+
+def _steps(checkpoint: Path | str) -> int:
+    return trained_steps(Path(checkpoint)) or 0
 
 
 def load_weights(network: nn.Module, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from .cli import ArgumentParser, UserError, run
+from .storage import local_path
 
 METHODS = {"cyclic_unet": "Cyclic UNet", "mmccd": "MMCCD"}
 CHOICES = ("oracle", "validation")  # of a threshold
@@ -248,7 +249,7 @@ def main() -> None:
         prog="python -m utils.report", description="Print one table for several test runs."
     )
     parser.add_argument(
-        "results", nargs="+", type=Path, help="folders of test runs, below experiments/results"
+        "results", nargs="+", type=local_path, help="folders of test runs, below experiments/results"
     )
     folders = parser.parse_args().results
     runs = []

@@ -1,0 +1,326 @@
+"""Mirrors of object storage, on a stand-in that keeps its blobs in a local folder and notes what is asked of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import blobfile
+import pytest
+
+from utils import storage
+from utils.cli import UserError
+from utils.experiment import newest_ema, pull_to_resume, remove_experiment
+from utils.storage import Folder, Mirror, StorageError, open_folder
+
+REMOTE = "fake://bucket/experiments"
+
+
+class Blobs:
+    """What `Mirror` uses of a blobfile context, for addresses that begin with fake://."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.done: list[tuple[str, str]] = []
+        self.fails: str | None = None  # what is asked of a name that ends so
+        self._local = blobfile.create_context()
+
+    def _note(self, verb: str, address: str) -> str:
+        assert address.startswith(f"{REMOTE}/"), address
+        name = address.removeprefix(f"{REMOTE}/")
+        self.done.append((verb, name))
+        if self.fails and name.endswith(self.fails):
+            raise blobfile.Error("unexpected status 503\nand much more")
+        return str(self.folder / name)
+
+    def scandir(self, address: str):
+        return self._local.scandir(self._note("list", address))
+
+    def copy(self, source: str, target: str, overwrite: bool) -> None:
+        assert overwrite
+        if source.startswith("fake://"):
+            source = self._note("pull", source)
+        else:
+            target = self._note("push", target)
+        self._local.copy(source, target, overwrite=True)
+
+    def remove(self, address: str) -> None:
+        self._local.remove(self._note("remove", address))
+
+    def taken(self) -> list[tuple[str, str]]:
+        """What was asked since this was asked last."""
+        done, self.done = self.done, []
+        return done
+
+
+@pytest.fixture
+def blobs(tmp_path, monkeypatch) -> Blobs:
+    stand_in = Blobs(tmp_path / "bucket")
+    monkeypatch.setattr(blobfile, "create_context", lambda **_: stand_in)
+    return stand_in
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch) -> Path:
+    """Where mirrors lie."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(folder))
+    return folder
+
+
+def write(folder: Path, *names: str, text: str = "x") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def checkpoints(*steps: int) -> list[str]:
+    return [f"{kind}{step:06d}.pt" for step in steps for kind in ("model", "ema_0.9999_", "opt")]
+
+
+def there(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Local folders
+
+
+def test_a_local_folder_is_itself_and_needs_no_blobfile(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from utils.storage import open_folder\n"
+        "with open_folder('./somewhere') as folder:\n"
+        "    folder.pull('a', '*'); folder.push(); folder.remove('a', '*')\n"
+        "print(folder.local, folder.remote, folder.names('a'), folder.address(folder.local / 'a'))\n"
+        "print(sorted({'blobfile', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "somewhere None [] somewhere/a\n[]\n"
+
+
+@pytest.mark.parametrize(
+    "address", ["gs://bucket/a", "az://account/container", "https://a.blob.core.windows.net/c"]
+)
+def test_addresses_are_told_from_paths(address):
+    assert storage.is_remote(address)
+    with pytest.raises(storage.argparse.ArgumentTypeError, match="copy it here first"):
+        storage.local_path(address)
+    for path in ("./experiments", "gs:/bucket", "C:/a", "gs"):
+        assert not storage.is_remote(path)
+        assert storage.local_path(path) == Path(path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pushing
+
+
+def test_opt_is_pushed_last_and_removed_first(blobs):
+    with Mirror(REMOTE) as mirror:
+        write(mirror.local, *(f"run/{name}" for name in checkpoints(5, 10)), "run/progress.csv", "run/zzz")
+        mirror.push()
+        pushed = [name for verb, name in blobs.taken() if verb == "push"]
+        assert set(pushed) == there(blobs.folder) == there(mirror.local)
+        assert pushed[-2:] == ["run/opt000005.pt", "run/opt000010.pt"]
+        for name in checkpoints(5):
+            (mirror.local / "run" / name).unlink()
+        mirror.push()
+        removed = blobs.taken()
+        assert removed[0] == ("remove", "run/opt000005.pt")
+        assert sorted(removed) == sorted(("remove", f"run/{name}") for name in checkpoints(5))
+    assert blobs.taken() == []
+
+
+def test_nothing_is_pushed_twice(blobs):
+    with Mirror(REMOTE) as mirror:
+        write(mirror.local, "run/log.txt", "run/figures/a.png", text="one")
+        mirror.push()
+        assert sorted(blobs.taken()) == [("push", "run/figures/a.png"), ("push", "run/log.txt")]
+        mirror.push()
+        assert blobs.taken() == []
+        write(mirror.local, "run/log.txt", text="two")  # as long as before
+        mirror.push()
+        assert blobs.taken() == [("push", "run/log.txt")]
+        assert (blobs.folder / "run/log.txt").read_text() == "two"
+
+
+def test_what_is_half_written_or_hidden_stays_here(blobs):
+    with Mirror(REMOTE) as mirror:
+        write(mirror.local, "run/.lock", "run/opt000005.pt.tmp", "run/config.json")
+    assert there(blobs.folder) == {"run/config.json"}
+
+
+def test_what_was_never_pulled_is_left_alone(blobs):
+    write(blobs.folder, "run/events.out.1", "run/log.txt", "other/log.txt")
+    with Mirror(REMOTE) as mirror:
+        mirror.pull("run", "log.txt")
+        assert sorted(mirror.names("run")) == ["events.out.1", "log.txt"]
+    assert there(blobs.folder) == {"run/events.out.1", "run/log.txt", "other/log.txt"}
+    assert {verb for verb, _ in blobs.taken()} == {"list", "pull"}
+
+
+def test_only_one_process_writes(blobs):
+    write(blobs.folder, "run/log.txt")
+    with Mirror(REMOTE) as mirror:
+        mirror.writes = False
+        mirror.pull("run", "*")
+        write(mirror.local, "run/log.txt", "run/config.json", text="mine")
+        mirror.remove("run", "*")
+        mirror.push()
+    assert there(blobs.folder) == {"run/log.txt"}
+    assert (blobs.folder / "run/log.txt").read_text() == "x"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is pulled
+
+
+def test_going_on_pulls_the_figures_and_the_newest_two_sets(blobs):
+    names = [*checkpoints(5, 999_995, 1_000_000), "model1000005.pt", "config.json", "log.txt", "progress.csv"]
+    write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
+    with Mirror(REMOTE) as mirror:
+        pull_to_resume(mirror, "run", keep_last=0)
+        expected = {*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"}
+        assert there(mirror.local / "run") == expected
+
+
+def test_where_old_sets_are_removed_all_are_pulled(blobs):
+    names = {*checkpoints(5, 10, 15), "model000020.pt"}
+    write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
+    with Mirror(REMOTE) as mirror:
+        pull_to_resume(mirror, "run", keep_last=1)
+        assert there(mirror.local / "run") == names
+
+
+def test_testing_pulls_a_config_and_the_newest_average(blobs):
+    names = [*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"]
+    write(blobs.folder, *(f"run/{name}" for name in names))
+    with Mirror(REMOTE) as mirror:
+        assert newest_ema(mirror, "run") == mirror.local / "run" / "ema_0.9999_1000000.pt"
+        assert there(mirror.local) == {"run/config.json", "run/ema_0.9999_1000000.pt"}
+
+
+def test_an_experiment_that_is_not_there_is_missed_by_its_address(blobs):
+    with (
+        pytest.raises(UserError, match=f"no experiment 'run' in {REMOTE}; train it first"),
+        Mirror(REMOTE) as mirror,
+    ):
+        newest_ema(mirror, "run")
+
+
+def test_overwriting_removes_what_training_wrote_and_nothing_else(blobs):
+    written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.1"]
+    write(blobs.folder, *(f"run/{name}" for name in (*written, "notes.txt")), "other/log.txt")
+    with Mirror(REMOTE) as mirror:
+        remove_experiment(mirror, "run")
+        removed = [name for verb, name in blobs.taken() if verb == "remove"]
+        assert removed[0] == "run/opt000005.pt"
+    assert there(blobs.folder) == {"run/notes.txt", "other/log.txt"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ends and errors
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, UserError, ZeroDivisionError, None])
+def test_however_a_run_ends_it_is_pushed_and_the_local_folder_removed(blobs, scratch, end):
+    def go() -> None:
+        with open_folder(f"{REMOTE}/") as mirror:
+            assert list(scratch.iterdir()) == [mirror.local]
+            write(mirror.local, "run/log.txt")
+            if end:
+                raise end
+
+    if end:
+        with pytest.raises(end):
+            go()
+    else:
+        go()
+    assert there(blobs.folder) == {"run/log.txt"}
+    assert not list(scratch.iterdir())
+
+
+def test_a_pull_cut_short_is_not_pushed_back(blobs, monkeypatch):
+    write(blobs.folder, "run/opt000005.pt", text="whole")
+
+    def cut(source: str, target: str, overwrite: bool) -> None:
+        Path(target).parent.mkdir()
+        Path(target).write_text("wh")
+        raise KeyboardInterrupt
+
+    mirror = Mirror(REMOTE)
+    with monkeypatch.context() as patched:
+        patched.setattr(blobs, "copy", cut)
+        with pytest.raises(KeyboardInterrupt), mirror:
+            mirror.pull("run", "*")
+    assert (blobs.folder / "run/opt000005.pt").read_text() == "whole"
+
+
+def test_storage_that_cannot_be_read_is_a_plain_error(blobs, scratch):
+    blobs.fails = "run"
+    expected = rf"^{REMOTE} cannot be read \(unexpected status 503\): check [^\n]+$"
+    with pytest.raises(StorageError, match=expected), Mirror(REMOTE) as mirror:
+        mirror.names("run")
+    assert not list(scratch.iterdir())
+
+
+def test_a_first_push_that_fails_is_not_tried_again(blobs, scratch):
+    blobs.fails = "config.json"
+    mirror = Mirror(REMOTE)
+    write(mirror.local, "run/config.json")
+    with pytest.raises(StorageError, match=r"cannot be written to \(unexpected"), mirror:
+        mirror.push()
+    assert blobs.taken() == [("push", "run/config.json")]
+    assert not list(scratch.iterdir())
+
+
+def test_what_a_failed_push_left_out_follows_with_the_next(blobs):
+    with Mirror(REMOTE) as mirror:
+        write(mirror.local, *(f"run/{name}" for name in checkpoints(5)))
+        blobs.fails = "model000005.pt"
+        with pytest.raises(StorageError):
+            mirror.push()
+        assert there(blobs.folder) == {"run/ema_0.9999_000005.pt"}  # opt would make it valid
+        blobs.taken()
+        blobs.fails = None
+        mirror.push()
+        assert blobs.taken() == [("push", "run/model000005.pt"), ("push", "run/opt000005.pt")]
+
+
+def test_a_last_push_that_fails_loses_nothing(blobs, scratch):
+    blobs.fails = "log.txt"
+    with (
+        pytest.raises(StorageError, match="what is missing there lies in") as error,
+        Mirror(REMOTE) as mirror,
+    ):
+        write(mirror.local, "run/log.txt")
+    assert str(mirror.local) in str(error.value)
+    assert there(mirror.local) == {"run/log.txt"}
+
+
+def test_errors_and_addresses_name_the_storage_and_not_the_local_folder(blobs):
+    mirror = Mirror(REMOTE)
+    assert mirror.address(mirror.local / "run" / "a.pt") == f"{REMOTE}/run/a.pt"
+    with pytest.raises(UserError, match=f"^{REMOTE}/run was begun with others$"), mirror:
+        raise UserError(f"{mirror.local / 'run'} was begun with others")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a", "https://example.com/a", "gs://"])
+def test_addresses_of_nothing_are_refused(address):
+    with pytest.raises(StorageError, match="cannot be read"), open_folder(address) as folder:
+        folder.names("run")
+
+
+def test_no_key_is_left_in_the_home_folder_and_no_try_lasts_for_ever(monkeypatch):
+    given = {}
+    monkeypatch.setattr(blobfile, "create_context", lambda **kwargs: given.update(kwargs))
+    with Mirror("gs://bucket/a"):
+        pass
+    assert given["save_access_token_to_disk"] is False
+    assert given["retry_limit"] < 10
+
+
+def test_a_folder_of_ones_own_is_a_folder(tmp_path):
+    write(tmp_path, "run/config.json", text=json.dumps({}))
+    write(tmp_path, *(f"run/{name}" for name in checkpoints(5, 10)))
+    assert newest_ema(Folder(tmp_path), "run").name == "ema_0.9999_000010.pt"
