@@ -1,11 +1,15 @@
 # make install: the environment.   make test: environment and all tests.
+# make azurite: the server for the tests on object storage, from npm; without it they are skipped.
 # make demo:    from nothing to a scored Cyclic UNet and a scored MMCCD; finished steps are not repeated.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 DONE := experiments/.demo
 
-.PHONY: install test lint demo
+AZURITE ?= $(wildcard $(CURDIR)/.venv/azurite/node_modules/.bin/azurite-blob)
+export AZURITE
+
+.PHONY: install test lint azurite demo
 .NOTPARALLEL:
 
 install: .venv/installed
@@ -18,6 +22,9 @@ install: .venv/installed
 
 test: install
 	$(PY) -m pytest
+
+azurite: install
+	npm install --prefix .venv/azurite azurite@3.35.0
 
 lint: install
 	$(PY) -m ruff check .
