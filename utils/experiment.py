@@ -148,8 +148,10 @@ def remove_experiment(experiments: Folder, name: str) -> None:
         "model[0-9]*.pt.tmp",
         "ema_[0-9]*_[0-9]*.pt",
         "ema_[0-9]*_[0-9]*.pt.tmp",
-        "config.json*",
-        "progress.csv*",
+        "config.json",
+        "config.json.tmp",
+        "progress.csv",
+        "progress.csv.tmp",
         "log.txt",
         "events.out.tfevents.*",
     )
