@@ -16,6 +16,8 @@ import blobfile
 import pytest
 import torch
 
+from utils.storage import Mirror, StorageError
+
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the cohort is made once
 
 TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
@@ -219,6 +221,22 @@ def test_a_test_run_on_object_storage_is_that_of_a_local_folder(
     assert theirs.pop("checkpoints")["forward"] == f"{logdir}/{FORWARD}/ema_0.5_000004.pt"
     ours.pop("checkpoints")
     assert theirs == ours
+
+
+def test_training_outlasts_a_push_that_fails(asked, logdir, workspace, tiny, short, in_process, monkeypatch):
+    push, pushes = Mirror.push, []
+
+    def fail_once(mirror: Mirror) -> None:
+        pushes.append(mirror)
+        if len(pushes) == 2:  # the first is of config.json
+            raise StorageError("no network")
+        push(mirror)
+
+    monkeypatch.setattr(Mirror, "push", fail_once)
+    done = in_process(TRAIN, *tiny, *short, f"--logdir={logdir}", cwd=workspace)
+    assert done.code == 0, done.stderr
+    assert "warning: no network; the next save tries again" in done.stdout
+    assert {"opt000002.pt", "opt000004.pt"} < names(logdir, FORWARD)
 
 
 def expect_refusal(done, *said: str) -> None:

@@ -176,7 +176,13 @@ def test_only_one_process_writes(blobs):
 
 
 def test_going_on_pulls_the_figures_and_the_newest_two_sets(blobs):
-    names = [*checkpoints(5, 999_995, 1_000_000), "model1000005.pt", "config.json", "log.txt", "progress.csv"]
+    names = [
+        *checkpoints(5, 999_990, 999_995, 1_000_000),
+        "model1000005.pt",
+        "config.json",
+        "log.txt",
+        "progress.csv",
+    ]
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
         pull_to_resume(mirror, "run", keep_last=0)
