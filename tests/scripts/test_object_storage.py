@@ -251,6 +251,7 @@ def test_refusals_are_plain(asked, logdir, workspace, tiny, short, in_process, m
     nowhere = f"az://{ACCOUNT}/nowhere/a"
     done = in_process(TRAIN, *tiny, *short, f"--logdir={nowhere}", cwd=workspace)
     expect_refusal(done, nowhere, "cannot be written to", "No such file or container")
+    assert "saved" not in done.stdout  # it is known before training begins
     done = in_process(
         TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace
     )
