@@ -146,7 +146,7 @@ def draw(
     """AUPRC and Dice of validation slices against passes a slice: a line for each density of bands, and the presets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for column, (ax, name) in enumerate(zip(axes, ("AUPRC", "oracle Dice"), strict=True), 1):
         for bands, shade in zip(BANDS_A_WIDTH, ("#9ecae1", "#6baed6", "#3182bd", "#08519c"), strict=True):
@@ -154,16 +154,16 @@ def draw(
             passes, scores = zip(
                 *((rows["val", *p, seed][0], rows["val", *p, seed][column]) for p in points), strict=True
             )
-            ax.plot(passes, scores, ".-", color=shade, label=f"{bands} bands a width, from 1 step on")
-        for label, point, marker in (("fast", fast, "o"), ("paper", paper, "s")):
-            label = f"{label}: {point[0]} step{'s' * (point[0] > 1)}, {point[1]} bands a width, {len(SEEDS)} seeds"
-            style = {"color": "#d95f02", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
+            ax.plot(passes, scores, ".-", color=shade, label=f"bands a width {bands}, steps from 1 on")
+        for name_of_preset, point, marker in (("fast", fast, "o"), ("paper", paper, "s")):
             shown = [rows["val", *point, s] for s in SEEDS if ("val", *point, s) in rows]
+            label = f"{name_of_preset}: steps {point[0]}, bands a width {point[1]}, seeds {len(shown)}"
+            style = {"color": "#d95f02", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
             ax.plot([row[0] for row in shown], [row[column] for row in shown], marker, label=label, **style)
         ax.set(xscale="log", xlabel="network passes a slice", ylabel=f"{name}, validation slices")
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
