@@ -235,7 +235,7 @@ class TrainLoop:
                     f"warning: checkpoint {step} cannot be used, trying the one before it: {reason}"
                 )
                 continue
-            self.logger.info(f"going on from step {step}")
+            self.logger.info(f"going on from opt{step:06d}.pt")
             return step
         if steps:
             raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")

@@ -361,7 +361,7 @@ def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
     rows, columns = (brainmask.any(axis).reshape(4, 4, 8).any(2).sum() for axis in (2, 1))
     metrics, printed = read_metrics(results["mmccd"]), chain["mmccd"].stdout
     assert metrics["network_passes"] == 6 * (rows + columns)
-    assert f"{6 * (rows + columns)} network passes, on cpu in float32" in printed
+    assert f"{6 * (rows + columns)} network passes, on 1 × cpu in float32" in printed
     assert "--sampling fast" in printed
     assert "--sampling fast" not in chain["cyclic_unet"].stdout
     assert read_metrics(results["cyclic_unet"])["network_passes"] == 2 * 4

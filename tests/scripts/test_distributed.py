@@ -322,7 +322,7 @@ def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path, data, tiny, i
     longer = f"--config.score_model.training.iterations={step + 3}"
     done = in_process(*command, longer, cwd=folder)  # by one process
     assert done.code == 0, done.stderr
-    assert f"going on from step {step}" in done.stdout
+    assert f"going on from opt{step:06d}.pt" in done.stdout
     assert list(losses_of(experiment)) == list(range(1, step + 4))
 
 

@@ -156,14 +156,14 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
 
     stopped = interrupted(as_subprocess, port, 15, "/model000010.pt", *remote, cwd=workspace)
     assert stopped.code == 143, stopped.stderr
-    assert "going on from step 5" in stopped.stdout
+    assert "going on from opt000005.pt" in stopped.stdout
     assert {"opt000010.pt", "opt000011.pt"} < names(logdir, FORWARD)
     assert "opt000005.pt" not in names(logdir, FORWARD)
 
     asked.clear()
     done = in_process(*remote, cwd=workspace)
     assert done.code == 0, done.stderr
-    assert "going on from step 11" in done.stdout
+    assert "going on from opt000011.pt" in done.stdout
     assert f"done, all in {logdir}/{FORWARD}" in done.stdout
     assert [path[-12:] for method, path in asked if method == "PUT" and "/opt" in path] == [
         *["opt000015.pt"] * 2,
@@ -179,7 +179,7 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     progress = fetch(f"{logdir}/{FORWARD}/progress.csv", tmp_path / "progress.csv")
     assert read_losses(progress) == read_losses(local / FORWARD / "progress.csv")
     log = fetch(f"{logdir}/{FORWARD}/log.txt", tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert log.count("going on from step") == 2
+    assert log.count("going on from opt") == 2
     assert "stopped by SIGTERM" in log
 
 

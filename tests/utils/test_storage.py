@@ -215,7 +215,7 @@ def test_an_experiment_that_is_not_there_is_missed_by_its_address(blobs):
 
 
 def test_overwriting_removes_what_training_wrote_and_nothing_else(blobs):
-    written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.1"]
+    written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.tfevents.1"]
     write(blobs.folder, *(f"run/{name}" for name in (*written, "notes.txt")), "other/log.txt")
     with Mirror(REMOTE) as mirror:
         remove_experiment(mirror, "run")
