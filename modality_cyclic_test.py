@@ -319,13 +319,16 @@ class Scorer:
         steps = self.masked_translator.diffusion.num_timesteps if self.masked_translator else 1
         self.passes_a_sample = steps + 1  # forward, and one back
 
-    def samples(self, brainmask: "Tensor") -> int:
-        """How many samples the slices of these brain masks [N, 1, H, W] take: one, or one for each band."""
+    def samples(self, brainmask: "Tensor") -> list[int]:
+        """How many samples each slice of these brain masks [N, 1, H, W] takes: one, or one for each band."""
+        from collections import Counter
+
         from models.cycle import slices_and_bands
 
         if not self.masked_translator:
-            return len(brainmask)
-        return len(slices_and_bands(brainmask, self.masked_translator, self.bands))
+            return [1] * len(brainmask)
+        taken = Counter(i for i, _ in slices_and_bands(brainmask, self.masked_translator, self.bands))
+        return [taken[i] for i in range(len(brainmask))]
 
     def score(self, image: "Tensor", brainmask: "Tensor", progress: Callable[[int], None]) -> "Cycle":
         """The cycle of slices [N, 1, H, W], on the CPU; `progress` is told of network passes made.
@@ -373,12 +376,10 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
 
     from guided_diffusion import dist_util
 
-    samples = sum(scorer.samples(batch["brainmask"]) for batch in slices.values())
+    taken = [scorer.samples(batch["brainmask"]) for batch in slices.values()]  # by every slice of each split
+    samples = sum(map(sum, taken))
     passes = samples * scorer.passes_a_sample
-    brains = (batch["brainmask"] for batch in slices.values())
-    of_share = (
-        sum(scorer.samples(brain[dist_util.share(len(brain))]) for brain in brains) * scorer.passes_a_sample
-    )
+    of_share = sum(sum(split[dist_util.share(len(split))]) for split in taken) * scorer.passes_a_sample
     cost = {"precision": str(scorer.precision).removeprefix("torch."), "network_passes": passes}
     print(
         f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {cost['precision']}"

@@ -18,14 +18,11 @@ from benchmarks.timing import (
     Worker,
     add_flags,
     check_at_least_one,
-    count_flops,
+    compare_sides,
     describe,
-    matrix_peak,
     median_seconds,
     network_inputs,
-    passes_in_a_row,
     peak_memory,
-    print_reached,
     print_table,
     ratio,
     take_turns,
@@ -70,27 +67,9 @@ def parse_args() -> argparse.Namespace:
 
 def compare_network_passes(args: argparse.Namespace, config: Any, device: Any) -> None:
     """Print the seconds of both sides, and how near to the device's peak they come."""
-    import torch
-
-    from utils.device import pick_precision
-
-    precisions = {"plain": torch.float32, "optimised": pick_precision(config.precision, device)}
-    peaks = {side: matrix_peak(device, precision) for side, precision in precisions.items()}
-    flops = count_flops(config, training=False)
-    with ExitStack() as stack:
-        workers = {
-            side: stack.enter_context(
-                Worker(device, partial(prepare, config, args.batch_size, device), passes_in_a_row(device))
-            )
-            for side, prepare in (("plain", prepare_plain_pass), ("optimised", prepare_optimised_pass))
-        }
-        runs = take_turns(workers, args.repeats)
-
-    print(
-        f"\nA network pass, batch {args.batch_size}, {flops / 1e9:.2f} GFLOP a sample (a multiply-add counts as 2)"
-    )
-    print_reached(runs, args.batch_size * flops, precisions, peaks)
-    print(f"plain / optimised: {ratio(runs['plain'], runs['optimised'])}")
+    print(f"\nA network pass, batch {args.batch_size}")
+    sides = {"plain": prepare_plain_pass, "optimised": prepare_optimised_pass}
+    compare_sides(sides, args, config, device, training=False)
 
 
 def prepare_plain_pass(config: Any, batch_size: int, device: Any) -> Work:

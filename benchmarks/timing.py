@@ -7,6 +7,7 @@ memory, say), and tells its peak memory.
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -125,6 +126,39 @@ def print_reached(
             ]
         )
     print_table(["", "precision", "seconds", "GFLOP/s", "matrix peak", "of it", "peak memory"], rows)
+
+
+def compare_sides(
+    prepare: Mapping[str, Callable[..., Work]], args: Any, config: Any, device: Any, *, training: bool
+) -> None:
+    """Time the network's work, `plain` and `optimised`; print seconds, how near to the device's peak, and the ratio.
+
+    Args:
+        prepare: of either side, what makes its work of (config, batch size, device).
+        args: with batch_size and repeats.
+        config: of the network.
+        device: the torch.device.
+        training: whether the work is a training step, or a forward pass.
+    """
+    import torch
+
+    from utils.device import pick_precision
+
+    precisions = {"plain": torch.float32, "optimised": pick_precision(config.precision, device)}
+    peaks = {side: matrix_peak(device, precision) for side, precision in precisions.items()}
+    flops = count_flops(config, training=training)
+    with ExitStack() as stack:
+        workers = {
+            side: stack.enter_context(
+                Worker(device, partial(make, config, args.batch_size, device), passes_in_a_row(device))
+            )
+            for side, make in prepare.items()
+        }
+        runs = take_turns(workers, args.repeats)
+    what = "forward and backward" if training else "forward"
+    print(f"{flops / 1e9:.2f} GFLOP a sample {what} (a multiply-add counts as 2)")
+    print_reached(runs, args.batch_size * flops, precisions, peaks)
+    print(f"plain / optimised: {ratio(runs['plain'], runs['optimised'])}")
 
 
 def matrix_peak(device: Any, precision: Any) -> float:

@@ -82,7 +82,7 @@ def measure(
     slices = load_slices(config, split)
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
-    passes = scorer.samples(slices["brainmask"]) * scorer.passes_a_sample
+    passes = sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample
     name = f"{split}: {steps} steps, {bands_a_width} bands a width, seed {seed}"
     with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
         cycle = scorer.score(slices[config.data.input], slices["brainmask"], bar.update)

@@ -5,8 +5,6 @@ Slices are synthetic and in memory: what reading them from disk takes is no part
 
 import argparse
 import sys
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import (
     Work,
-    Worker,
     add_flags,
     check_at_least_one,
-    count_flops,
+    compare_sides,
     describe,
-    matrix_peak,
-    passes_in_a_row,
-    print_reached,
     random_images,
-    ratio,
-    take_turns,
     untrained_network,
 )
 from utils.cli import ArgumentParser, run
@@ -33,34 +25,17 @@ from utils.cli import ArgumentParser, run
 def main() -> None:
     args = parse_args()
 
-    import torch
-
     import config as configs
-    from utils.device import pick_device, pick_precision
+    from utils.device import pick_device
 
     config = configs.get_config(args.dataset)
     device = pick_device(args.gpu_id)
-    precisions = {"plain": torch.float32, "optimised": pick_precision(config.precision, device)}
-    peaks = {side: matrix_peak(device, precision) for side, precision in precisions.items()}
-    flops = count_flops(config, training=True)
-    with ExitStack() as stack:
-        workers = {
-            side: stack.enter_context(
-                Worker(device, partial(prepare, config, args.batch_size, device), passes_in_a_row(device))
-            )
-            for side, prepare in (("plain", prepare_plain_step), ("optimised", prepare_optimised_step))
-        }
-        runs = take_turns(workers, args.repeats)
-
     print(
         f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns"
     )
-    print(
-        f"\nA training step, batch {args.batch_size}, dropout {config.score_model.model.dropout}, "
-        f"{flops / 1e9:.2f} GFLOP a sample forward and backward (a multiply-add counts as 2)"
-    )
-    print_reached(runs, args.batch_size * flops, precisions, peaks)
-    print(f"plain / optimised: {ratio(runs['plain'], runs['optimised'])}")
+    print(f"\nA training step, batch {args.batch_size}, dropout {config.score_model.model.dropout}")
+    sides = {"plain": prepare_plain_step, "optimised": prepare_optimised_step}
+    compare_sides(sides, args, config, device, training=True)
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,9 +8,8 @@ from . import brats_config
 def get_config() -> ConfigDict:
     """The paper's settings but for what is named here; bands stay an eighth of the image."""
     config = brats_config.get_config()
-    config.precision = (
-        "float32"  # the demo's figures are then alike everywhere, and so small a network gains little
-    )
+    # The demo's figures are then alike everywhere, and so small a network gains little from less.
+    config.precision = "float32"
 
     config.data.data_dir = "./datasets/phantom"
     config.data.image_size = 64

@@ -59,7 +59,8 @@ def create_losses(
         band_width=score_model.mask.width,
         band_stride=score_model.mask.stride,
         seed=config.seed,
-        **({"batch_size": score_model.training.batch_size, "share": share} if share else {}),
+        batch_size=score_model.training.batch_size if share else None,
+        share=share or slice(None),
     )
     return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
 

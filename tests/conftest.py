@@ -66,6 +66,16 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.fixture
+def small_brains() -> torch.Tensor:
+    """A large brain, one that many bands miss, and one at the border: bool [3, 1, 16, 16]."""
+    mask = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    mask[0, :, 2:14, 3:13] = True
+    mask[1, :, 6:9, 10:12] = True
+    mask[2, :, 12:, :5] = True
+    return mask
+
+
+@pytest.fixture
 def write_slices() -> Callable[..., None]:
     """Write slices as preprocessing does: `write_slices(data_dir, split, {kind: {(subject, slice): array}})`."""
 

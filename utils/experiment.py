@@ -69,7 +69,6 @@ _FREE = (
     "config.score_model.training.log_interval",
     "config.score_model.training.save_interval",
     "config.score_model.training.keep_last",
-    "run.",
 )
 
 

@@ -18,13 +18,8 @@ def image() -> torch.Tensor:
 
 
 @pytest.fixture
-def brainmask() -> torch.Tensor:
-    """A large brain, one that many bands miss, and one at the border."""
-    mask = torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool)
-    mask[0, :, 2:14, 3:13] = True
-    mask[1, :, 6:9, 10:12] = True
-    mask[2, :, 12:, :5] = True
-    return mask
+def brainmask(small_brains) -> torch.Tensor:
+    return small_brains
 
 
 @pytest.fixture
