@@ -173,7 +173,10 @@ def chain_parser(description: str) -> ArgumentParser:
         choices=["paper", "fast"],
         help="how MMCCD samples: paper, or fast at a small part of the cost (default: the config's, paper)",
     )
-    add("--timestep_respacing", help="sampling steps; 1000 or empty: all (default: the config's, 100)")
+    add(
+        "--timestep_respacing",
+        help="sampling steps; 1000 or empty: all; trailing2 and so on: few, well placed (default: the config's, 100)",
+    )
     return parser
 
 
@@ -355,6 +358,7 @@ class Scorer:
                     self.networks[1],
                     bands=self.bands,
                     batch_size=self.batch_size,
+                    average=self.config.score_model.sampling.average,
                     progress=made,
                 )
             else:
@@ -453,7 +457,7 @@ def results_name(model_name: str, forward: Translator, backward: Translator) -> 
 
 
 def sampling_name(config: Any) -> str:
-    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`."""
+    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`, …"""
     from config import sampling_preset
     from guided_diffusion.respace import space_timesteps
     from utils.experiment import leaves
@@ -464,8 +468,13 @@ def sampling_name(config: Any) -> str:
         return "fast"
     steps = space_timesteps(config.score_model.diffusion.steps, sampling.timestep_respacing)
     name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{len(steps)}"
-    swept_as_in_paper = sampling.stride == paper["score_model.sampling.stride"]
-    return name if swept_as_in_paper else f"{name}_stride{sampling.stride}"
+    if sampling.timestep_respacing.startswith("trailing"):
+        name += "_trailing"
+    if sampling.stride != paper["score_model.sampling.stride"]:
+        name += f"_stride{sampling.stride}"
+    if sampling.average != paper["score_model.sampling.average"]:
+        name += f"_{sampling.average}"
+    return name
 
 
 def join_processes() -> None:

@@ -1,7 +1,8 @@
 """What MMCCD's scores lose by fewer network passes: AUPRC and Dice against sampling steps and bands.
 
-On validation slices it measures a grid of both, the preset `paper`, and how much this and `fast` vary with the seed
-of the noise; on test slices it confirms the two. Points go into a CSV one by one: a second run adds what is missing.
+On validation slices it measures a grid of both, with either average over the bands, the presets, and how much these
+vary with the seed of the noise; on test slices it tries the presets. Points go into a CSV as they come: a second run
+adds what is missing.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import print_table
 from modality_cyclic_test import Scorer, Translator, chain_parser, find_translators, load_slices
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
@@ -21,31 +23,37 @@ STEPS = (1, 2, 3, 5, 10)
 BANDS_A_WIDTH = (1, 2, 4, 8)
 LONG = ((20, 2), (50, 2), (100, 2))  # how it goes on with more steps
 SEEDS = (0, 1, 2)
-COLUMNS = ("split", "steps", "bands_a_width", "seed", "passes_a_slice", "auprc", "dice")
+COLUMNS = ("split", "timesteps", "bands_a_width", "average", "seed", "passes_a_slice", "auprc", "dice")
+
+Point = tuple[str, str, int, str, int]  # the first five columns
+Scores = tuple[float, float, float]  # the others
 
 
 def main() -> None:
     args, overrides = parse_args()
 
-    from config import SAMPLING
+    from config import AVERAGES, SAMPLING
     from utils.device import pick_device
 
     with open_folder(args.logdir) as experiments:
         forward, backward = find_translators(args, overrides, experiments)
         device = pick_device(args.gpu_id)
-        (paper, fast), seed = (SAMPLING["paper"], SAMPLING["fast"]), forward.config.seed
-        grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
-        wanted = [("val", *point, seed) for point in (*grid, *LONG, paper)]
-        wanted += [("test", *point, s) for point, seeds in ((fast, SEEDS), (paper, [seed])) for s in seeds]
-        wanted += [("val", *point, s) for point in (fast, paper) for s in SEEDS if s != seed]
+        presets, seed = SAMPLING, forward.config.seed
+        grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS] + list(LONG)
+        wanted = [("val", *preset, s) for preset in presets.values() for s in SEEDS]
+        wanted += [
+            ("val", f"trailing{steps}", bands, average, seed) for steps, bands in grid for average in AVERAGES
+        ]
+        wanted += [("val", *presets["paper"][:2], "reconstructions", s) for s in SEEDS]
+        wanted += [("test", *presets["fast"], s) for s in SEEDS] + [("test", *presets["paper"], seed)]
 
         rows = read_rows(args.csv)
         for point in wanted:
             if point not in rows:
-                rows[point] = measure(forward, backward, device, *point)
+                rows |= measure(forward, backward, device, *point)
                 write_rows(args.csv, rows)
-        draw(rows, paper, fast, seed, args.figure)
-        print(table(rows, wanted))
+        draw(rows, seed, args.figure)
+        show(rows, wanted)
         print(f"\n{args.csv}\n{args.figure}")
 
 
@@ -65,49 +73,69 @@ def measure(
     backward: Translator,
     device: Any,
     split: str,
-    steps: int,
+    timesteps: str,
     bands_a_width: int,
+    average: str,
     seed: int,
-) -> tuple[float, float, float]:
-    """Network passes a slice, AUPRC and oracle Dice of one way to sample, on the slices of a split."""
+) -> dict[Point, Scores]:
+    """Network passes a slice, AUPRC and oracle Dice of one way to sample, on the slices of a split.
+
+    One sweep serves both averages, that of the errors and that of the reconstructions.
+    """
     from tqdm import tqdm
 
-    from utils.metrics import average_precision, best_threshold, cut_scores, ranked_scores
+    from config import sampling_keys
 
     config = forward.config.copy_and_resolve_references()
     config.seed = seed
-    config.score_model.sampling.timestep_respacing = str(steps)
-    config.score_model.sampling.stride = max(config.score_model.mask.width // bands_a_width, 1)
+    keys = sampling_keys(timesteps, bands_a_width, "errors", config.score_model.mask.width)
+    config.update_from_flattened_dict(keys)
     scorer = Scorer("diffusion", forward._replace(config=config), backward, device)
     slices = load_slices(config, split)
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
-    passes = sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample
-    name = f"{split}: {steps} steps, {bands_a_width} bands a width, seed {seed}"
-    with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
-        cycle = scorer.score(slices[config.data.input], slices["brainmask"], bar.update)
-    scores, truth, brainmask = (
-        array[:, 0].numpy() for array in (cycle.score, slices["seg"], slices["brainmask"])
+    image, passes = (
+        slices[config.data.input],
+        sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample,
     )
+    name = f"{split}: steps {timesteps}, {bands_a_width} bands a width, seed {seed}"
+    with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
+        cycle = scorer.score(image, slices["brainmask"], bar.update)
+    scores = {"errors": cycle.score, "reconstructions": (image - cycle.reconstruction).square()}
+    return {
+        (split, timesteps, bands_a_width, average, seed): (passes / len(image), *accuracy(score, slices))
+        for average, score in scores.items()
+    }
+
+
+def accuracy(score: Any, slices: dict) -> tuple[float, float]:
+    """AUPRC and oracle Dice of scores [N, 1, H, W]."""
+    from utils.metrics import average_precision, best_threshold, cut_scores, ranked_scores
+
+    scores, truth, brainmask = (a[:, 0].numpy() for a in (score, slices["seg"], slices["brainmask"]))
     auprc = average_precision(*ranked_scores(scores, truth, brainmask))
-    _, dice = best_threshold(cut_scores(scores, brainmask), truth)
-    return passes / len(scores), auprc, dice
+    return auprc, best_threshold(cut_scores(scores, brainmask), truth)[1]
 
 
-def read_rows(path: Path) -> dict[tuple, tuple[float, float, float]]:
+def read_rows(path: Path) -> dict[Point, Scores]:
     """What was measured before, by point."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        return {
-            (row["split"], *(int(row[key]) for key in COLUMNS[1:4])): tuple(
-                float(row[key]) for key in COLUMNS[4:]
-            )
-            for row in csv.DictReader(file)
-        }
+        rows = list(csv.DictReader(file))
+    if rows and set(rows[0]) != set(COLUMNS):
+        raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}: move it away")
+    return {
+        (row["split"], row["timesteps"], int(row["bands_a_width"]), row["average"], int(row["seed"])): (
+            float(row["passes_a_slice"]),
+            float(row["auprc"]),
+            float(row["dice"]),
+        )
+        for row in rows
+    }
 
 
-def write_rows(path: Path, rows: dict[tuple, tuple[float, float, float]]) -> None:
+def write_rows(path: Path, rows: dict[Point, Scores]) -> None:
     """All points, one a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -119,19 +147,19 @@ def write_rows(path: Path, rows: dict[tuple, tuple[float, float, float]]) -> Non
         )
 
 
-def table(rows: dict[tuple, tuple[float, float, float]], wanted: list[tuple]) -> str:
-    """Every setting, validation slices first, fewest passes first; over several seeds mean (lowest … highest)."""
-    by_setting: dict[tuple, list[tuple[float, float, float]]] = {}
-    for point in wanted:
-        by_setting.setdefault(point[:3], []).append(rows[point])
-    lines = ["slices  steps  bands a width  passes a slice  AUPRC                   oracle Dice"]
-    for (split, steps, bands), measured in sorted(
+def show(rows: dict[Point, Scores], wanted: list[Point]) -> None:
+    """Print every setting, validation slices first, fewest passes first; over seeds the mean and the range."""
+    by_setting: dict[tuple, list[Scores]] = {}
+    for point in dict.fromkeys(wanted):
+        by_setting.setdefault(point[:-1], []).append(rows[point])
+    lines = []
+    for setting, measured in sorted(
         by_setting.items(), key=lambda item: (item[0][0] != "val", item[1][0][0])
     ):
         passes, auprc, dice = zip(*measured, strict=True)
-        cells = f"{split:6s}  {steps:5d}  {bands:13d}  {passes[0]:14,.0f}"
-        lines.append(f"{cells}  {over_seeds(auprc):22s}  {over_seeds(dice)}")
-    return "\n".join(lines)
+        lines.append([*map(str, setting), f"{passes[0]:,.0f}", over_seeds(auprc), over_seeds(dice)])
+    header = ["slices", "steps", "bands a width", "average of", "passes a slice", "AUPRC", "oracle Dice"]
+    print_table(header, lines)
 
 
 def over_seeds(values: tuple[float, ...]) -> str:
@@ -140,30 +168,33 @@ def over_seeds(values: tuple[float, ...]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.3f} … {max(values):.3f})"
 
 
-def draw(
-    rows: dict[tuple, tuple[float, float, float]], paper: tuple, fast: tuple, seed: int, path: Path
-) -> None:
+def draw(rows: dict[Point, Scores], seed: int, path: Path) -> None:
     """AUPRC and Dice of validation slices against passes a slice: a line for each density of bands, and the presets."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for column, (ax, name) in enumerate(zip(axes, ("AUPRC", "oracle Dice"), strict=True), 1):
-        for bands, shade in zip(BANDS_A_WIDTH, ("#9ecae1", "#6baed6", "#3182bd", "#08519c"), strict=True):
-            points = [(steps, bands) for steps in STEPS] + [point for point in LONG if point[1] == bands]
-            passes, scores = zip(
-                *((rows["val", *p, seed][0], rows["val", *p, seed][column]) for p in points), strict=True
-            )
-            ax.plot(passes, scores, ".-", color=shade, label=f"bands a width {bands}, steps from 1 on")
-        for name_of_preset, point, marker in (("fast", fast, "o"), ("paper", paper, "s")):
-            shown = [rows["val", *point, s] for s in SEEDS if ("val", *point, s) in rows]
-            label = f"{name_of_preset}: steps {point[0]}, bands a width {point[1]}, seeds {len(shown)}"
-            style = {"color": "#d95f02", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
-            ax.plot([row[0] for row in shown], [row[column] for row in shown], marker, label=label, **style)
-        ax.set(xscale="log", xlabel="network passes a slice", ylabel=f"{name}, validation slices")
-        ax.grid(color="0.9")
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    from config import AVERAGES, SAMPLING
+
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="col")
+    for average, row in zip(AVERAGES, axes, strict=True):
+        for column, metric, ax in zip((1, 2), ("AUPRC", "oracle Dice"), row, strict=True):
+            for bands, shade in zip(BANDS_A_WIDTH, ("#9ecae1", "#6baed6", "#3182bd", "#08519c"), strict=True):
+                steps = [*STEPS, *(steps for steps, other in LONG if other == bands)]
+                line = [rows["val", f"trailing{n}", bands, average, seed] for n in steps]
+                label = f"bands a width {bands}, steps from 1 on"
+                ax.plot([p[0] for p in line], [p[column] for p in line], ".-", color=shade, label=label)
+            for (name, (timesteps, bands, own)), marker in zip(SAMPLING.items(), "so", strict=True):
+                points = [("val", timesteps, bands, average, s) for s in SEEDS]
+                shown = [rows[point] for point in points if point in rows]
+                style = {"marker": marker, "markersize": 9, "fillstyle": "none", "linestyle": "none"}
+                style["color"] = "#d95f02" if own == average else "0.6"
+                label = f"{name}{'' if own == average else ', but for the average'}, {len(SEEDS)} seeds"
+                ax.plot([p[0] for p in shown], [p[column] for p in shown], label=label, **style)
+            ax.set(xscale="log", ylabel=metric, title=f"average of {average}")
+            ax.grid(color="0.9")
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.legend(fontsize="x-small", loc="lower right")
+    figure.supxlabel("network passes a slice, validation slices", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

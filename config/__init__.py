@@ -14,9 +14,10 @@ from utils.experiment import leaves, require_name
 from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
-# How MMCCD samples, by name: DDIM steps, and bands of the sweep in the width of one band (so many see each pixel,
-# in either direction). The README shows what each costs and scores.
-SAMPLING = {"paper": (100, 8), "fast": (1, 4)}
+# How MMCCD samples, by name: the DDIM steps, bands of the sweep in the width of one band (so many see each pixel,
+# in either direction), and what is averaged over them. The README shows what each costs and scores.
+SAMPLING = {"paper": ("100", 8, "errors"), "fast": ("trailing2", 4, "reconstructions")}
+AVERAGES = ("errors", "reconstructions")
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 
@@ -87,10 +88,17 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
 
 def sampling_preset(name: str, band_width: int) -> dict[str, Any]:
     """The keys of the config that a preset sets, of `SAMPLING`, for bands of this width."""
-    steps, bands_a_width = SAMPLING[name]
+    return sampling_keys(*SAMPLING[name], band_width)
+
+
+def sampling_keys(
+    timestep_respacing: str, bands_a_width: int, average: str, band_width: int
+) -> dict[str, Any]:
+    """The keys of the config that say how MMCCD samples, for bands of this width."""
     return {
-        "score_model.sampling.timestep_respacing": str(steps),
+        "score_model.sampling.timestep_respacing": timestep_respacing,
         "score_model.sampling.stride": max(band_width // bands_a_width, 1),
+        "score_model.sampling.average": average,
     }
 
 
@@ -133,6 +141,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"data.image_size={data.image_size} cannot be halved {halvings} times, as the "
             f"{halvings + 1} levels of score_model.model.channel_mult ask: use a multiple of {2**halvings}"
+        )
+    if score_model.sampling.average not in AVERAGES:
+        raise UserError(
+            f"score_model.sampling.average={score_model.sampling.average!r} is not known: "
+            f"choose {' or '.join(AVERAGES)}"
         )
     if not 1 <= score_model.mask.width <= data.image_size:
         raise UserError(f"score_model.mask.width={score_model.mask.width} must lie in 1 … {data.image_size}")

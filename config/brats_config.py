@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     score_model.sampling = sampling = ConfigDict()
     sampling.batch_size = 32  # network samples at a time
     sampling.stride = 2  # between the bands of the sweep
+    sampling.average = "errors"  # over the bands that hid a pixel; or "reconstructions", before the error
     sampling.use_ddim = True
     sampling.eta = 0.0
     sampling.timestep_respacing = "100"

@@ -52,12 +52,15 @@ def mmccd(
     *,
     bands: Sequence[Band],
     batch_size: int,
+    average: str = "errors",
     progress: Callable[[int], None] = lambda samples: None,
 ) -> Cycle:
     """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
 
     Bands that hide no brain of a slice are not sampled. Translation and reconstruction are put together in the
     same way, from what each band had hidden; where no band passed, they are the image, which is background there.
+    Every reconstruction is one draw of what the hidden tissue may look like: averaging before the square keeps the
+    variance of the draws out of the score.
 
     Args:
         image: A, [N, 1, H, W], on the translators' device.
@@ -66,6 +69,8 @@ def mmccd(
         backward: B to A.
         bands: the sweep.
         batch_size: network samples at a time; it changes the memory needed, not the scores.
+        average: what is averaged over the bands: the squared "errors", as in the paper, or the "reconstructions",
+            whose mean then has one squared error.
         progress: told after each batch how many samples it had.
     """
     sums = torch.zeros(3, *image.shape, device=image.device)
@@ -83,5 +88,9 @@ def mmccd(
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     score, translation, reconstruction = sums / counts.clamp(min=1)
-    seen = counts > 0
-    return Cycle(score, torch.where(seen, translation, image), torch.where(seen, reconstruction, image))
+    translation, reconstruction = (
+        torch.where(counts > 0, mean, image) for mean in (translation, reconstruction)
+    )
+    if average == "reconstructions":
+        score = (image - reconstruction).square()
+    return Cycle(score, translation, reconstruction)

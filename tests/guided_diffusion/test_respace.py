@@ -44,6 +44,22 @@ def test_ddim_keeps_whole_strides():
     assert space_timesteps(10, "ddim4") == {0, 3, 6, 9}
 
 
+@pytest.mark.parametrize(
+    ("count", "kept"),
+    [(1, {999}), (2, {499, 999}), (3, {332, 666, 999}), (4, {249, 499, 749, 999}), (1000, set(range(1000)))],
+)
+def test_trailing_keeps_the_last_step_and_not_the_first(count, kept):
+    assert space_timesteps(1000, f"trailing{count}") == kept
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 33, 500, 999])
+def test_trailing_steps_are_even(count):
+    kept = sorted(space_timesteps(1000, f"trailing{count}"))
+    assert len(kept) == count
+    gaps = np.diff([-1, *kept])  # the first one's, too: as far from x_0 as from each other
+    assert max(gaps) - min(gaps) <= 1
+
+
 @pytest.mark.parametrize("everything", ["", [], "1000", "ddim1000", [1000]])
 def test_all_steps(everything):
     assert space_timesteps(1000, everything) == set(range(1000))
@@ -65,7 +81,10 @@ def test_sections_of_unequal_length_the_first_ones_longer():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["x", "ddim", "ddimx", "-5", "10.5", "10,,5", "ddim999", "ddim0", "0", "1001", "600,1", [0], [5, 501]],
+    [
+        *("x", "-5", "10.5", "10,,5", "0", "1001", "600,1", [0], [5, 501]),
+        *("ddim", "ddimx", "ddim999", "ddim0", "trailing", "trailing0", "trailing1001"),
+    ],
 )
 def test_what_cannot_be_had(wrong):
     with pytest.raises(ValueError, match=r"timestep"):

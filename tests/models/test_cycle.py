@@ -117,6 +117,17 @@ def test_mmccd_is_the_slow_reference(score, image, brainmask, forward, translato
     assert expected[0].std() > 0.1  # the comparison is not one of zeros
 
 
+def test_reconstructions_are_averaged_before_the_error_if_asked(score, image):
+    """The variance of the reconstructions is what the two scores differ by, and no more."""
+    errors, reconstructions = score(), score(average="reconstructions")
+    assert_same(reconstructions.reconstruction, errors.reconstruction)
+    assert_same(reconstructions.translation, errors.translation)
+    assert_same(reconstructions.score, (image - errors.reconstruction) ** 2)
+    variance = errors.score - reconstructions.score
+    assert variance.min() > -1e-5
+    assert variance.max() > 0.1
+
+
 def test_skipped_bands_change_nothing_inside_the_brain(score, image, brainmask, forward, translator):
     everything = slow_mmccd(image, brainmask, forward, translator, skip=False)
     sampled = []

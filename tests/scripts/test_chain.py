@@ -346,8 +346,14 @@ def test_sampling_presets(run_mmccd, workspace):
     """Bands are 8 px wide: `fast` sweeps them by 2 px, `paper` pixel by pixel; a flag beside a preset holds."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
-    _, spelt_out = run_mmccd("--timestep_respacing=1", name=f"{MASKED}__fast", stride=2)
+    average = "--config.score_model.sampling.average"
+    spelling = ("--timestep_respacing=trailing2", f"{average}=reconstructions")
+    _, spelt_out = run_mmccd(*spelling, name=f"{MASKED}__fast", stride=2)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
+    errors = f"{MASKED}__ddim2_trailing_stride2"
+    _, other = run_mmccd("--sampling=fast", f"{average}=errors", name=errors, stride=None)
+    assert (other["test_scores"] >= maps["test_scores"] - 1e-5).all()
+    run_mmccd(*spelling, name=f"{MASKED}__ddim2_trailing_stride8_reconstructions")
     _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
     _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)
     assert np.array_equal(paper["test_scores"], spelt_out["test_scores"])
