@@ -1,6 +1,11 @@
-"""Turn the raw volumes of BraTS into normalised 2D slices, sorted into training, validation and testing.
+"""Turn raw volumes into normalised 2D slices, sorted into training, validation and testing.
 
     python ./datasets/brats_preprocess.py --data_dir DIR --output_dir OUT
+    python ./datasets/brats_preprocess.py --csv TABLE.csv --output_dir OUT
+
+The first reads a folder of BraTS, the second any data set that a table describes (`datasets/cohorts.py`). BraTS stays
+on its own grid; every subject of another data set is put on the grid of BraTS, so that a slice's number says how high in
+the brain it lies.
 
 Writes OUT/{train,val,test}/{modality…,seg,brainmask}/{subject}_{kind}_{slice}.npy: float32 images, uint8
 segmentations with their labels kept, uint8 brain masks. Training gets every slice without tumour of the range asked
@@ -19,7 +24,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -29,20 +34,17 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python ./datasets/X.py`
 
+from datasets.cohorts import BRATS_DIR, MASKS, Cohort, Subject, read_brats, read_table, require_known
 from datasets.records import RECORDS, Record, clear, find_whole, locked, store, writing
 from datasets.split_traintest import (
-    BRATS_DIR,
     LIST_NAMES,
-    VOLUME_SUFFIXES,
     Splits,
-    find_subjects,
     hash_validation_out_of,
     read_list,
     split_subjects,
-    volume_kinds,
     write_lists,
 )
-from utils.cli import ArgumentParser, UserError, did_you_mean, run
+from utils.cli import ArgumentParser, UserError, run
 
 # numpy, tqdm and what reads volumes are imported where they are used: `--help` and a mistyped flag need not wait.
 if TYPE_CHECKING:
@@ -54,59 +56,71 @@ BACKGROUND = -3.0  # the normalised value of background and of the lower quantil
 BRIGHT = 3.0  # the normalised value of the upper quantile
 BEGIN_ANEW = "give --overwrite to begin anew, or name another --output_dir"
 MEND = "replace the file and run the same command again"
-LABELS = (0, 1, 2, 3, 4)  # of a segmentation; BraTS 2021 uses all but 3, other years do not
+DEPTH = 155  # slices that a subject gets that is put on the grid of BraTS, as many as there, the brain in their middle
+BRATS_MODALITIES = ("t2", "flair", "t1")
 
-Job = tuple[str, str]  # part and subject
+Job = tuple[str, Subject]  # with the part that it belongs to
 
 
 @dataclass(frozen=True)
 class Settings:
     """What one run does to each subject."""
 
-    data_dir: Path
     output_dir: Path
     modalities: tuple[str, ...]
     percentage_lower: float  # quantiles, in [0, 1]
     percentage_upper: float
     start: int  # slices [start, stop) of the third axis
     stop: int
+    highest_label: int  # of a segmentation
+    on_one_grid: bool  # the data are, and stay there; otherwise each subject is put on the grid of BraTS
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds of slices that are written."""
-        return (*self.modalities, "seg", "brainmask")
+        return (*self.modalities, *MASKS)
 
 
 def main() -> None:
     args = parse_args()
+    cohort = read_table(args.csv) if args.csv else read_brats(args.data_dir or BRATS_DIR)
+    modalities = args.modality or (cohort.modalities if args.csv else BRATS_MODALITIES)
+    require_known(modalities, cohort)
     settings = Settings(
-        args.data_dir,
         args.output_dir,
-        args.modality,
+        modalities,
         args.percentage_lower,
         args.percentage_upper,
         *args.slices,
+        cohort.highest_label,
+        cohort.on_one_grid,
     )
 
-    subjects = find_subjects(settings.data_dir)
-    list_paths = find_lists(settings.data_dir) | explicit_lists(args)
-    splits = read_splits(list_paths, subjects) if list_paths else split_subjects(subjects)
-    check_modalities(settings, subjects)
-    listed = [subject for part in splits.values() for subject in part]
-    check_volumes(settings, listed)
-    check_slices(settings, listed)
+    list_paths = find_lists(cohort.list_folders) | explicit_lists(args)
+    splits = choose_splits(cohort, list_paths)
+    subjects = [cohort.subjects[name] for names in splits.values() for name in names]
+    check_volumes(settings, cohort.source, subjects)
+    check_slices(settings, subjects)
 
     with locked(settings.output_dir):
-        finished = {} if args.overwrite else find_finished(settings, splits)
+        finished = {} if args.overwrite else find_finished(settings, cohort, splits)
         leftovers = find_leftovers(settings, splits, finished, args.overwrite)
         clear(settings.output_dir, finished, leftovers)
         make_folders(settings, splits)
-        if not list_paths:
+        if not list_paths and not cohort.splits:
             update_lists(splits, settings.output_dir)
-        print_plan(settings, splits, list_paths, len(subjects), len(finished))
-        jobs = [(part, name) for part, names in splits.items() for name in names if name not in finished]
+        print_plan(settings, cohort, splits, list_paths, len(finished))
+        jobs = [
+            (part, cohort.subjects[name])
+            for part, names in splits.items()
+            for name in names
+            if name not in finished
+        ]
         made, failures = preprocess(settings, jobs, args.workers)
     print_summary(settings, splits, finished, made, failures)
+    if cohort.excluded:
+        told = f"{len(cohort.excluded)} ({name_a_few(cohort.excluded)})"
+        print(f"left out, neither a seg nor healthy=yes: {told}")
     if failures:
         for reason in sorted(failures.values()):
             print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
@@ -118,12 +132,21 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description="Turn the raw volumes of BraTS into normalised 2D slices.")
-    parser.add_argument(
-        "--modality", type=comma_list, default="t2,flair,t1", help="modalities, separated by commas"
+    parser = ArgumentParser(
+        description="Turn the raw volumes of BraTS, or of any data set, into normalised 2D slices."
     )
     parser.add_argument(
-        "--data_dir", type=Path, default=BRATS_DIR, help="folder with one folder for each subject"
+        "--modality",
+        type=comma_list,
+        help=f"modalities, separated by commas (default: {','.join(BRATS_MODALITIES)}; with --csv all of the table)",
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        help=f"folder of BraTS, with one folder for each subject (default: {BRATS_DIR})",
+    )
+    parser.add_argument(
+        "--csv", type=Path, help="table of any other data set, a row for each subject, instead of --data_dir"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("datasets/data"), help="where the slices go")
     parser.add_argument(
@@ -144,7 +167,8 @@ def parse_args() -> argparse.Namespace:
             f"--{part}_split",
             type=Path,
             default=argparse.SUPPRESS,
-            help=f"list of subjects, one a line (default: {name} in data_dir or ./datasets, else {otherwise})",
+            help="list of subjects, one a line "
+            f"(default: {name} in data_dir or ./datasets; the column split of --csv; else {otherwise})",
         )
     parser.add_argument(
         "--slices",
@@ -164,6 +188,8 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
 
+    if args.csv and args.data_dir:
+        parser.error("--csv and --data_dir both say where the data are: give one of them")
     if not 0 <= args.percentage_lower < args.percentage_upper <= 1:
         parser.error(
             "percentages must obey 0 <= lower < upper <= 1, "
@@ -185,9 +211,9 @@ def comma_list(text: str) -> tuple[str, ...]:
 # Which subject belongs to which part
 
 
-def find_lists(data_dir: Path) -> dict[str, Path]:
-    """The split lists that lie in `data_dir`, else those in ./datasets, by part; never some from either."""
-    for folder in (data_dir, Path("datasets")):
+def find_lists(folders: Iterable[Path]) -> dict[str, Path]:
+    """The split lists that lie in the first of the folders that has any, by part; never some from either."""
+    for folder in folders:
         found = {part: folder / name for part, name in LIST_NAMES.items() if (folder / name).exists()}
         if found:
             return found
@@ -199,7 +225,23 @@ def explicit_lists(args: argparse.Namespace) -> dict[str, Path]:
     return {part: getattr(args, f"{part}_split") for part in LIST_NAMES if hasattr(args, f"{part}_split")}
 
 
-def read_splits(list_paths: dict[str, Path], subjects: list[str]) -> Splits:
+def choose_splits(cohort: Cohort, list_paths: dict[str, Path]) -> Splits:
+    """What the data set says itself, else what the lists say, else a split by hash.
+
+    Raises:
+        UserError: the data set says itself and there are lists, too; or as `read_splits` and `split_subjects`.
+    """
+    if cohort.splits and list_paths:
+        raise UserError(
+            f"both the column split of {cohort.source} and {next(iter(list_paths.values()))} say who is in which "
+            "part: leave the column or the list out"
+        )
+    if cohort.splits:
+        return cohort.splits
+    return read_splits(list_paths, cohort) if list_paths else split_subjects(cohort.subjects)
+
+
+def read_splits(list_paths: dict[str, Path], cohort: Cohort) -> Splits:
     """Read the lists; validation is hashed out of training where it has none. A list may be empty, but not all.
 
     Raises:
@@ -212,19 +254,20 @@ def read_splits(list_paths: dict[str, Path], subjects: list[str]) -> Splits:
                 f"there is {given}, but no {LIST_NAMES[part]}: name one with --{part}_split, it may be empty"
             )
     listed = {part: read_list(path) for part, path in list_paths.items()}
-    check_lists(listed, list_paths, set(subjects))
+    check_lists(listed, list_paths, cohort)
+    listed = {part: [name for name in names if name in cohort.subjects] for part, names in listed.items()}
     if "val" not in listed:
         listed["train"], listed["val"] = hash_validation_out_of(listed["train"])
     return {part: listed[part] for part in LIST_NAMES}
 
 
-def check_lists(listed: Splits, list_paths: dict[str, Path], on_disk: set[str]) -> None:
-    """Raise a UserError unless every subject is on disk and in one list only, and there is one at all."""
+def check_lists(listed: Splits, list_paths: dict[str, Path], cohort: Cohort) -> None:
+    """Raise a UserError unless every subject is in the data and in one list only, and there is one at all."""
     first_seen: dict[str, Path] = {}
     for part, names in listed.items():
         for name in names:
-            if name not in on_disk:
-                raise UserError(f"{list_paths[part]} lists {name}, of which --data_dir has no volumes")
+            if name not in cohort.subjects and name not in cohort.excluded:
+                raise UserError(f"{list_paths[part]} lists {name}, of which {cohort.source} has no volumes")
             if name in first_seen:
                 raise UserError(
                     f"{name} is both in {first_seen[name]} and in {list_paths[part]}: take it out of one"
@@ -238,35 +281,41 @@ def check_lists(listed: Splits, list_paths: dict[str, Path], on_disk: set[str]) 
 # Checks before anything is written
 
 
-def check_modalities(settings: Settings, subjects: list[str]) -> None:
-    """Raise a UserError for a modality that none of the subjects has."""
-    known = set().union(*(volume_kinds(settings.data_dir / subject) for subject in subjects))
-    known -= {"seg", "brainmask"}
-    for modality in settings.modalities:
-        if modality not in known:
-            has = ", ".join(sorted(known)) or "no modality"
-            raise UserError(
-                f"unknown modality {modality!r}, the data have {has}{did_you_mean(modality, known)}"
-            )
-
-
-def check_volumes(settings: Settings, subjects: list[str]) -> None:
+def check_volumes(settings: Settings, source: Path, subjects: list[Subject]) -> None:
     """Raise a UserError for a subject that lacks a volume."""
     for subject in subjects:
-        for kind in (*settings.modalities, "seg"):
-            volume_path(settings.data_dir, subject, kind)
+        for kind in kinds_read(settings, subject):
+            path = subject.volumes.get(kind)
+            if path is None:
+                raise UserError(
+                    f"{source} names no {kind} of {subject.name}: fill it in, or leave {kind} out with --modality"
+                )
+            if not path.is_file():
+                raise UserError(f"{path} is missing: restore it or take {subject.name} out of the data")
 
 
-def check_slices(settings: Settings, subjects: list[str]) -> None:
+def kinds_read(settings: Settings, subject: Subject) -> tuple[str, ...]:
+    """The kinds of volumes that a subject's slices depend on: modalities, in whatever order, and the masks it has."""
+    return (*sorted(settings.modalities), *(kind for kind in MASKS if kind in subject.volumes))
+
+
+def check_slices(settings: Settings, subjects: list[Subject]) -> None:
     """Raise a UserError where no volume has all the slices asked for: then it is the flag that is wrong.
 
     Where just some have not, it is these that are, and they are reported in their turn.
     """
     from datasets.volumes import read_shape
 
+    if not settings.on_one_grid:
+        if settings.stop > DEPTH:
+            raise UserError(
+                f"--slices {settings.start} {settings.stop} exceeds the {DEPTH} slices of the grid that every "
+                "subject is put on"
+            )
+        return
     shallow = None
     for subject in subjects:
-        path = volume_path(settings.data_dir, subject, settings.modalities[0])
+        path = subject.volumes[settings.modalities[0]]
         try:
             depth = read_shape(path)[2]
         except UserError:  # reported in its turn, too
@@ -286,7 +335,7 @@ def too_shallow(settings: Settings, path: Path, depth: int) -> UserError:
 # What earlier runs left
 
 
-def find_finished(settings: Settings, splits: Splits) -> dict[str, Record]:
+def find_finished(settings: Settings, cohort: Cohort, splits: Splits) -> dict[str, Record]:
     """The subjects that earlier runs finished, with their records.
 
     Raises:
@@ -298,26 +347,25 @@ def find_finished(settings: Settings, splits: Splits) -> dict[str, Record]:
         if subject not in parts:
             difference = "which is in no split list now"
         else:
-            difference = name_difference(record.made_with, describe(settings, parts[subject], subject))
+            difference = name_difference(
+                record.made_with, describe(settings, parts[subject], cohort.subjects[subject])
+            )
         if difference:
             raise UserError(f"{settings.output_dir} holds {subject}, {difference}: {BEGIN_ANEW}")
     return finished
 
 
-def describe(settings: Settings, part: str, subject: str) -> dict:
+def describe(settings: Settings, part: str, subject: Subject) -> dict:
     """All that a subject's slices depend on, in JSON's types."""
     from datasets.volumes import checksum
 
-    modalities = sorted(settings.modalities)  # their order changes nothing
     return {
         "split": part,
-        "modality": ",".join(modalities),
+        "modality": ",".join(sorted(settings.modalities)),  # their order changes nothing
         "slices": f"{settings.start} {settings.stop}",
         "percentage_lower": settings.percentage_lower,
         "percentage_upper": settings.percentage_upper,
-        "volumes": {
-            kind: checksum(volume_path(settings.data_dir, subject, kind)) for kind in (*modalities, "seg")
-        },
+        "volumes": {kind: checksum(subject.volumes[kind]) for kind in kinds_read(settings, subject)},
     }
 
 
@@ -327,10 +375,9 @@ def name_difference(made_with: dict, asked_for: dict) -> str:
         before = made_with.get(key)
         if before != now:
             if key == "volumes":
-                kinds = [
-                    kind for kind in now if not isinstance(before, dict) or before.get(kind) != now[kind]
-                ]
-                return f"made from another {' and '.join(kinds)} than --data_dir has of it now"
+                before = before if isinstance(before, dict) else {}
+                kinds = [kind for kind in now | before if before.get(kind) != now.get(kind)]
+                return f"made from another {' and '.join(kinds)} than the data have of it now"
             if key == "split":
                 return f"which was in the {before} split and is in {now} now"
             return f"made with --{key} {before}, not {now}"
@@ -387,73 +434,155 @@ def update_lists(splits: Splits, output_dir: Path) -> None:
 # The work on one subject
 
 
-def cut_subject(settings: Settings, part: str, subject: str) -> tuple[dict, dict[str, np.ndarray]]:
+def cut_subject(settings: Settings, part: str, subject: Subject) -> tuple[dict, dict[str, np.ndarray]]:
     """Normalise the subject's volumes and choose its slices.
 
     Returns:
-        What the slices depend on, as in `describe`, and images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one
-        kind after the other: float32 for modalities, uint8 for seg and brainmask.
+        What the slices depend on, as in `describe`, with the grid that they lie on; and images [H, W] by
+        `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: float32 for modalities, uint8 for seg and
+        brainmask.
 
     Raises:
         UserError: a volume cannot be read or normalised, or does not fit the others; the message names the file.
     """
+    import numpy as np
+
     made_with = describe(settings, part, subject)
     window = slice(settings.start, settings.stop)
     stacks = {}  # by kind: [H, W, stop - start]
-    brainmask = False
-    first = None  # the modality that the others are compared with
-    for modality in settings.modalities:
-        path = volume_path(settings.data_dir, subject, modality)
-        volume, first = read_aligned(settings, path, first)
+    first = None  # where the voxels of all the subject's volumes lie: on the grid of the first that is read
+    given = None  # [H, W, D], where the data say what is brain
+    if "brainmask" in subject.volumes:
+        given, first = read_mask(settings, subject.volumes["brainmask"], first)
+    brain = False  # [H, W, D]
+    # On a grid of its own, a subject looks the same in whatever order the modalities are asked for.
+    for modality in settings.modalities if settings.on_one_grid else sorted(settings.modalities):
+        path = subject.volumes[modality]
+        volume, first = read_scan(settings, path, first)
+        if given is not None:
+            volume = np.where(given, volume, 0)
         try:
             image = normalise(volume, settings.percentage_lower, settings.percentage_upper)
         except ValueError as error:
             raise UserError(f"{path} cannot be normalised, {error}") from error
         stacks[modality] = image[:, :, window].copy()  # a view would keep the whole volume in memory
-        brainmask = brainmask | (volume[:, :, window] != 0)
-    stacks["brainmask"] = brainmask.astype("uint8")
-    stacks["seg"] = read_labels(settings, volume_path(settings.data_dir, subject, "seg"), first)[:, :, window]
+        brain = brain | (volume != 0)
+    brain = brain if given is None else given > 0
+    stacks["brainmask"] = brain[:, :, window].astype("uint8")
+    stacks["seg"] = read_lesions(settings, subject, first, brain)[:, :, window]
 
     chosen = choose_slices(part, stacks["seg"], stacks["brainmask"])
-    return made_with, {
-        f"{kind}/{subject}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
+    return made_with | {"grid": describe_grid(settings, first)}, {
+        f"{kind}/{subject.name}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
         for kind, stack in stacks.items()
         for index in chosen
     }
 
 
-def read_aligned(settings: Settings, path: Path, first: Grid | None) -> tuple[np.ndarray, Grid]:
-    """A volume [H, W, D] that has the slices asked for, on the grid of the subject's first one if there is one.
+def read_scan(settings: Settings, path: Path, first: Grid | None) -> tuple[np.ndarray, Grid]:
+    """A modality's intensities [H, W, D] on the subject's grid, that of its first volume if there is one.
 
     Raises:
-        UserError: it cannot be read, has too few slices, or another shape or affine than the first.
+        UserError: it cannot be read, or does not fit the grid.
+    """
+    from datasets.grid import move_scan
+    from datasets.volumes import read_volume
+
+    volume, own = read_volume(path)
+    first = find_place(settings, volume, own, first)
+    return volume if settings.on_one_grid else move_scan(volume, own.affine, first), first
+
+
+def read_mask(settings: Settings, path: Path, first: Grid | None) -> tuple[np.ndarray, Grid]:
+    """As `read_scan` for labels, uint8; a UserError also where they are others than the data set knows."""
+    import numpy as np
+
+    from datasets.grid import move
+    from datasets.volumes import read_volume
+
+    labels, own = read_volume(path)
+    first = find_place(settings, labels, own, first)
+    tumour = labels[labels != 0]  # few of all voxels, which makes the search among them quick
+    unknown = tumour[~np.isin(tumour, range(settings.highest_label + 1))]
+    if unknown.size:
+        highest = settings.highest_label
+        raise UserError(
+            f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}"
+        )
+    labels = labels.astype("uint8")
+    return labels if settings.on_one_grid else move(labels, own.affine, first, order=0), first
+
+
+def find_place(settings: Settings, volume: np.ndarray, own: Grid, first: Grid | None) -> Grid:
+    """The grid that a volume is to lie on with the others of its subject, of which `first` is the first one's.
+
+    Raises:
+        UserError: data on one grid with too few slices, or with another shape or affine than the first; or other data
+            that cannot be put on one.
     """
     import numpy as np
 
-    from datasets.volumes import read_volume
+    if settings.on_one_grid:
+        first = first or own
+        if own.shape != first.shape:
+            raise UserError(f"{own.path} has shape {own.shape}, but {first.path.name} has {first.shape}")
+        if not np.allclose(own.affine, first.affine, atol=1e-3):  # mm; header fields are rounded to float32
+            raise UserError(
+                f"{own.path} lies elsewhere in space than {first.path.name}, their affines differ"
+            )
+        if own.shape[2] < settings.stop:
+            raise too_shallow(settings, own.path, own.shape[2])
+        return first
+    return first or place_like_brats(volume != 0, own)
 
-    volume, grid = read_volume(path)
-    if first is None:
-        first = grid
-    if grid.shape != first.shape:
-        raise UserError(f"{path} has shape {grid.shape}, but {first.path.name} has {first.shape}")
-    if not np.allclose(grid.affine, first.affine, atol=1e-3):  # mm; header fields are rounded to float32
-        raise UserError(f"{path} lies elsewhere in space than {first.path.name}, their affines differ")
-    if grid.shape[2] < settings.stop:
-        raise too_shallow(settings, path, grid.shape[2])
-    return volume, first
+
+def place_like_brats(brain: np.ndarray, own: Grid) -> Grid:
+    """Where a scan with this brain, bool [I, J, K], is to lie: [240, 240, 155], the brain in the middle.
+
+    One of just as many voxels of this size keeps them: such a scan is one of BraTS, whatever its orientation.
+    """
+    from datasets.grid import TrainingGrid, find_field
+
+    try:
+        field, _ = find_field(TrainingGrid(), brain, own.affine)
+        if field.shape[2] != DEPTH or sorted(own.shape) != sorted(field.shape):
+            field, _ = find_field(TrainingGrid(), brain, own.affine, DEPTH)
+    except ValueError as error:
+        raise UserError(f"{own.path} cannot be put on the grid of BraTS, {error}") from error
+    return own._replace(shape=field.shape, affine=field.affine)
 
 
-def read_labels(settings: Settings, path: Path, first: Grid) -> np.ndarray:
-    """The segmentation's labels, [H, W, D] uint8; a UserError where it holds others than BraTS knows."""
+def read_lesions(settings: Settings, subject: Subject, first: Grid, brain: np.ndarray) -> np.ndarray:
+    """The subject's labels, uint8 [H, W, D]; zeros where it has none and is declared healthy.
+
+    Raises:
+        UserError: as `read_mask`; or there is a lesion in somebody healthy, or one that lies outside the brain, as
+            that of another scan does once both are put on the grid.
+    """
     import numpy as np
 
-    labels, _ = read_aligned(settings, path, first)
-    tumour = labels[labels != 0]  # few of all voxels, which makes the search among them quick
-    unknown = tumour[~np.isin(tumour, LABELS)]
-    if unknown.size:
-        raise UserError(f"{path} must hold labels, whole numbers from 0 to 4, but holds {unknown[0]:g}")
-    return labels.astype("uint8")
+    if "seg" not in subject.volumes:
+        return np.zeros(first.shape, np.uint8)
+    path = subject.volumes["seg"]
+    labels, _ = read_mask(settings, path, first)
+    if subject.healthy and labels.any():
+        raise UserError(f"{path} holds a lesion, but {subject.name} is declared healthy")
+    if not settings.on_one_grid and labels.any() and not labels[brain].any():
+        raise UserError(f"{path} holds a lesion, but none of it lies in the brain of {first.path.name}")
+    return labels
+
+
+def describe_grid(settings: Settings, first: Grid) -> dict | None:
+    """The grid that a subject's slices lie on, in JSON's types; None where its affine makes no sense of one."""
+    from nibabel.orientations import aff2axcodes
+
+    from datasets.grid import TrainingGrid
+
+    if not settings.on_one_grid:
+        return TrainingGrid().to_json()
+    if None in aff2axcodes(first.affine):
+        return None
+    return TrainingGrid.of_volume(first.affine, first.shape).to_json()
 
 
 def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
@@ -513,15 +642,6 @@ def choose_slices(part: str, seg: np.ndarray, brainmask: np.ndarray) -> list[int
     return [int(tumour_area.argmax())] if tumour_area.any() else []
 
 
-def volume_path(data_dir: Path, subject: str, kind: str) -> Path:
-    """The subject's volume of `kind`, compressed or not; a UserError names the file that is not there."""
-    candidates = [data_dir / subject / f"{subject}_{kind}{suffix}" for suffix in VOLUME_SUFFIXES]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise UserError(f"{candidates[0]} is missing: restore it or take {subject} out of the data")
-
-
 # ----------------------------------------------------------------------------------------------------------
 # All subjects
 
@@ -544,12 +664,13 @@ def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[
                 try:
                     made_with, slices = future.result()
                 except UserError as error:
-                    failures[subject] = f"{error}; {subject} is left out: {MEND}"
+                    failures[subject.name] = f"{error}; {subject.name} is left out: {MEND}"
                 except MemoryError:
-                    folder = settings.data_dir / subject
-                    failures[subject] = f"{folder} needs more memory than there is: try fewer --workers"
+                    failures[subject.name] = (
+                        f"{subject.name} needs more memory than there is: try fewer --workers"
+                    )
                 else:
-                    made[subject] = store(settings.output_dir, part, subject, made_with, slices)
+                    made[subject.name] = store(settings.output_dir, part, subject.name, made_with, slices)
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker was killed, perhaps for want of memory: run the same command with fewer --workers"
@@ -583,16 +704,19 @@ def completed(
 
 
 def print_plan(
-    settings: Settings, splits: Splits, list_paths: dict[str, Path], n_on_disk: int, n_finished: int
+    settings: Settings, cohort: Cohort, splits: Splits, list_paths: dict[str, Path], n_finished: int
 ) -> None:
     """Say what is about to happen, in a few lines."""
     n_subjects = sum(len(subjects) for subjects in splits.values())
-    if not list_paths:
+    n_on_disk = len(cohort.subjects) + len(cohort.excluded)
+    if cohort.splits:
+        origin = f"column split of {cohort.source}"
+    elif not list_paths:
         origin = f"made and written to {settings.output_dir}"
     else:
         origin = ", ".join(str(path) for path in list_paths.values())
         origin += "" if "val" in list_paths else "; validation hashed out of training"
-    print(f"{n_subjects} of {n_on_disk} subjects in {settings.data_dir}, slices to {settings.output_dir}")
+    print(f"{n_subjects} of {n_on_disk} subjects in {cohort.source}, slices to {settings.output_dir}")
     print(f"split lists: {origin}", flush=True)
     if n_finished:
         print(f"there already: {n_finished} of {n_subjects} subjects", flush=True)
@@ -629,7 +753,7 @@ def n_slices_of(record: Record) -> int:
     return sum("/seg/" in name for name in record.files)
 
 
-def name_a_few(names: list[str], limit: int = 5) -> str:
+def name_a_few(names: Sequence[str], limit: int = 5) -> str:
     """`a, b, c` or, beyond the limit, `a, b, c, d, e and 7 more`."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

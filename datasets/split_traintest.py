@@ -14,10 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python ./datasets/X.py`
 
+from datasets.cohorts import BRATS_DIR, read_brats
 from utils.cli import ArgumentParser, UserError, run
-
-BRATS_DIR = Path("datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021")
-VOLUME_SUFFIXES = (".nii.gz", ".nii")
 
 Splits = dict[str, list[str]]  # subjects by part: train, val, test
 LIST_NAMES = {
@@ -30,7 +28,7 @@ INTERVALS = {"train": (0.0, 0.78), "val": (0.78, 0.89), "test": (0.89, 1.0)}
 
 def main() -> None:
     args = parse_args()
-    splits = split_subjects(find_subjects(args.data_dir), args.seed)
+    splits = split_subjects(read_brats(args.data_dir).subjects, args.seed)
     refuse_to_replace(splits, args.output_dir)
     write_lists(splits, args.output_dir)
     for part, subjects in splits.items():
@@ -52,35 +50,6 @@ def parse_args() -> Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another split")
     return parser.parse_args()
-
-
-def find_subjects(data_dir: Path) -> list[str]:
-    """The sorted names of the folders NAME in `data_dir` that hold a volume NAME_*.nii.gz or NAME_*.nii.
-
-    Raises:
-        UserError: `data_dir` is not a folder, or holds no subject.
-    """
-    if not data_dir.is_dir():
-        raise UserError(f"there is no folder {data_dir}: unpack BraTS there or name another --data_dir")
-    subjects = sorted(
-        folder.name for folder in data_dir.iterdir() if folder.is_dir() and volume_kinds(folder)
-    )
-    if not subjects:
-        raise UserError(
-            f"no subject in {data_dir}: expected folders like NAME with NAME_flair.nii.gz in them"
-        )
-    return subjects
-
-
-def volume_kinds(folder: Path) -> set[str]:
-    """What a subject's folder holds volumes of: {"flair", "seg"} for NAME_flair.nii.gz and NAME_seg.nii in NAME."""
-    prefix = f"{folder.name}_"
-    return {
-        path.name.removeprefix(prefix).removesuffix(suffix)
-        for path in folder.iterdir()
-        for suffix in VOLUME_SUFFIXES
-        if path.name.startswith(prefix) and path.name.endswith(suffix)
-    }
 
 
 def split_subjects(subjects: Iterable[str], seed: int = 0) -> Splits:

@@ -17,10 +17,10 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.brats_preprocess import choose_slices, normalise
+from datasets.cohorts import read_brats
 from datasets.records import find_whole, store
 from datasets.split_traintest import (
     LIST_NAMES,
-    find_subjects,
     hash_validation_out_of,
     read_list,
     split_subjects,
@@ -516,13 +516,13 @@ def subjects_written(output_dir: Path) -> dict[str, list[str]]:
 
 def test_without_lists_a_split_is_made_and_written(unlisted, tmp_path):
     preprocess(unlisted, tmp_path / "out", "--slices", 4, 6)
-    splits = split_subjects(find_subjects(unlisted))
+    splits = split_subjects(list(read_brats(unlisted).subjects))
     assert subjects_written(tmp_path / "out") == splits
     assert {part: read_list(tmp_path / "out" / name) for part, name in LIST_NAMES.items()} == splits
 
 
 def test_without_a_validation_list_it_is_hashed_out_of_training(unlisted, tmp_path):
-    names = find_subjects(unlisted)
+    names = list(read_brats(unlisted).subjects)
     (tmp_path / "train.txt").write_text("\n".join(names[:9]))
     (tmp_path / "test.txt").write_text("\n".join(names[9:11]))
     result = preprocess(
@@ -537,7 +537,7 @@ def test_without_a_validation_list_it_is_hashed_out_of_training(unlisted, tmp_pa
 
 
 def test_lists_in_datasets_are_found_and_those_in_data_dir_go_first(unlisted, tmp_path):
-    names = find_subjects(unlisted)
+    names = list(read_brats(unlisted).subjects)
     args = ("--data_dir", tmp_path / "raw", "--slices", 4, 6, "--workers", 1, "--output_dir")
     shutil.copytree(unlisted, tmp_path / "raw")
     in_datasets = {"train": names[:2], "val": names[2:3], "test": names[3:4]}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from datasets.cohorts import read_brats
 from datasets.split_traintest import (
     INTERVALS,
     LIST_NAMES,
-    find_subjects,
     hash_validation_out_of,
     read_list,
     split_subjects,
@@ -128,7 +128,7 @@ def test_subjects_are_folders_with_volumes_of_their_name(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "else_flair.nii.gz").touch()
     (tmp_path / "D_flair.nii.gz").touch()
-    assert find_subjects(tmp_path) == ["A", "B", "C"]
+    assert list(read_brats(tmp_path).subjects) == ["A", "B", "C"]
 
 
 def test_lists_may_come_from_any_editor(tmp_path):

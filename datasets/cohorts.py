@@ -1,0 +1,258 @@
+"""Raw data sets, each read into one simple thing, a `Cohort`: its subjects, and where the volumes of each lie.
+
+A folder of BraTS is read by the names of its files, whichever year named them: to know another naming is a row more in
+NAMINGS. Any other data set is described by a table, a CSV file with a row for each subject:
+
+    subject,FLAIR,T2,seg,healthy,split
+    sub-01,scans/sub-01_FLAIR.nii.gz,scans/sub-01_T2.nii.gz,masks/sub-01.nii.gz,,test
+    sub-02,scans/sub-02_FLAIR.nii.gz,scans/sub-02_T2.nii.gz,,yes,train
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.cli import UserError, did_you_mean
+
+BRATS_DIR = Path("datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021")
+VOLUME_SUFFIXES = (".nii.gz", ".nii")
+PARTS = ("train", "val", "test")
+MASKS = ("seg", "brainmask")  # what is no modality
+
+
+class Naming(NamedTuple):
+    """How a data set names the volume of a subject: NAME/NAME{separator}{word}.nii.gz."""
+
+    separator: str
+    kinds: dict[str, str]  # a file's word → what it is called here; other words keep their own name
+
+
+NAMINGS = {  # a folder has the first one that one of its files fits
+    "BraTS 2021": Naming("_", {"flair": "flair", "t1": "t1", "t1ce": "t1ce", "t2": "t2", "seg": "seg"}),
+    "BraTS 2023": Naming("-", {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "seg": "seg"}),
+}
+
+# The columns of a table that are no modality.
+COLUMNS = ("subject", *MASKS, "healthy", "split")
+# `name` is what the dataset calls a slice, beside its modalities.
+RESERVED = (*COLUMNS, "name")
+
+
+class Subject(NamedTuple):
+    """One subject's raw volumes."""
+
+    name: str
+    volumes: dict[
+        str, Path
+    ]  # by kind: modalities, seg, brainmask; where they lie or, if they are missing, should
+    healthy: bool = False  # by declaration: no lesion in any slice
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A raw data set."""
+
+    source: Path  # the folder or the table that it was read from
+    subjects: dict[str, Subject]  # by name, sorted
+    modalities: tuple[str, ...]  # that any subject has, sorted
+    highest_label: int  # of its lesion masks: whole numbers from 0 to this
+    splits: dict[str, list[str]] | None = None  # subjects by part, where the data set itself says so
+    list_folders: tuple[Path, ...] = ()  # where its split lists may lie
+    excluded: tuple[str, ...] = ()  # subjects of which nothing says where they are healthy
+    on_one_grid: bool = True  # its volumes have one orientation, voxel size and shape, as those of BraTS have
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Folders of BraTS
+
+
+def read_brats(data_dir: Path) -> Cohort:
+    """The cohort of the folders NAME in `data_dir` that hold volumes of their name, in any of NAMINGS.
+
+    Raises:
+        UserError: `data_dir` is not a folder, or holds no subject.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"there is no folder {data_dir}: unpack BraTS there or name another --data_dir")
+    namings = {folder: find_naming(folder) for folder in sorted(data_dir.iterdir()) if folder.is_dir()}
+    found = {
+        folder: (naming, find_words(folder, naming))
+        for folder, naming in namings.items()
+        if naming is not None
+    }
+    if not found:
+        examples = [f"NAME{naming.separator}{next(iter(naming.kinds))}.nii.gz" for naming in NAMINGS.values()]
+        raise UserError(
+            f"no subject in {data_dir}: expected folders like NAME with {' or '.join(examples)} in them"
+        )
+    kinds = {naming.kinds.get(word, word) for naming, words in found.values() for word in words}
+    modalities = tuple(sorted(kinds - set(MASKS)))
+    subjects = {}
+    for folder, (naming, words) in found.items():
+        words_of = {kind: word for word, kind in naming.kinds.items()}
+        volumes = {}
+        for kind in (*modalities, "seg"):
+            word = words_of.get(kind, kind)
+            volumes[kind] = (
+                folder / f"{folder.name}{naming.separator}{word}{words.get(word, VOLUME_SUFFIXES[0])}"
+            )
+        subjects[folder.name] = Subject(folder.name, volumes)
+    return Cohort(
+        data_dir,
+        subjects,
+        modalities,
+        highest_label=4,  # BraTS 2021 uses all but 3, other years do not
+        list_folders=(data_dir, Path("datasets")),
+    )
+
+
+def find_naming(folder: Path) -> Naming | None:
+    """The first of NAMINGS that one of the folder's files fits."""
+    fitting = (naming for naming in NAMINGS.values() if set(naming.kinds) & set(find_words(folder, naming)))
+    return next(fitting, None)
+
+
+def find_words(folder: Path, naming: Naming) -> dict[str, str]:
+    """What a subject's folder holds volumes of, with their suffixes: {"t1": ".nii"} for NAME_t1.nii in NAME."""
+    prefix = folder.name + naming.separator
+    names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): suffix
+        for suffix in reversed(VOLUME_SUFFIXES)  # of a volume that is there twice, the first suffix counts
+        for name in names
+        if name.endswith(suffix)
+    }
+
+
+def called_here(word: str) -> str:
+    """A clause for who asks for a modality by the word of another naming than the project's; else empty."""
+    for year, naming in NAMINGS.items():
+        if naming.kinds.get(word, word) != word:
+            return f", the {word} of {year} is called {naming.kinds[word]} here"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read_table(path: Path) -> Cohort:
+    """The cohort that a CSV file describes, a row a subject. Its paths are relative to the file's folder.
+
+    Columns: `subject`; any number of modalities, by any name; and, where the table has them, `seg` (lesion mask),
+    `brainmask`, `healthy` (yes or no) and `split` (train, val or test).
+
+    Raises:
+        UserError: the file cannot be read, or does not hold such a table.
+    """
+    columns, rows = read_cells(path)
+    modalities = tuple(sorted(set(columns) - set(COLUMNS)))
+    subjects, excluded, parts = {}, [], {}
+    for line, row in rows:
+        name, where = row["subject"], f"{path}, line {line}"
+        require_file_name(f"{where}: subject", name)
+        if name in subjects or name in excluded:
+            raise UserError(f"{where}: subject {name} is there twice, give each subject one row")
+        healthy = require_word(where, row, "healthy", ("yes", "no", "")) == "yes"
+        parts[name] = require_word(where, row, "split", PARTS)
+        volumes = {kind: path.parent / row[kind] for kind in (*modalities, *MASKS) if row.get(kind)}
+        if healthy or "seg" in volumes:
+            subjects[name] = Subject(name, volumes, healthy)
+        else:
+            excluded.append(name)
+    if not subjects:
+        raise UserError(
+            f"{path} says of no subject where it is healthy: give a seg, or healthy=yes, of at least one"
+        )
+    splits = None
+    if "split" in columns:
+        splits = {part: [name for name in sorted(subjects) if parts[name] == part] for part in PARTS}
+    return Cohort(
+        path,
+        dict(sorted(subjects.items())),
+        modalities,
+        highest_label=255,
+        splits=splits,
+        excluded=tuple(sorted(excluded)),
+        on_one_grid=False,
+    )
+
+
+def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV file, and its rows with their line numbers, cells by column; blank rows are passed over.
+
+    Raises:
+        UserError: it is not there, is no text or no CSV, has no subject or modality, or columns that do not do.
+    """
+    try:
+        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the table {path} cannot be read: {error}; name a CSV file with --csv") from error
+    lines = [(line, cells) for line, cells in lines if any(cells)]
+    if not lines:
+        raise UserError(f"the table {path} is empty: begin with a row of column names, subject first")
+    (_, header), *rows = lines
+    # Whoever writes Seg means seg, and not a modality of this name.
+    columns = [column.lower() if column.lower() in COLUMNS else column for column in header]
+    check_columns(path, columns)
+    for line, cells in rows:
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{path}, line {line} has {len(cells)} cells, but there are {len(columns)} columns: "
+                "separate them by commas, and leave a cell empty where there is nothing to say"
+            )
+    if not rows:
+        raise UserError(f"the table {path} has no subject: add a row for each one")
+    return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in rows]
+
+
+def check_columns(path: Path, columns: list[str]) -> None:
+    """Raise a UserError unless there are a subject and a modality, and each column has a name of its own that does."""
+    if "subject" not in columns:
+        hint = did_you_mean("subject", columns)
+        raise UserError(
+            f"{path} has no column subject{hint} (it has {', '.join(columns)}): "
+            "name the columns in its first row, separated by commas"
+        )
+    for column in columns:
+        require_file_name(f"{path}: column", column)
+        if columns.count(column) > 1:
+            raise UserError(f"{path} has two columns {column!r}: give each a name of its own")
+        if column.lower() in RESERVED and column not in COLUMNS:
+            raise UserError(f"{path}: no modality can be called {column!r}, rename this column")
+    if not set(columns) - set(COLUMNS):
+        raise UserError(f"{path} has no modality: add a column with the paths of its volumes for each one")
+
+
+def require_word(where: str, row: dict[str, str], column: str, words: tuple[str, ...]) -> str:
+    """What a row says in a column, in lower case, empty if there is none; a UserError where it is none of the words."""
+    word = row.get(column, "").lower()
+    if column in row and word not in words:
+        known = [known for known in words if known]
+        raise UserError(
+            f"{where}: {column} is {row[column]!r}{did_you_mean(word, known)} (write {' or '.join(known)})"
+        )
+    return word
+
+
+def require_file_name(what: str, name: str) -> None:
+    """Raise a UserError unless files can bear this name on every system, and lists and flags can hold it."""
+    if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 100:
+        raise UserError(
+            f"{what} {name!r} cannot be part of a file's name: use up to 100 letters, digits, and . _ + - "
+            "after the first"
+        )
+
+
+def require_known(modalities: Iterable[str], cohort: Cohort) -> None:
+    """Raise a UserError for a modality that no subject of the cohort has."""
+    for modality in modalities:
+        if modality not in cohort.modalities:
+            has = ", ".join(cohort.modalities) or "no modality"
+            hint = called_here(modality) or did_you_mean(modality, cohort.modalities)
+            raise UserError(f"unknown modality {modality!r}, the data have {has}{hint}")
