@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.data import CacheDataset, MetaTensor, NumpyReader
 from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd, Transform
 
-from datasets.records import read_normalisation
+from datasets.records import read_grid, read_normalisation
 from utils.cli import UserError, did_you_mean
 from utils.device import available_cores, available_memory
 
@@ -94,7 +94,7 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """How many slices a dataset has, a hash of their names and kinds, and how they were normalised.
+    """How many slices a dataset has, a hash of their names and kinds, how they were normalised, and their grid.
 
     It is alike for the same set of files anywhere.
 
@@ -107,6 +107,7 @@ def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[
         "slices": len(slices),
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "normalisation": read_normalisation(Path(data_dir)),
+        "grid": read_grid(Path(data_dir)),
     }
 
 
@@ -145,7 +146,9 @@ def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
                 f"no modality {kind!r} in {folder}{hint} (there are: {', '.join(there)}); preprocess it too"
             )
         for path in (folder / kind).glob(f"*_{kind}_*.npy"):
-            names.setdefault(path.name.replace(f"_{kind}_", "_").removesuffix(".npy"), {})[kind] = str(path)
+            # The last one is that of the kind: a subject may be called so, too.
+            subject, _, number = path.stem.rpartition(f"_{kind}_")
+            names.setdefault(f"{subject}_{number}", {})[kind] = str(path)
     for name, files in names.items():
         if missing := set(kinds) - set(files):
             raise UserError(

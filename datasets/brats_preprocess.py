@@ -3,8 +3,8 @@
     python ./datasets/brats_preprocess.py --data_dir DIR --output_dir OUT
     python ./datasets/brats_preprocess.py --csv TABLE.csv --output_dir OUT
 
-The first reads a folder of BraTS, the second any data set that a table describes (`datasets/cohorts.py`). BraTS stays
-on its own grid; every subject of another data set is put on the grid of BraTS, so that a slice's number says how high in
+The first reads a folder of BraTS, the second any data set that a table describes (see datasets/cohorts.py). BraTS stays
+on its own grid; each subject of another data set is put on the grid of BraTS, so that a slice's number says how high in
 the brain it lies.
 
 Writes OUT/{train,val,test}/{modality…,seg,brainmask}/{subject}_{kind}_{slice}.npy: float32 images, uint8
@@ -666,9 +666,8 @@ def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[
                 except UserError as error:
                     failures[subject.name] = f"{error}; {subject.name} is left out: {MEND}"
                 except MemoryError:
-                    failures[subject.name] = (
-                        f"{subject.name} needs more memory than there is: try fewer --workers"
-                    )
+                    reason = f"{subject.name} needs more memory than there is: try fewer --workers"
+                    failures[subject.name] = reason
                 else:
                     made[subject.name] = store(settings.output_dir, part, subject.name, made_with, slices)
         except BrokenProcessPool as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
 
@@ -76,6 +76,19 @@ def read_normalisation(output_dir: Path) -> dict[str, float] | None:
     made_with = next((record.made_with for record in records if record), None)
     keys = ("percentage_lower", "percentage_upper")
     return {key: made_with[key] for key in keys} if made_with and made_with.keys() >= set(keys) else None
+
+
+def read_grid(output_dir: Path) -> dict[str, Any] | None:
+    """The grid that all the folder's slices lie on: {"axcodes": "LPS", "spacing": [1, 1, 1], "shape": [240, 240]}, say.
+
+    The spacing is in mm, the shape that of a slice. None where the records do not agree on one, or where one of an
+    earlier version says nothing of it.
+    """
+    grids = []
+    for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
+        record = load_record(path)
+        grids.append(record.made_with.get("grid") if record else None)
+    return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
 
 
 def load_record(path: Path) -> Record | None:

@@ -70,6 +70,8 @@ _FREE = (
     "config.score_model.training.save_interval",
     "config.score_model.training.keep_last",
 )
+# What earlier versions did not record: an experiment that says nothing of it goes on with any.
+_NOT_ALWAYS_KNOWN = ("data.grid.",)
 
 
 def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
@@ -87,7 +89,9 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     others = [
         f"{key}={began_with.get(key)}, not {value}"
         for key, value in now.items()
-        if not key.startswith(_FREE) and began_with.get(key) != value
+        if not key.startswith(_FREE)
+        and began_with.get(key) != value
+        and not (key.startswith(_NOT_ALWAYS_KNOWN) and began_with.get(key) is None)
     ]
     if others:
         raise UserError(
