@@ -494,7 +494,11 @@ def read_scan(settings: Settings, path: Path, first: Grid | None) -> tuple[np.nd
 
 
 def read_mask(settings: Settings, path: Path, first: Grid | None) -> tuple[np.ndarray, Grid]:
-    """As `read_scan` for labels, uint8; a UserError also where they are others than the data set knows."""
+    """As `read_scan` for labels, uint8.
+
+    Raises:
+        UserError: as `read_scan`; or there are other labels than the data set knows, or none on the grid.
+    """
     import numpy as np
 
     from datasets.grid import move
@@ -510,7 +514,12 @@ def read_mask(settings: Settings, path: Path, first: Grid | None) -> tuple[np.nd
             f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}"
         )
     labels = labels.astype("uint8")
-    return labels if settings.on_one_grid else move(labels, own.affine, first, order=0), first
+    if settings.on_one_grid:
+        return labels, first
+    moved = move(labels, own.affine, first, order=0)
+    if labels.any() and not moved.any():
+        raise UserError(f"{path} lies elsewhere in space than {first.path.name}, nothing of it is left")
+    return moved, first
 
 
 def find_place(settings: Settings, volume: np.ndarray, own: Grid, first: Grid | None) -> Grid:

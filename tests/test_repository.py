@@ -34,6 +34,7 @@ FLAGS = {
     "datasets/brats_preprocess.py": (
         "modality",
         "data_dir",
+        "csv",
         "output_dir",
         "percentage_upper",
         "percentage_lower",

@@ -828,6 +828,7 @@ def test_help_explains_every_flag_without_importing_numpy():
     for flag in (
         "modality",
         "data_dir",
+        "csv",
         "output_dir",
         "percentage_upper",
         "percentage_lower",

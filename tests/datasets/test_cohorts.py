@@ -1,0 +1,507 @@
+"""Raw data sets: both namings of BraTS, tables of any other data set, and what preprocessing makes of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from datasets.brats2021 import find_slices
+from datasets.brats_preprocess import DEPTH, normalise
+from datasets.cohorts import read_brats, read_table
+from datasets.records import RECORDS, read_grid
+from datasets.split_traintest import LIST_NAMES, read_list, split_subjects
+from utils.cli import UserError
+
+SCRIPTS = Path(__file__).parents[2] / "datasets"
+NAMED_2023 = {"flair": "t2f", "t2": "t2w", "t1": "t1n", "t1ce": "t1c", "seg": "seg"}
+BRATS_GRID = {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [240, 240]}
+
+
+def run_script(script: str, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, SCRIPTS / script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def preprocess(*args: object, cwd: Path | None = None) -> str:
+    """What a run that must succeed says."""
+    done = run_script("brats_preprocess.py", *args, "--workers", 1, cwd=cwd)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def assert_one_plain_sentence(done: subprocess.CompletedProcess, *fragments: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
+
+
+def save(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume, np.diag([-1.0, -1, 1, 1]) if affine is None else affine), path)
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.npy"))}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Both namings of BraTS
+
+SMALL = (24, 20, 12)
+
+
+def make_brats(data_dir: Path, number: int, named_2023: bool, label: int = 3) -> str:
+    """A small subject whose voxels depend on its number only; its name."""
+    rng = np.random.default_rng(number)
+    name = f"BraTS-GLI-{number:05d}-000" if named_2023 else f"BraTS2021_{number:05d}"
+    for kind in NAMED_2023:
+        volume = np.zeros(SMALL, np.int16)
+        volume[3:-3, 2:-2] = rng.integers(1, 900, volume[3:-3, 2:-2].shape)
+        if kind == "seg":
+            volume = np.zeros(SMALL, np.uint8)
+            volume[8:12, 8:12, 5] = label
+        word = f"-{NAMED_2023[kind]}" if named_2023 else f"_{kind}"
+        save(data_dir / name / f"{name}{word}.nii.gz", volume)
+    return name
+
+
+def test_both_namings_give_the_same_bytes(tmp_path):
+    slices = {}
+    for named_2023 in (False, True):
+        data_dir, out = tmp_path / f"raw{named_2023}", tmp_path / f"out{named_2023}"
+        names = [make_brats(data_dir, number, named_2023) for number in range(3)]
+        for part, name in zip(LIST_NAMES, names, strict=True):
+            (data_dir / LIST_NAMES[part]).write_text(name)
+        modalities = ("--modality", "flair,t2,t1,t1ce")
+        preprocess("--data_dir", data_dir, "--output_dir", out, "--slices", 4, 7, *modalities)
+        slices[named_2023] = {
+            path.replace(name, str(number)): content
+            for path, content in written(out).items()
+            for number, name in enumerate(names)
+            if name in path
+        }
+        assert read_grid(out) == {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [24, 20]}
+    assert slices[True] == slices[False]
+    assert len(slices[True]) == 6 * (2 + 1 + 1)
+
+
+def test_both_namings_may_lie_side_by_side_and_be_split(tmp_path):
+    names = [make_brats(tmp_path / "raw", number, number % 2 == 1) for number in range(4)]
+    cohort = read_brats(tmp_path / "raw")
+    assert list(cohort.subjects) == sorted(names)
+    assert cohort.modalities == ("flair", "t1", "t1ce", "t2")
+    done = run_script("split_traintest.py", "--data_dir", tmp_path / "raw", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = {part: read_list(tmp_path / name) for part, name in LIST_NAMES.items()}
+    assert listed == split_subjects(names)
+
+
+def test_a_missing_volume_is_named_as_the_others_of_its_subject(tmp_path):
+    names = [make_brats(tmp_path / "raw", number, named_2023=True) for number in range(3)]
+    path = tmp_path / "raw" / names[1] / f"{names[1]}-t1n.nii.gz"
+    path.unlink()
+    done = run_script("brats_preprocess.py", "--data_dir", tmp_path / "raw", "--slices", 4, 7, cwd=tmp_path)
+    assert_one_plain_sentence(done, f"{path} is missing")
+
+
+def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
+    make_brats(tmp_path / "raw", 0, named_2023=True)
+    done = run_script(
+        "brats_preprocess.py", "--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path
+    )
+    assert_one_plain_sentence(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
+
+
+def test_a_folder_without_either_naming_is_refused(tmp_path):
+    save(tmp_path / "raw/A/A+flair.nii.gz", np.ones((2, 2, 2), np.uint8))
+    with pytest.raises(UserError, match=r"NAME_flair\.nii\.gz or NAME-t2f\.nii\.gz"):
+        read_brats(tmp_path / "raw")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading tables
+
+
+def write_table(folder: Path, text: str | bytes, volumes: tuple[str, ...] = ()) -> Path:
+    """A table, and empty files at some paths beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cohort.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name in volumes:
+        (folder / name).touch()
+    return path
+
+
+def test_a_table_says_all_there_is_to_know(tmp_path):
+    rows = (
+        "\ufeffsubject, T1-post ,FLAIR,Seg,healthy,split,brainmask",
+        "b.2,p/b1.nii,/abs/b2.nii,b.nii,no,Train,",
+        ",,,,,,",
+        '"a_1","p/a,1.nii",a2.nii,,YES,test,m.nii',
+        "c,c1.nii,c2.nii,,,val,",
+        "d,d1.nii,d2.nii,,no,val,",
+    )
+    path = write_table(tmp_path / "here", "\r\n".join(rows))
+    cohort = read_table(path)
+    here = tmp_path / "here"
+    assert list(cohort.subjects) == ["a_1", "b.2"]
+    assert cohort.modalities == ("FLAIR", "T1-post")
+    first, second = cohort.subjects.values()
+    assert first.volumes == {
+        "FLAIR": here / "a2.nii",
+        "T1-post": here / "p/a,1.nii",
+        "brainmask": here / "m.nii",
+    }
+    assert second.volumes == {
+        "FLAIR": Path("/abs/b2.nii"),
+        "T1-post": here / "p/b1.nii",
+        "seg": here / "b.nii",
+    }
+    assert (first.healthy, second.healthy) == (True, False)
+    assert cohort.splits == {"train": ["b.2"], "val": [], "test": ["a_1"]}
+    assert cohort.excluded == ("c", "d")
+    assert cohort.list_folders == ()
+
+
+BAD_TABLES = {  # the text, what is said
+    "no text": (b"subject,a\n\xff\xfe,x", "cannot be read"),
+    "no CSV": ('subject,a,seg\n"A"x,a,s', "cannot be read"),
+    "empty": ("\n,,\n", "is empty"),
+    "no subject column": ("subjects,a,seg\nA,a,s", "no column subject", "did you mean 'subjects'?"),
+    "semicolons": ("subject;a;seg\nA;a;s", "no column subject", "separated by commas"),
+    "no rows": ("subject,a,seg\n", "has no subject"),
+    "no modality": ("subject,seg\nA,s", "has no modality"),
+    "two columns of a name": ("subject,a,a,seg\nA,a,b,s", "two columns 'a'"),
+    "two columns of a meaning": ("subject,a,seg,SEG\nA,a,b,s", "two columns 'seg'"),
+    "column without a name": ("subject,a,seg,\nA,a,s,", "column ''"),
+    "modality with a slash": ("subject,a/b,seg\nA,a,s", "column 'a/b'"),
+    "modality with a comma": ('subject,"a,b",seg\nA,a,s', "column 'a,b'"),
+    "modality called name": ("subject,Name,seg\nA,a,s", "no modality can be called 'Name'"),
+    "subject without a name": ("subject,a,seg\n,a,s", "line 2: subject ''"),
+    "subject elsewhere": ("subject,a,seg\n../A,a,s", "line 2: subject '../A'"),
+    "subject hidden": ("subject,a,seg\n.A,a,s", "line 2: subject '.A'"),
+    "subject like a flag": ("subject,a,seg\n-A,a,s", "line 2: subject '-A'"),
+    "subject with a space": ("subject,a,seg\nA 1,a,s", "line 2: subject 'A 1'"),
+    "subject with a star": ("subject,a,seg\nA*,a,s", "line 2: subject 'A*'"),
+    "subject too long": (f"subject,a,seg\n{'A' * 101},a,s", "line 2: subject 'AAAA"),
+    "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A is there twice"),
+    "too few cells": ("subject,a,seg\nA,a", "line 2 has 2 cells", "3 columns"),
+    "too many cells": ("subject,a,seg\nA,a,s,t", "line 2 has 4 cells", "3 columns"),
+    "unknown part": ("subject,a,seg,split\nA,a,s,training", "split is 'training'", "did you mean 'train'?"),
+    "no part": ("subject,a,seg,split\nA,a,s,train\nB,a,s,", "line 3: split is ''", "train or val or test"),
+    "unknown health": ("subject,a,seg,healthy\nA,a,s,maybe", "healthy is 'maybe'", "yes or no"),
+    "all excluded": ("subject,a\nA,a", "of no subject where it is healthy", "healthy=yes"),
+    "path missing": ("subject,a,seg,split\nA,a,no.nii,train", "no.nii is missing"),
+    "brain mask missing": ("subject,a,seg,brainmask,split\nA,a,s,no.nii,train", "no.nii is missing"),
+    "cell without a path": ("subject,a,b,seg,split\nA,a,,s,train", "names no b of A", "--modality"),
+    "modality of no column": ("subject,c,seg,split\nA,a,s,train", "the data have c", "--modality=a"),
+    "too few for a split": ("subject,a,seg\nA,a,s\nB,a,s", "3 subjects or more"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_bad_tables_are_refused_before_anything_is_written(tmp_path, case):
+    text, *fragments = BAD_TABLES[case]
+    flags = [fragment for fragment in fragments if fragment.startswith("--modality=")]
+    path = write_table(tmp_path, text, volumes=("a", "b", "s", "t"))
+    out = tmp_path / "out"
+    done = run_script("brats_preprocess.py", "--csv", path, "--output_dir", out, *flags, cwd=tmp_path)
+    assert_one_plain_sentence(done, *(fragment for fragment in fragments if fragment not in flags))
+    assert not out.exists()
+
+
+GOOD = "subject,a,seg\nA,a,s\nB,a,s\nC,a,s"
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (("--csv", "nowhere.csv"), ("nowhere.csv cannot be read", "--csv")),
+        (("--csv", "."), ("cannot be read",)),
+        (("--csv", "cohort.csv", "--data_dir", "."), ("--csv and --data_dir both",)),
+        (("--csv", "cohort.csv", "--slices", "100", "156"), ("--slices 100 156 exceeds the 155 slices",)),
+        (("--csv", "cohort.csv", "--modality", "b"), ("unknown modality 'b', the data have a",)),
+        (("--csv", "cohort.csv", "--modality", "seg"), ("unknown modality 'seg', the data have a",)),
+        (("--csv", "cohort.csv", "--test_split", "list.txt"), ("no brats_split_training.txt",)),
+        (
+            ("--csv", "cohort.csv", "--test_split", "list.txt", "--train_split", "list.txt"),
+            ("lists D, of which",),
+        ),
+        (("--csv", "split.csv", "--test_split", "list.txt"), ("both the column split", "list.txt")),
+    ],
+)
+def test_flags_that_do_not_fit_a_table_are_refused(tmp_path, args, fragments):
+    write_table(tmp_path, GOOD, volumes=("a", "s"))
+    (tmp_path / "split.csv").write_text("subject,a,seg,split\nA,a,s,train")
+    (tmp_path / "list.txt").write_text("D\n")
+    done = run_script("brats_preprocess.py", "--output_dir", tmp_path / "out", *args, cwd=tmp_path)
+    assert_one_plain_sentence(done, *fragments)
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables, preprocessed
+
+RADII = (60, 70, 50)  # mm, half the brain's axes, towards the left, the back and the top
+LESION = (20, -15, 10)  # mm, its middle from the brain's
+LPS = np.diag(
+    [-1.0, -1, 1, 1]
+)  # from mm towards left, back and top, to nibabel's towards right, front and top
+
+
+def head(affine: np.ndarray, shape: tuple, middle: tuple, kind: str) -> np.ndarray:
+    """A brain that is an ellipsoid around `middle`, mm as nibabel counts them, [*shape].
+
+    Intensities are linear in space, so that linear interpolation is exact; a lesion is a ball of 12 mm.
+    """
+    indices = np.moveaxis(np.indices(shape), 0, -1)
+    towards = nibabel.affines.apply_affine(LPS @ affine, indices) - LPS[:3, :3] @ middle
+    brain = ((towards / RADII) ** 2).sum(-1) < 1
+    lesion = ((towards - LESION) ** 2).sum(-1) < 12**2
+    slopes = {"FLAIR": (1, 0, 2), "T2-w": (0, -1, -2)}
+    if kind in slopes:
+        return np.where(brain, 500 + towards @ slopes[kind], 0).astype(np.float32)
+    return (lesion * 7 if kind == "seg" else brain).astype(np.uint8)
+
+
+# A scan's affine, shape, and where the middle of the brain is in mm.
+ROTATED = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(x=0.2) * 4, (-100, -120, -90))
+GEOMETRIES = {
+    "coarse": (nibabel.affines.from_matvec(np.diag([4, 4, 4]), (-100, -90, 10)), (52, 52, 40), (5, 12, 90)),
+    "thick": (  # sagittal: axes to the back, the top, the left
+        nibabel.affines.from_matvec([[0, 0, -5], [-3, 0, 0], [0, 3, 0]], (80, 100, -50)),
+        (60, 50, 32),
+        (3, 11, 20),
+    ),
+    "oblique": (ROTATED, (52, 60, 48), (0, 0, 0)),
+}
+INSIDE = (100, 120, 85)  # a voxel that is in every brain, on the grid
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    """A folder with a table of subjects in many geometries, some of them bad."""
+    folder = tmp_path_factory.mktemp("scans")
+    rows = ["subject,FLAIR,T2-w,seg,healthy,brainmask,split"]
+
+    def add(name, part, geometry="coarse", healthy="", kinds=("FLAIR", "T2-w", "seg"), damage=None) -> None:
+        affine, shape, middle = GEOMETRIES[geometry]
+        for kind in kinds:
+            volume = head(affine, shape, middle, kind)
+            if damage and damage[0] == kind:
+                volume = damage[1](volume)
+            moved = nibabel.affines.from_matvec(np.eye(3), (500, 0, 0)) @ affine
+            save(folder / name / f"{kind}.nii", volume, moved if damage == (kind, keep) else affine)
+        cells = {kind: f"{name}/{kind}.nii" if kind in kinds else "" for kind in (*KINDS, "brainmask")}
+        rows.append(
+            f"{name},{cells['FLAIR']},{cells['T2-w']},{cells['seg']},{healthy},{cells['brainmask']},{part}"
+        )
+
+    for name in GEOMETRIES:
+        add(name, "test", name)
+    add("thick-train", "train", "thick")
+    add("well", "train", "thick", healthy="yes", kinds=("FLAIR", "T2-w"))
+    add("well-test", "test", healthy="Yes", kinds=("FLAIR", "T2-w"))
+    add("unclear", "train", kinds=("FLAIR", "T2-w"))
+    add("masked", "test", kinds=(*KINDS, "brainmask"), damage=("FLAIR", lambda volume: volume + 50))
+    add("elsewhere", "train", damage=("seg", keep))
+    add("not-well", "train", healthy="yes")
+    add("half-label", "train", damage=("seg", lambda seg: seg * np.float32(0.5)))
+    add("below-0", "train", damage=("seg", lambda seg: seg * np.int16(-1)))
+    add("outside", "train", damage=("seg", low_slice))
+    add("empty", "val", damage=("T2-w", np.zeros_like))
+    add("nothing", "val", damage=("FLAIR", np.zeros_like))
+    (folder / "cohort.csv").write_text("\n".join(rows))
+    return folder
+
+
+KINDS = ("FLAIR", "T2-w", "seg")
+
+
+def low_slice(volume: np.ndarray) -> np.ndarray:
+    """1 in a slice below the brain."""
+    return np.broadcast_to(np.arange(volume.shape[2]) == 2, volume.shape).astype(np.uint8)
+
+
+def keep(volume: np.ndarray) -> np.ndarray:
+    return volume
+
+
+@pytest.fixture(scope="module")
+def sliced(scans, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The slices of these subjects, and what the run said."""
+    out = tmp_path_factory.mktemp("sliced")
+    return out, run_script("brats_preprocess.py", "--csv", scans / "cohort.csv", "--output_dir", out)
+
+
+def load(out: Path, part: str, kind: str, subject: str) -> tuple[np.ndarray, int]:
+    """A test subject's one slice, and its number."""
+    [path] = (out / part / kind).glob(f"{subject}_{kind}_*.npy")
+    return np.load(path), int(path.stem.rpartition("_")[2])
+
+
+@pytest.mark.parametrize("name", [*GEOMETRIES, "masked"])
+def test_every_geometry_comes_to_the_same_place(sliced, name):
+    """The brain's middle lies in the middle of 240 × 240 × 155, left, back and up run as in BraTS."""
+    out, _ = sliced
+    seg, z = load(out, "test", "seg", name)
+    brain, _ = load(out, "test", "brainmask", name)
+    voxel = (
+        5 if name == "thick" else 4
+    )  # mm, which is how exactly the brain's border and so its middle is known
+    middle = np.argwhere(seg).mean(axis=0)
+    assert z - (DEPTH - 1) / 2 == pytest.approx(LESION[2], abs=voxel)
+    np.testing.assert_allclose(middle - 119.5, LESION[:2], atol=voxel)
+    assert (seg.dtype, set(np.unique(seg))) == (np.uint8, {0, 7})
+    width = 2 * np.array(RADII[:2]) * np.sqrt(1 - ((z - 77) / RADII[2]) ** 2)
+    np.testing.assert_allclose([brain.any(axis=1).sum(), brain.any(axis=0).sum()], width, atol=2 * voxel)
+
+    flair, _ = load(out, "test", "FLAIR", name)
+    t2, _ = load(out, "test", "T2-w", name)
+    inner = (slice(90, 150), slice(90, 150))
+    slopes = [np.gradient(image[inner], axis=axis) for image in (flair, t2) for axis in (0, 1)]
+    along_x, none, _, along_y = (np.median(slope) for slope in slopes)
+    assert along_x > 0.01
+    assert none == pytest.approx(0, abs=1e-5)
+    assert along_y < -0.01
+    np.testing.assert_allclose(slopes[0], along_x, rtol=0.05)
+
+
+def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out(sliced):
+    out, done = sliced
+    numbers = {
+        name: sorted(int(path.stem.rpartition("_")[2]) for path in (out / "train/seg").glob(f"{name}_seg_*"))
+        for name in ("well", "thick-train", "unclear")
+    }
+    assert numbers["well"] == list(range(70, 90))
+    assert numbers["thick-train"] == list(range(70, 76))  # the lesion reaches from 77 + 10 - 12 upwards
+    assert numbers["unclear"] == []
+    assert not any(np.load(path).any() for path in (out / "train/seg").glob("well_*"))
+    assert "left out, neither a seg nor healthy=yes: 1 (unclear)\n" in done.stdout
+    assert "test: left out, no tumour in slices 70 to 89: 1 (well-test)\n" in done.stdout
+    assert f"split lists: column split of {Path(done.args[3])}\n" in done.stdout
+    assert not list(out.glob("*.txt"))
+
+
+def test_a_brain_mask_says_what_is_brain(sliced):
+    out, _ = sliced
+    flair, _ = load(out, "test", "FLAIR", "masked")  # which is 50 brighter everywhere, background too
+    brain, _ = load(out, "test", "brainmask", "masked")
+    same, _ = load(out, "test", "FLAIR", "coarse")
+    assert (flair[brain == 0] == -3).all()
+    assert 0.1 < brain.mean() < 0.3
+    np.testing.assert_allclose(flair[100:140, 100:140], same[100:140, 100:140], atol=0.02)
+
+
+def test_bad_subjects_are_left_out_and_the_others_made(sliced):
+    out, done = sliced
+    assert done.returncode == 1
+    sentences = {
+        "elsewhere": "lies elsewhere in space than FLAIR.nii",
+        "outside": "holds a lesion, but none of it lies in the brain of FLAIR.nii",
+        "not-well": "not-well is declared healthy",
+        "half-label": "whole numbers from 0 to 255, but holds 3.5",
+        "below-0": "whole numbers from 0 to 255, but holds -7",
+        "empty": "T2-w.nii cannot be normalised, every voxel is 0",
+        "nothing": "cannot be put on the grid of BraTS, every voxel is 0",
+    }
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(sentences), done.stderr
+    for name, sentence in sentences.items():
+        [line] = [line for line in lines if f"; {name} is left out" in line]
+        assert sentence in line
+        assert not [path for path in out.rglob("*") if name in path.name]
+
+
+def test_the_grid_is_recorded_for_every_subject(sliced):
+    out, _ = sliced
+    assert read_grid(out) == BRATS_GRID
+    record = json.loads((out / RECORDS / "well.json").read_text())
+    assert record["made_with"]["grid"] == BRATS_GRID
+    record["made_with"].pop("grid")
+    assert sorted(record["made_with"]["volumes"]) == ["FLAIR", "T2-w"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda made_with: made_with.pop("grid"), None),  # as earlier versions left it
+        (lambda made_with: made_with.update(grid=BRATS_GRID | {"shape": [200, 200]}), None),
+        (lambda made_with: made_with.update(modality="T1"), BRATS_GRID),
+    ],
+)
+def test_the_grid_of_a_folder_is_known_where_all_subjects_agree(tmp_path, edit, expected):
+    (tmp_path / RECORDS).mkdir()
+    assert read_grid(tmp_path) is None
+    for name in "AB":
+        made_with = {"grid": BRATS_GRID}
+        if name == "B":
+            edit(made_with)
+        (tmp_path / RECORDS / f"{name}.json").write_text(json.dumps({"made_with": made_with, "files": {}}))
+    assert read_grid(tmp_path) == expected
+
+
+def test_run_again_makes_nothing_and_another_table_is_refused(scans, sliced, tmp_path):
+    out, _ = sliced
+    text = (scans / "cohort.csv").read_text()
+    good = [line for line in text.splitlines() if line.startswith(("subject", "well", "masked"))]
+    table, out = scans / "good.csv", tmp_path / "out"
+    table.write_text("\n".join(good))
+    args = ("--csv", table, "--output_dir", out, "--slices", 80, 82, "--modality")
+    preprocess(*args, "FLAIR,T2-w")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert "there already: 3 of 3 subjects" in preprocess(*args, "T2-w,FLAIR")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+    table.write_text("\n".join(good).replace("masked/brainmask.nii", ""))
+    done = run_script("brats_preprocess.py", *args, "FLAIR,T2-w")
+    assert_one_plain_sentence(done, "masked, made from another brainmask than the data have of it now")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# BraTS by way of a table
+
+
+def test_a_scan_of_brats_is_cut_as_it_is_whatever_its_orientation(tmp_path):
+    """Not a voxel is interpolated or shifted, by a table or not, and turned as tools for atlases leave it."""
+    rng = np.random.default_rng(0)
+    volume = np.zeros((240, 240, 155), np.int16)
+    brain = (slice(60, 190), slice(40, 200), slice(20, 150))  # not in the middle
+    volume[brain] = rng.integers(1, 900, volume[brain].shape)
+    seg = np.zeros(volume.shape, np.uint8)
+    seg[90:100, 90:120, 84] = 4
+    affine = nibabel.affines.from_matvec(LPS[:3, :3], (0, 239, 0))
+    for kind, voxels in (("t2", volume), ("seg", seg)):
+        save(tmp_path / f"raw/A/A_{kind}.nii", voxels, affine)
+        turned = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine))
+        assert nibabel.aff2axcodes(turned.affine) == ("R", "A", "S")
+        nibabel.save(turned, tmp_path / f"turned_{kind}.nii")
+    for part in LIST_NAMES:
+        (tmp_path / "raw" / LIST_NAMES[part]).write_text("A" if part == "test" else "")
+    (tmp_path / "as_is.csv").write_text("subject,t2,seg,split\nA,raw/A/A_t2.nii,raw/A/A_seg.nii,test")
+    (tmp_path / "turned.csv").write_text("subject,t2,seg,split\nA,turned_t2.nii,turned_seg.nii,test")
+    sources = {
+        "brats": ("--data_dir", tmp_path / "raw", "--modality", "t2"),
+        "as_is": ("--csv", tmp_path / "as_is.csv"),
+        "turned": ("--csv", tmp_path / "turned.csv"),
+    }
+    outs = {name: tmp_path / name for name in sources}
+    for name, source in sources.items():
+        preprocess(*source, "--output_dir", outs[name])
+        assert read_grid(outs[name]) == BRATS_GRID
+    image = np.load(outs["brats"] / "test/t2/A_t2_84.npy")
+    np.testing.assert_array_equal(image, normalise(volume, 0.02, 0.9)[:, :, 84])
+    assert written(outs["brats"]) == written(outs["as_is"]) == written(outs["turned"])
+
+
+def test_a_subject_may_be_called_like_a_modality(tmp_path):
+    for kind in ("T1", "T2"):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / f"A_T1_B_{kind}_7.npy", np.zeros((2, 2)))
+    [found] = find_slices(tmp_path, ("T1", "T2"))
+    assert found["name"] == "A_T1_B_7"
