@@ -20,7 +20,7 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
-from scipy.ndimage import affine_transform
+from scipy.ndimage import affine_transform, label
 
 SAME = 1e-3  # how far spacings (mm), directions (cosines) and voxel centres (voxels) may be apart and count as one
 TALLEST = 1000.0  # mm, of a scan: a header that says more is wrong, and would fill the memory
@@ -62,8 +62,8 @@ def find_field(
     """Where on the grid a scan is to lie.
 
     The axes follow the grid's, at its spacing. A scan with slices of the grid's shape keeps them, whatever the order
-    and direction of its axes; of others a slice is the grid's shape around the middle of the brain's bounding box.
-    Where the spacing is the grid's and no axis is oblique, the new voxels are the old ones.
+    and direction of its axes; of others a slice is the grid's shape around the middle of the brain's bounding box,
+    isolated voxels left out. Where the spacing is the grid's and no axis is oblique, the new voxels are the old ones.
 
     Args:
         grid: of the training data.
@@ -97,7 +97,7 @@ def find_field(
     # From a voxel index of the scan to steps along these axes from the turned scan's first voxel. Steps are whole,
     # so that coarser voxels, too, meet some of the field's.
     steps = np.linalg.inv(nibabel.affines.from_matvec(axes, turned[:3, 3])) @ affine
-    low, high = _bounds(steps, _ends_of_columns(brain))
+    low, high = _bounds(steps, _ends_of_columns(_largest_part(brain)))
     keeps_slices = fits and turned_shape[:2] == grid.shape
     first = [0 if keeps_slices else _centred(low[i], high[i], grid.shape[i]) for i in (0, 1)]
     if depth is None:
@@ -110,7 +110,7 @@ def find_field(
         first.append(_centred(low[2], high[2], depth))
     shape = (*grid.shape, depth)
     field = Field(shape, nibabel.affines.from_matvec(axes, turned[:3, 3] + axes @ first))
-    return field, _share_outside(brain, affine, field) if _beyond(low, high, first, shape).any() else 0.0
+    return field, _share_outside(brain, affine, field)
 
 
 def move(volume: np.ndarray, affine: np.ndarray, field: Field, order: int = 1) -> np.ndarray:
@@ -168,6 +168,12 @@ def _corners(shape: tuple[int, int, int]) -> np.ndarray:
     return np.array(list(itertools.product(*((0, length - 1) for length in shape))))
 
 
+def _largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest part that hangs together: skull stripping leaves specks behind, far from the brain."""
+    parts, _ = label(mask)
+    return parts == np.bincount(parts[mask]).argmax()
+
+
 def _ends_of_columns(mask: np.ndarray) -> np.ndarray:
     """The indices [N, 3] of the first and last voxel of the mask along the third axis: no others lie further out."""
     i, j = np.nonzero(mask.any(axis=2))
@@ -186,15 +192,14 @@ def _centred(low: float, high: float, length: int) -> int:
     return int(np.floor((low + high - (length - 1)) / 2 + SAME))
 
 
-def _beyond(low: np.ndarray, high: np.ndarray, first: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """Along which axes low … high is not within half a voxel of the window; bool [3]."""
-    return (low < np.array(first) - 0.5) | (high > np.array(first) + shape - 0.5)
-
-
 def _share_outside(brain: np.ndarray, affine: np.ndarray, field: Field) -> float:
-    indices = _apply(np.linalg.inv(field.affine) @ affine, np.argwhere(brain))
-    outside = (indices < -0.5 - SAME) | (indices > np.array(field.shape) - 0.5 + SAME)
-    return float(outside.any(axis=1).mean())
+    to_field = np.linalg.inv(field.affine) @ affine
+    low, high = -0.5 - SAME, np.array(field.shape) - 0.5 + SAME
+    corners = _apply(to_field, _corners(brain.shape))
+    if (corners >= low).all() and (corners <= high).all():  # of most scans there is nothing to count
+        return 0.0
+    voxels = _apply(to_field, np.argwhere(brain))
+    return float(((voxels < low) | (voxels > high)).any(axis=1).mean())
 
 
 def _move_whole_voxels(volume: np.ndarray, to_volume: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

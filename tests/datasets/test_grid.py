@@ -260,6 +260,17 @@ def test_a_fixed_depth_is_centred_on_the_brain(scan):
     np.testing.assert_allclose(fields[0].affine, fields[1].affine)  # the same head, the same slice numbers
 
 
+def test_specks_that_skull_stripping_left_do_not_move_the_field(scan):
+    speckled = np.pad(scan, ((0, 0), (60, 0), (30, 0)))
+    speckled[3, 2, 1] = speckled[40, 5, 2] = 7
+    affine = LPS @ from_matvec(np.eye(3), [0, -60, -30])
+    bare = np.where(np.indices(speckled.shape)[1] < 60, 0, speckled)
+    fields = [find_field(GRID, volume != 0, affine, depth=39) for volume in (bare, speckled)]
+    np.testing.assert_array_equal(fields[0][0].affine, fields[1][0].affine)
+    assert fields[0][1] == 0
+    assert fields[1][1] == pytest.approx(2 / np.count_nonzero(speckled))
+
+
 def test_a_brain_that_does_not_fit_says_how_much_is_lost(scan):
     brain = scan != 0
     narrow = TrainingGrid(shape=(48, 20))
