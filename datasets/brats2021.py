@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from monai.data import CacheDataset, MetaTensor, NumpyReader
 from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd, Transform
 
+from datasets.cohorts import MASKS, suggest
 from datasets.records import read_grid, read_normalisation
-from utils.cli import UserError, did_you_mean
+from utils.cli import UserError
 from utils.device import available_cores, available_memory
-
-MASKS = ("seg", "brainmask")
 
 
 class BraTS2021Dataset(CacheDataset):
@@ -141,7 +140,7 @@ def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
     names: dict[str, dict[str, str]] = {}
     for kind in kinds:
         if kind not in there:
-            hint = did_you_mean(kind, there)
+            hint = suggest(kind, there)
             raise UserError(
                 f"no modality {kind!r} in {folder}{hint} (there are: {', '.join(there)}); preprocess it too"
             )

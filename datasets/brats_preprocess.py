@@ -57,6 +57,9 @@ BRIGHT = 3.0  # the normalised value of the upper quantile
 BEGIN_ANEW = "give --overwrite to begin anew, or name another --output_dir"
 MEND = "replace the file and run the same command again"
 DEPTH = 155  # slices that a subject gets that is put on the grid of BraTS, as many as there, the brain in their middle
+MOST_OUTSIDE = (
+    0.5  # share of the brain's voxels beyond this grid: a neck may be cut off, but no brain is so large
+)
 BRATS_MODALITIES = ("t2", "flair", "t1")
 
 Job = tuple[str, Subject]  # with the part that it belongs to
@@ -467,7 +470,8 @@ def cut_subject(settings: Settings, part: str, subject: Subject) -> tuple[dict, 
             raise UserError(f"{path} cannot be normalised, {error}") from error
         stacks[modality] = image[:, :, window].copy()  # a view would keep the whole volume in memory
         brain = brain | (volume != 0)
-    brain = brain if given is None else given > 0
+    if given is not None:
+        brain = given > 0
     stacks["brainmask"] = brain[:, :, window].astype("uint8")
     stacks["seg"] = read_lesions(settings, subject, first, brain)[:, :, window]
 
@@ -553,9 +557,11 @@ def place_like_brats(brain: np.ndarray, own: Grid) -> Grid:
     from datasets.grid import TrainingGrid, find_field
 
     try:
-        field, _ = find_field(TrainingGrid(), brain, own.affine)
+        field, outside = find_field(TrainingGrid(), brain, own.affine)
         if field.shape[2] != DEPTH or sorted(own.shape) != sorted(field.shape):
-            field, _ = find_field(TrainingGrid(), brain, own.affine, DEPTH)
+            field, outside = find_field(TrainingGrid(), brain, own.affine, DEPTH)
+        if outside > MOST_OUTSIDE:
+            raise ValueError(f"{outside:.0%} of its brain would lie outside")
     except ValueError as error:
         raise UserError(f"{own.path} cannot be put on the grid of BraTS, {error}") from error
     return own._replace(shape=field.shape, affine=field.affine)

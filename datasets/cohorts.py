@@ -128,12 +128,13 @@ def find_words(folder: Path, naming: Naming) -> dict[str, str]:
     }
 
 
-def called_here(word: str) -> str:
-    """A clause for who asks for a modality by the word of another naming than the project's; else empty."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A clause on what somebody means who asks for an unknown modality; empty where nobody can tell."""
+    known = list(known)
     for year, naming in NAMINGS.items():
-        if naming.kinds.get(word, word) != word:
+        if naming.kinds.get(word) in known:
             return f", the {word} of {year} is called {naming.kinds[word]} here"
-    return ""
+    return did_you_mean(word, known)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -254,5 +255,5 @@ def require_known(modalities: Iterable[str], cohort: Cohort) -> None:
     for modality in modalities:
         if modality not in cohort.modalities:
             has = ", ".join(cohort.modalities) or "no modality"
-            hint = called_here(modality) or did_you_mean(modality, cohort.modalities)
+            hint = suggest(modality, cohort.modalities)
             raise UserError(f"unknown modality {modality!r}, the data have {has}{hint}")

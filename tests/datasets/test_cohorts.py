@@ -11,7 +11,7 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.brats_preprocess import DEPTH, normalise
-from datasets.cohorts import read_brats, read_table
+from datasets.cohorts import read_brats, read_table, suggest
 from datasets.records import RECORDS, read_grid
 from datasets.split_traintest import LIST_NAMES, read_list, split_subjects
 from utils.cli import UserError
@@ -115,6 +115,24 @@ def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
         "brats_preprocess.py", "--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path
     )
     assert_one_plain_sentence(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "clause"),
+    [
+        ("t2f", ["flair", "t2"], ", the t2f of BraTS 2023 is called flair here"),
+        ("t1c", ["t1ce"], ", the t1c of BraTS 2023 is called t1ce here"),
+        ("t2f", ["T1", "t2w"], ", did you mean 't2w'?"),  # nothing is called flair
+        ("pet", ["flair", "t2"], ""),
+    ],
+)
+def test_what_is_meant_by_an_unknown_modality(tmp_path, word, known, clause):
+    assert suggest(word, known) == clause
+    for kind in known:
+        (tmp_path / kind).mkdir()
+    with pytest.raises(UserError) as refused:  # as training and testing say it
+        find_slices(tmp_path, [word])
+    assert f"no modality '{word}' in {tmp_path}{clause} (there are: " in str(refused.value)
 
 
 def test_a_folder_without_either_naming_is_refused(tmp_path):
@@ -269,6 +287,7 @@ def head(affine: np.ndarray, shape: tuple, middle: tuple, kind: str) -> np.ndarr
     return (lesion * 7 if kind == "seg" else brain).astype(np.uint8)
 
 
+KINDS = ("FLAIR", "T2-w", "seg")
 # A scan's affine, shape, and where the middle of the brain is in mm.
 ROTATED = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(x=0.2) * 4, (-100, -120, -90))
 GEOMETRIES = {
@@ -289,14 +308,22 @@ def scans(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scans")
     rows = ["subject,FLAIR,T2-w,seg,healthy,brainmask,split"]
 
-    def add(name, part, geometry="coarse", healthy="", kinds=("FLAIR", "T2-w", "seg"), damage=None) -> None:
+    def add(
+        name: str,
+        part: str,
+        geometry: str = "coarse",
+        healthy: str = "",
+        kinds: tuple = KINDS,
+        damage: tuple | None = None,  # a kind, and what becomes of its voxels
+        misplace: tuple | None = None,  # a kind, and what its affine is multiplied by
+    ) -> None:
         affine, shape, middle = GEOMETRIES[geometry]
         for kind in kinds:
             volume = head(affine, shape, middle, kind)
             if damage and damage[0] == kind:
                 volume = damage[1](volume)
-            moved = nibabel.affines.from_matvec(np.eye(3), (500, 0, 0)) @ affine
-            save(folder / name / f"{kind}.nii", volume, moved if damage == (kind, keep) else affine)
+            wrong = misplace[1] if misplace and misplace[0] == kind else np.eye(4)
+            save(folder / name / f"{kind}.nii", volume, wrong @ affine)
         cells = {kind: f"{name}/{kind}.nii" if kind in kinds else "" for kind in (*KINDS, "brainmask")}
         rows.append(
             f"{name},{cells['FLAIR']},{cells['T2-w']},{cells['seg']},{healthy},{cells['brainmask']},{part}"
@@ -309,10 +336,10 @@ def scans(tmp_path_factory) -> Path:
     add("well-test", "test", healthy="Yes", kinds=("FLAIR", "T2-w"))
     add("unclear", "train", kinds=("FLAIR", "T2-w"))
     add("masked", "test", kinds=(*KINDS, "brainmask"), damage=("FLAIR", lambda volume: volume + 50))
-    add("elsewhere", "train", damage=("seg", keep))
+    add("elsewhere", "train", misplace=("seg", nibabel.affines.from_matvec(np.eye(3), (500, 0, 0))))
     add("not-well", "train", healthy="yes")
     add("half-label", "train", damage=("seg", lambda seg: seg * np.float32(0.5)))
-    add("below-0", "train", damage=("seg", lambda seg: seg * np.int16(-1)))
+    add("huge", "train", misplace=("FLAIR", np.diag([4, 4, 4, 1])))
     add("outside", "train", damage=("seg", low_slice))
     add("empty", "val", damage=("T2-w", np.zeros_like))
     add("nothing", "val", damage=("FLAIR", np.zeros_like))
@@ -320,16 +347,9 @@ def scans(tmp_path_factory) -> Path:
     return folder
 
 
-KINDS = ("FLAIR", "T2-w", "seg")
-
-
 def low_slice(volume: np.ndarray) -> np.ndarray:
     """1 in a slice below the brain."""
     return np.broadcast_to(np.arange(volume.shape[2]) == 2, volume.shape).astype(np.uint8)
-
-
-def keep(volume: np.ndarray) -> np.ndarray:
-    return volume
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +426,7 @@ def test_bad_subjects_are_left_out_and_the_others_made(sliced):
         "outside": "holds a lesion, but none of it lies in the brain of FLAIR.nii",
         "not-well": "not-well is declared healthy",
         "half-label": "whole numbers from 0 to 255, but holds 3.5",
-        "below-0": "whole numbers from 0 to 255, but holds -7",
+        "huge": "FLAIR.nii cannot be put on the grid of BraTS, 85% of its brain would lie outside",
         "empty": "T2-w.nii cannot be normalised, every voxel is 0",
         "nothing": "cannot be put on the grid of BraTS, every voxel is 0",
     }

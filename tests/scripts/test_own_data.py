@@ -10,9 +10,6 @@ import nibabel
 import numpy as np
 import pytest
 
-from utils.cli import UserError
-from utils.experiment import refuse_other_settings
-
 # Axes to the right, the front and the top, 4 mm: on no grid that slices are cut from.
 AFFINE = nibabel.affines.from_matvec(np.diag([4, 4, 4]), (-110, -110, -80))
 SHAPE = (56, 58, 42)
@@ -85,24 +82,3 @@ def test_the_commands_of_the_readme_work(mine, as_subprocess, tiny, short):
 def test_every_column_and_flag_is_in_the_readme(section):
     for column in ("subject", "seg", "brainmask", "healthy", "split"):
         assert f"| `{column}` |" in section
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "refused"),
-    [
-        ({}, {"grid": {"axcodes": "LPS"}}, False),  # begun before grids were recorded
-        ({"grid": None}, {"grid": {"axcodes": "LPS"}}, False),
-        ({"grid": {"axcodes": "LPS"}}, {"grid": None}, False),
-        ({}, {"grid": None}, False),
-        ({"grid": {"axcodes": "LPS"}}, {"grid": {"axcodes": "LPS"}}, False),
-        ({"grid": {"axcodes": "LPS"}}, {"grid": {"axcodes": "RAS"}}, True),
-    ],
-)
-def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, before, now, refused):
-    (tmp_path / "opt000002.pt").touch()
-    (tmp_path / "config.json").write_text(json.dumps({"data": before}))
-    if refused:
-        with pytest.raises(UserError, match=r"data\.grid\.axcodes=LPS, not RAS"):
-            refuse_other_settings(tmp_path, {"data": now})
-    else:
-        refuse_other_settings(tmp_path, {"data": now})

@@ -1,0 +1,29 @@
+"""What an experiment says of itself, and what it is held to when it goes on."""
+
+import json
+
+import pytest
+
+from utils.cli import UserError
+from utils.experiment import refuse_other_settings
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ({}, {"grid": {"axcodes": "LPS"}}, False),  # begun before grids were recorded
+        ({"grid": None}, {"grid": {"axcodes": "LPS"}}, False),
+        ({"grid": {"axcodes": "LPS"}}, {"grid": None}, False),
+        ({}, {"grid": None}, False),
+        ({"grid": {"axcodes": "LPS"}}, {"grid": {"axcodes": "LPS"}}, False),
+        ({"grid": {"axcodes": "LPS"}}, {"grid": {"axcodes": "RAS"}}, True),
+    ],
+)
+def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, before, now, refused):
+    (tmp_path / "opt000002.pt").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"data": before}))
+    if refused:
+        with pytest.raises(UserError, match=r"data\.grid\.axcodes=LPS, not RAS"):
+            refuse_other_settings(tmp_path, {"data": now})
+    else:
+        refuse_other_settings(tmp_path, {"data": now})
