@@ -10,6 +10,7 @@ from utils.storage import Folder, local_path, open_folder
 
 if TYPE_CHECKING:  # these take seconds to import
     from torch import Tensor
+    from tqdm import tqdm
 
     from models.cycle import Cycle
 
@@ -42,6 +43,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     experiments.writes = dist_util.rank() == 0
     forward, backward = find_translators(args, overrides, experiments)
     config = forward.config
+    require_same_normalisation(forward, backward, Path(config.data.data_dir))
     scorer = Scorer(args.model_name, forward, backward, pick_device(dist_util.gpu_id(args.gpu_id)))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
     translators = {"forward": forward, "backward": backward}
@@ -120,6 +122,9 @@ class Translator(NamedTuple):
     checkpoint: Path
     config: Any  # ConfigDict
     normalisation: dict[str, float] | None  # of the slices that it was trained on, where that is known
+    grid: (
+        dict[str, Any] | None
+    )  # on which these slices lie, likewise; as `datasets.grid.TrainingGrid` has it in JSON
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -141,9 +146,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     return parse_run_args(parser)
 
 
-def chain_parser(description: str) -> ArgumentParser:
+def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     """A parser with the flags that say which translators are chained, and how MMCCD samples."""
-    parser = run_parser(description)
+    parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
     add(
         "--model_name",
@@ -183,7 +188,7 @@ def chain_parser(description: str) -> ArgumentParser:
 def config_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that stand for fields of the config; None where they were not given."""
     return {
-        "data.data_dir": args.data_dir,
+        "data.data_dir": getattr(args, "data_dir", None),
         "data.input": args.input,
         "data.trans": args.trans,
         "seed": args.seed,
@@ -218,7 +223,6 @@ def find_translators(
         config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
     backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
     configs.check(config)
-    require_same_normalisation(forward, backward)
     return forward, backward
 
 
@@ -247,7 +251,7 @@ def find_translator(
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{process}")
     record = read_record(checkpoint)
     if record is None:
-        return Translator(checkpoint.stem, checkpoint, config, None)
+        return Translator(checkpoint.stem, checkpoint, config, None, None)
     if not {"model_name", "training_process", "config"} <= set(record):
         raise UserError(f"{checkpoint.parent / 'config.json'} is not what training writes: restore it")
     if (record["model_name"], record["training_process"]) != (model_name, process):
@@ -263,24 +267,24 @@ def find_translator(
                 f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}"
             )
         fixed.update_from_flattened_dict({key: value})
-    normalisation = record.get("data", {}).get("normalisation")
-    return Translator(checkpoint.absolute().parent.name, checkpoint, fixed, normalisation)
+    data = record.get("data", {})
+    name = checkpoint.absolute().parent.name
+    return Translator(name, checkpoint, fixed, data.get("normalisation"), data.get("grid"))
 
 
-def require_same_normalisation(forward: Translator, backward: Translator) -> None:
-    """Refuse translators and slices whose intensities mean different things.
+def require_same_normalisation(
+    forward: Translator, backward: Translator, data_dir: Path | None = None
+) -> None:
+    """Refuse translators, and slices where the run has any, whose intensities mean different things.
 
     Raises:
         UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise.
     """
     from datasets.records import read_normalisation
 
-    data_dir = forward.config.data.data_dir
-    known = {
-        str(forward.checkpoint): forward.normalisation,
-        str(backward.checkpoint): backward.normalisation,
-        data_dir: read_normalisation(Path(data_dir)),
-    }
+    known = {str(found.checkpoint): found.normalisation for found in (forward, backward)}
+    if data_dir:
+        known[str(data_dir)] = read_normalisation(data_dir)
     known = {where: quantiles for where, quantiles in known.items() if quantiles}
     (first, expected), *others = known.items() or [("", None)]
     for where, quantiles in others:
@@ -376,27 +380,10 @@ class Scorer:
 
 def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
-    from tqdm import tqdm
-
-    from guided_diffusion import dist_util
-
     taken = [scorer.samples(batch["brainmask"]) for batch in slices.values()]  # by every slice of each split
-    samples = sum(map(sum, taken))
-    passes = samples * scorer.passes_a_sample
-    of_share = sum(sum(split[dist_util.share(len(split))]) for split in taken) * scorer.passes_a_sample
-    cost = {"precision": str(scorer.precision).removeprefix("torch."), "network_passes": passes}
-    print(
-        f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {cost['precision']}"
-    )
-    if scorer.masked_translator:
-        print(
-            f"({samples:,} slices with a band hidden × {scorer.passes_a_sample - 1} steps forward and 1 back)"
-        )
-        if scorer.device.type == "cpu" and sampling_name(scorer.config) != "fast":
-            print("that takes long on a CPU: --sampling fast makes far fewer")
+    cost = announce(scorer, taken)
     maps = {}
-    shown = {"desc": "scoring", "unit": "pass", "unit_scale": True, "dynamic_ncols": True}
-    with tqdm(total=of_share, disable=dist_util.rank() > 0, **shown) as bar:
+    with progress_bar(scorer, taken) as bar:
         for split, batch in slices.items():
             image = batch[scorer.config.data.input]
             cycle = scorer.score(image, batch["brainmask"], bar.update)
@@ -413,6 +400,36 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
                 **{key: value[:, 0].numpy() for key, value in images.items()},
             }
     return maps, cost
+
+
+def announce(scorer: Scorer, taken: list[list[int]]) -> dict[str, Any]:
+    """Say what it costs to score batches of slices that take so many samples each; the same for metrics.json."""
+    from guided_diffusion import dist_util
+
+    samples = sum(map(sum, taken))
+    passes = samples * scorer.passes_a_sample
+    cost = {"precision": str(scorer.precision).removeprefix("torch."), "network_passes": passes}
+    print(
+        f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {cost['precision']}"
+    )
+    if scorer.masked_translator:
+        print(
+            f"({samples:,} slices with a band hidden × {scorer.passes_a_sample - 1} steps forward and 1 back)"
+        )
+        if scorer.device.type == "cpu" and sampling_name(scorer.config) != "fast":
+            print("that takes long on a CPU: --sampling fast makes far fewer")
+    return cost
+
+
+def progress_bar(scorer: Scorer, taken: list[list[int]]) -> "tqdm":
+    """A bar over the network passes of this process's share of the slices, shown by the first process."""
+    from tqdm import tqdm
+
+    from guided_diffusion import dist_util
+
+    samples = sum(sum(batch[dist_util.share(len(batch))]) for batch in taken)
+    shown = {"desc": "scoring", "unit": "pass", "unit_scale": True, "dynamic_ncols": True}
+    return tqdm(total=samples * scorer.passes_a_sample, disable=dist_util.rank() > 0, **shown)
 
 
 def kinds_scored(config: Any) -> list[str]:

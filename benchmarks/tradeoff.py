@@ -15,7 +15,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import print_table
-from modality_cyclic_test import Scorer, Translator, chain_parser, find_translators, load_slices
+from modality_cyclic_test import (
+    Scorer,
+    Translator,
+    chain_parser,
+    find_translators,
+    load_slices,
+    require_same_normalisation,
+)
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
 
@@ -37,6 +44,7 @@ def main() -> None:
 
     with open_folder(args.logdir) as experiments:
         forward, backward = find_translators(args, overrides, experiments)
+        require_same_normalisation(forward, backward, Path(forward.config.data.data_dir))
         device = pick_device(args.gpu_id)
         presets, seed = SAMPLING, forward.config.seed
         grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS] + list(LONG)

@@ -59,10 +59,43 @@ def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
         return np.asarray(image.dataobj), Grid(path, layout.shape, image.affine)
 
 
+def read_header(path: Path) -> nibabel.Nifti1Header:
+    """The volume's header, NIfTI-1 or -2; a UserError as from `read_volume`."""
+    with plain_errors(path), open_volume(path) as file:
+        head = file.read(HEADER_BYTES)
+        header_class = parse_header(path, head).image_class.header_class
+        return header_class(head[: header_class.sizeof_hdr])
+
+
 def read_shape(path: Path) -> tuple[int, int, int]:
     """The shape that the volume's header states; a UserError as from `read_volume`."""
     with plain_errors(path), open_volume(path) as file:
         return parse_header(path, file.read(HEADER_BYTES)).shape
+
+
+def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write a volume that lies where another one does: its space, codes and units are those of that one's header.
+
+    It is there as a whole or not at all.
+
+    Args:
+        header: of a volume of the same shape.
+        voxels: [H, W, D], in the dtype that they are to have in the file.
+        affine: of that volume, [4, 4].
+        path: ending in .nii or .nii.gz.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    image_class = next(image for image in FORMATS if image.header_class is type(header))
+    image = image_class(voxels, affine, header, dtype=voxels.dtype)
+    image.header["cal_min"] = image.header["cal_max"] = (
+        0  # the range of grey levels that suits the scan, not this
+    )
+    image.header.set_intent("none")
+    partial = path.with_name(f".{path.name}")
+    nibabel.save(image, partial)
+    partial.replace(path)
 
 
 def checksum(path: Path) -> int:

@@ -39,13 +39,17 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def run_parser(description: str) -> ArgumentParser:
-    """A parser with the flags that training and testing share."""
+def run_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
+    """A parser with the flags that all runs share; `--data_dir` is one of those that work on preprocessed slices."""
     parser = ArgumentParser(description=description)
     add = parser.add_argument
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add("--dataset", default="brats", help="whose config is used: brats (the paper) or phantom (the demo)")
-    add("--data_dir", help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)")
+    if on_slices:
+        add(
+            "--data_dir",
+            help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)",
+        )
     add("--input", help="modality at hand at test time (default: the config's, flair)")
     add("--trans", help="modality it is translated to (default: the config's, t2)")
     add(

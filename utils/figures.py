@@ -4,7 +4,7 @@ Slices are float arrays [H, W], normalised as by preprocessing. The colours of m
 colour-blind eyes tell apart; where two lines share a chart, they differ in style too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,60 @@ def slices_figure(
     figure.legend(
         handles=handles, loc="outside lower right", ncols=2, fontsize=10, facecolor="0.3", labelcolor="white"
     )
+    return figure
+
+
+def scan_figure(
+    images: np.ndarray,
+    anomaly: np.ndarray,
+    marked: np.ndarray,
+    labels: Sequence[str],
+    *,
+    threshold: float,
+    aspect: float,
+    title: str,
+) -> Figure:
+    """Slices of one scan, a column each: the scan, its anomaly map, and what is marked, outlined on the scan.
+
+    The patient's front is up, the right side on the left, as radiologists look at slices.
+
+    Args:
+        images: [N, H, W], normalised as by preprocessing; axes lead to the patient's left and back.
+        anomaly: [N, H, W] scores, at least 0.
+        marked: [N, H, W] bool.
+        labels: what stands above each column.
+        threshold: score from which on a pixel is marked.
+        aspect: length of a pixel along W for one along H.
+        title: of the whole.
+    """
+    crop = _bounding_box(images > WINDOW[0])
+    scored = anomaly[anomaly > 0]
+    vmax = max(threshold, np.quantile(scored, 0.995)) if scored.size else threshold
+    norm = PowerNorm(0.5, vmin=0, vmax=vmax)  # as in `slices_figure`
+
+    height, width = (
+        np.ptp(range(length)[window]) for length, window in zip(images.shape[1:], crop, strict=True)
+    )
+    figure = Figure(
+        figsize=(2.1 * len(images) + 1.2, 6.3 * width * aspect / height + 1.1), layout="compressed"
+    )
+    axes = figure.subplots(3, len(images), squeeze=False)
+    for column, image, scores, mask, label in zip(axes.T, images, anomaly, marked, labels, strict=True):
+        for ax in (column[0], column[2]):
+            ax.imshow(to_grey(image[crop]), cmap="gray", vmin=0, vmax=1, aspect=aspect)
+        colours = column[1].imshow(scores[crop].T, cmap="inferno", norm=norm, aspect=aspect)
+        _outline(column[2], mask[crop], PREDICTION_STYLE)
+        column[0].set_title(label, fontsize=9)
+    for ax, name in zip(axes[:, 0], ("scan", "anomaly score", "marked"), strict=True):
+        ax.set_ylabel(name, fontsize=11)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for x, side in ((0.03, "R"), (0.97, "L")):
+        where = {"x": x, "y": 0.97, "ha": "left" if side == "R" else "right", "va": "top"}
+        axes[0, 0].text(s=side, transform=axes[0, 0].transAxes, color="white", fontsize=9, **where)
+    bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="anomaly score (line: threshold)")
+    bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
