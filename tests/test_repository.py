@@ -30,6 +30,21 @@ FLAGS = {
         "compare",
         "rescore",
     ),
+    "modality_cyclic_predict.py": (
+        *(flag for flag in SHARED if flag != "data_dir"),
+        "model",
+        "experiment_name_forward",
+        "experiment_name_backward",
+        "checkpoint_forward",
+        "checkpoint_backward",
+        "use_ddim",
+        "sampling",
+        "timestep_respacing",
+        "scan",
+        "output_dir",
+        "threshold",
+        "slices",
+    ),
     "datasets/phantom.py": ("output_dir", "train", "val", "test", "seed", "workers", "figure"),
     "datasets/brats_preprocess.py": (
         "modality",
@@ -200,7 +215,8 @@ def test_every_requirement_is_used_and_every_import_required():
     modules = {package: IMPORTED_AS.get(package, package) for package in required if package not in NEEDED_BY}
     unused = {package for package, module in modules.items() if module not in imported_or_parents(imported)}
     assert not unused
-    third_party = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - ROOMS
+    own = ROOMS | {path.stem for path in REPOSITORY.glob("*.py")}
+    third_party = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - own
     assert third_party <= set(modules.values())
 
 

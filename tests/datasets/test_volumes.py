@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from datasets.brats_preprocess import Settings, cut_subject, normalise
 from datasets.cohorts import read_brats
 from datasets.records import find_whole, store
-from datasets.volumes import MAX_BYTES, checksum, plain_errors, read_shape, read_volume
+from datasets.volumes import (
+    MAX_BYTES,
+    checksum,
+    plain_errors,
+    read_header,
+    read_shape,
+    read_volume,
+    write_like,
+)
 from utils.cli import UserError
 
 SHAPE = (6, 5, 4)
@@ -290,6 +298,31 @@ def test_what_is_odd_but_readable_is_read_in_silence(tmp_path, caplog):
         assert read_volume(tmp_path / "A.nii")[0].shape == SHAPE
     assert not warned
     assert not caplog.records
+
+
+@pytest.mark.parametrize("version", HEADERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_volume_like_another_lies_where_that_one_does(tmp_path, version, dtype):
+    affine = np.array([[0, -2, 0, 5], [1, 0, 0, 6], [0, 0, 3, -7], [0, 0, 0, 1.0]])
+    header = HEADERS[version](endianness=">" if np.dtype(dtype).byteorder == ">" else "<")
+    image = IMAGES[version](np.ones(SHAPE, dtype), affine, header)
+    image.set_qform(affine, 3)
+    image.set_sform(affine, 2)
+    image.header.set_xyzt_units("mm", "msec")
+    image.header["cal_max"] = 7
+    image.header.set_slope_inter(3, 1)
+    nibabel.save(image, tmp_path / "A.nii")
+    voxels = np.random.default_rng(0).uniform(size=SHAPE).astype(np.float32)
+    header = read_header(tmp_path / "A.nii")
+    assert type(header) is HEADERS[version]
+    write_like(header, voxels, read_volume(tmp_path / "A.nii")[1].affine, tmp_path / "B.nii.gz")
+    assert {path.name for path in tmp_path.iterdir()} == {"A.nii", "B.nii.gz"}
+    found = nibabel.load(tmp_path / "B.nii.gz")
+    np.testing.assert_array_equal(found.get_fdata(dtype=np.float32), voxels)
+    for key in ("sform_code", "qform_code", "srow_x", "srow_y", "quatern_d", "pixdim", "xyzt_units", "magic"):
+        np.testing.assert_array_equal(found.header[key], image.header[key])
+    assert found.header["cal_max"] == 0
+    assert found.header.get_slope_inter() in ((1, 0), (None, None))
 
 
 def test_an_error_of_several_lines_becomes_one():

@@ -10,6 +10,7 @@ from utils.figures import (
     draw_scores,
     histograms_figure,
     precision_recall_figure,
+    scan_figure,
     write_figures,
 )
 from utils.metrics import best_threshold, by_lesion_size, cut_scores, evaluate, ranked_scores
@@ -121,3 +122,41 @@ def test_maps_without_a_difference_can_be_drawn(maps, value, tmp_path):
     constant = maps | {"scores": np.full_like(maps["scores"], value)}
     write_figures(tmp_path / "figures", draw(constant, val=labelled(constant)))
     assert len(list((tmp_path / "figures").iterdir())) == 4
+
+
+def test_a_scans_report_shows_scan_scores_and_what_is_marked():
+    rng = np.random.default_rng(0)
+    images = np.full((2, 20, 24), -3.0)
+    images[:, 4:16, 5:21] = rng.normal(size=(2, 12, 16))
+    anomaly = np.zeros_like(images)
+    anomaly[0, 6:9, 7:12] = rng.uniform(1, 9, (3, 5))
+    marked = anomaly >= 4
+    labels = ["slice 8", "slice 3"]
+    figure = scan_figure(images, anomaly, marked, labels, threshold=4.0, aspect=1.5, title="head.nii")
+    *panels, bar = figure.axes
+    panels = np.reshape(panels, (3, 2))
+    assert [ax.get_title() for ax in panels[0]] == labels
+    assert [ax.get_ylabel() for ax in panels[:, 0]] == ["scan", "anomaly score", "marked"]
+    crop = (slice(2, 18), slice(3, 23))  # two pixels around the brain
+    for i, column in enumerate(panels.T):
+        for ax, shown in zip(column, (images, anomaly, images), strict=True):
+            picture = ax.images[0].get_array()
+            expected = shown[i][crop].T
+            if shown is images:
+                expected = np.clip((expected + 3) / 8, 0, 1)
+            np.testing.assert_allclose(picture, expected)  # front up, right on the left
+            assert ax.get_aspect() == 1.5
+    assert {text.get_text() for text in panels[0, 0].texts} == {"R", "L"}
+    outlines = [len(ax.collections) for ax in panels[2]]
+    assert outlines == [1, 0]
+    assert set(bar.lines[-1].get_ydata()) == {4.0}  # the threshold
+    assert bar.get_ylim()[1] >= 4
+
+
+def test_a_scan_without_any_score_can_be_drawn(tmp_path):
+    images = np.full((1, 9, 9), -3.0)
+    images[0, 3:6, 3:6] = 0
+    nothing = np.zeros_like(images)
+    figure = scan_figure(images, nothing, nothing > 0, ["slice 0"], threshold=2.0, aspect=1, title="")
+    write_figures(tmp_path / "figures", {"report": figure})
+    assert matplotlib.image.imread(tmp_path / "figures/report.png").std() > 0

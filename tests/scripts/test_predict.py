@@ -1,0 +1,535 @@
+"""Scans of a user's own: the scores are those of the test script, and lie where the scan lies."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import nibabel
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine, from_matvec
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+
+from datasets.grid import TrainingGrid
+from modality_cyclic_predict import LARGEST_BRAIN, NORMALISATION, SHOWN, axial_axis, pick_slices, read_scan
+from utils.metrics import scored_region
+
+pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
+
+PREDICT, TEST = "modality_cyclic_predict.py", "modality_cyclic_test.py"
+SHAPE = (32, 32, 14)  # in-plane the tiny networks' image size: resizing changes nothing
+SPACING = 5.0  # mm
+AFFINE = from_matvec(np.diag([-SPACING, -SPACING, SPACING]), [80, 90, -30])
+GRID = TrainingGrid("LPS", (SPACING,) * 3, SHAPE[:2])
+LESION = apply_affine(AFFINE, [19, 12, 7])  # mm
+
+FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
+METHODS = {
+    "cyclic_unet": (),
+    "mmccd": (
+        "--model_name=diffusion",
+        "--experiment_name_forward=masked",
+        "--timestep_respacing=5",
+        "--config.score_model.sampling.stride=8",
+    ),
+}
+RESULTS = {"cyclic_unet": f"{FORWARD}__{BACKWARD}", "mmccd": f"masked__{BACKWARD}__ddim5_stride8"}
+
+
+def head(seed: int, modality: str = "flair", shape=SHAPE, affine=AFFINE) -> np.ndarray:
+    """A stripped head with texture and a lesion, int16; its volume has as much of them wherever its voxels lie."""
+    place = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    away = (place - apply_affine(AFFINE, (np.array(SHAPE) - 1) / 2)) / [62, 70, 28]
+    texture = 400 + 80 * np.sin(place / 9 + seed).sum(-1) + 60 * away[..., 1]
+    if modality == "t2":
+        texture = 900 - texture
+    texture[lesion(shape, affine)] = 2500
+    return np.where((away**2).sum(-1) < 1, texture, 0).astype(np.int16)
+
+
+def lesion(shape=SHAPE, affine=AFFINE) -> np.ndarray:
+    place = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    return np.linalg.norm(place - LESION, axis=-1) < 13
+
+
+def save(path: Path, volume: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(volume, affine)
+    image.set_sform(affine, 4)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, workspace, chain, as_subprocess, in_process, repository) -> Path:
+    """A small cohort with three subjects, and the chain's translators as though they had been trained on its grid."""
+    folder = tmp_path_factory.mktemp("predict")
+    for part, subject, seed in (("training", "A", 0), ("validation", "B", 1), ("testing", "C", 2)):
+        for kind in ("flair", "t2"):
+            save(folder / f"raw/{subject}/{subject}_{kind}.nii.gz", head(seed, kind))
+        save(folder / f"raw/{subject}/{subject}_seg.nii.gz", lesion().astype(np.uint8))
+        (folder / f"raw/brats_split_{part}.txt").write_text(f"{subject}\n")
+    preprocess = repository / "datasets/brats_preprocess.py"
+    flags = (
+        "--modality=flair,t2",
+        "--data_dir=raw",
+        "--output_dir=slices",
+        "--workers=1",
+        "--slices",
+        "0",
+        "14",
+    )
+    done = as_subprocess(preprocess, *flags, cwd=folder)
+    assert done.code == 0, done.stderr
+    for name in (FORWARD, BACKWARD, "masked"):
+        target = folder / "experiments" / name
+        target.mkdir(parents=True)
+        shutil.copy(workspace / "experiments" / name / "ema_0.5_000004.pt", target)
+        record = json.loads((workspace / "experiments" / name / "config.json").read_text())
+        record["data"]["grid"] = GRID.to_json()
+        (target / "config.json").write_text(json.dumps(record))
+    for flags in METHODS.values():
+        done = in_process(TEST, "--dataset=phantom", "--data_dir=slices", *flags, cwd=folder)
+        assert done.code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predict(place, in_process) -> Callable:
+    """Call the script in the folder of `place` on the CPU."""
+
+    def run(scan: Path | str, output_dir: Path | str, *flags: object):
+        where = (f"--scan={scan}", f"--output_dir={output_dir}")
+        return in_process(PREDICT, "--dataset=phantom", *where, *flags, cwd=place)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(place, predict) -> dict[str, tuple[Path, str]]:
+    """Subject C, by both methods: the folder of the results, and what was said on stdout."""
+    outputs = {}
+    for method, flags in METHODS.items():
+        done = predict("raw/C/C_flair.nii.gz", f"out_{method}", *flags)
+        assert done.code == 0, done.stderr
+        assert "Warning" not in done.stderr
+        outputs[method] = place / f"out_{method}", done.stdout
+    return outputs
+
+
+def load(folder: Path, name: str, result: str = "anomaly") -> nibabel.Nifti1Image:
+    return nibabel.load(folder / f"{name}_{result}.nii.gz")
+
+
+def voxels(image: nibabel.Nifti1Image) -> np.ndarray:
+    return np.asarray(image.dataobj)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What comes out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_anomaly_of_a_test_slice_is_the_test_scripts_error(place, whole, method):
+    folder, _ = whole[method]
+    anomaly = voxels(load(folder, "C_flair"))
+    with np.load(place / "experiments/results" / RESULTS[method] / "error_maps.npz") as maps:
+        (name,) = maps["test_names"].tolist()
+        of_slice = anomaly[:, :, int(name.removeprefix("C_"))]
+        inside = scored_region(maps["test_brainmask"])[0]
+        assert 100 < np.count_nonzero(inside) < np.count_nonzero(maps["test_brainmask"])
+        np.testing.assert_allclose(of_slice[inside], maps["test_scores"][0][inside], rtol=1e-6, atol=1e-5)
+    assert not of_slice[~inside].any()
+    assert np.count_nonzero(anomaly.any(axis=(0, 1))) == np.count_nonzero(head(2).any(axis=(0, 1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_marked_is_what_reaches_the_validation_threshold(place, whole, method):
+    folder, said = whole[method]
+    path = place / "experiments/results" / RESULTS[method] / "metrics.json"
+    threshold = json.loads(path.read_text())["validation"]["threshold"]
+    assert (
+        f"threshold: {threshold:.6g}, the validation threshold in experiments/results/{RESULTS[method]}"
+        in said
+    )
+    mask = voxels(load(folder, "C_flair", "mask"))
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, voxels(load(folder, "C_flair")) >= threshold)
+    assert 0 < mask.mean() < 1
+    assert f"{mask.sum() * SPACING**3 / 1000:.1f} ml at or above the threshold" in said
+    assert "network passes, on 1 × cpu" in said
+
+
+def test_the_report_is_a_picture(whole):
+    folder, said = whole["cyclic_unet"]
+    picture = matplotlib.image.imread(folder / "C_flair_report.png")
+    assert picture.shape[1] > picture.shape[0] > 300
+    assert picture.std() > 0.05
+    assert f"{folder.name}/C_flair_report.png" in said
+    assert {path.name for path in folder.iterdir()} == {
+        f"C_flair_{result}" for result in ("anomaly.nii.gz", "mask.nii.gz", "report.png")
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "codes", "nifti2, scaled", "big-endian"])
+def test_results_lie_where_the_scan_lies(place, predict, tmp_path, kind):
+    volume = head(2)
+    image_class = nibabel.Nifti2Image if kind == "nifti2, scaled" else nibabel.Nifti1Image
+    header = image_class.header_class(endianness=">" if kind == "big-endian" else "<")
+    image = image_class(volume, AFFINE, header)
+    image.set_sform(AFFINE, 2 if kind == "codes" else 1)
+    image.set_qform(AFFINE, 0 if kind == "codes" else 3)
+    image.header.set_xyzt_units("mm", "msec" if kind == "codes" else "sec")
+    image.header["cal_max"] = 1234
+    if kind == "nifti2, scaled":
+        image.header.set_slope_inter(0.5, 0)
+    nibabel.save(image, tmp_path / "scan.nii")
+    done = predict(tmp_path / "scan.nii", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    scan = nibabel.load(tmp_path / "scan.nii").header
+    for result, dtype in (("anomaly", np.float32), ("mask", np.uint8)):
+        found = load(tmp_path / "out", "scan", result)
+        assert type(found) is image_class
+        assert found.shape == SHAPE
+        for key in ("sform_code", "qform_code", "xyzt_units", "srow_x", "quatern_b", "qoffset_y", "pixdim"):
+            np.testing.assert_array_equal(found.header[key], scan[key])
+        np.testing.assert_array_equal(found.affine, nibabel.load(tmp_path / "scan.nii").affine)
+        assert found.get_data_dtype().newbyteorder("=") == dtype
+        assert found.header["cal_max"] == 0
+        assert voxels(found).max() > 0
+    whole = voxels(load(place / "out_cyclic_unet", "C_flair"))
+    np.testing.assert_allclose(voxels(load(tmp_path / "out", "scan")), whole, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where it lies
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LIP", "SRA"])
+def test_another_order_of_axes_gives_the_same_in_that_order(whole, predict, tmp_path, axcodes):
+    folder, _ = whole["cyclic_unet"]
+    turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt(axcodes))
+    turned = nibabel.Nifti1Image(head(2), AFFINE).as_reoriented(turn)
+    save(tmp_path / "turned.nii.gz", voxels(turned), turned.affine)
+    assert predict(tmp_path / "turned.nii.gz", tmp_path).code == 0
+    for result in ("anomaly", "mask"):
+        found = load(tmp_path, "turned", result)
+        assert "".join(nibabel.aff2axcodes(found.affine)) == axcodes
+        expected = load(folder, "C_flair", result).as_reoriented(turn)
+        np.testing.assert_allclose(found.affine, expected.affine)
+        np.testing.assert_array_equal(voxels(found), voxels(expected))
+
+
+TILTED = np.array([[1, 0, 0], [0, np.cos(0.1), -np.sin(0.1)], [0, np.sin(0.1), np.cos(0.1)]])
+OTHER_GRIDS = {
+    "2.5 mm": ((64, 64, 28), np.diag([2.5, -2.5, 2.5])),
+    "thick coronal slices": ((50, 28, 9), np.array([[3.2, 0, 0], [0, 0, -20.0], [0, 2.8, 0]])),
+    "oblique": ((48, 52, 26), TILTED @ np.diag([-3.4, -3.4, 3.0])),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_GRIDS)
+def test_on_another_grid_the_anomaly_lies_at_the_same_place(place, whole, predict, tmp_path, name):
+    shape, axes = OTHER_GRIDS[name]
+    middle = apply_affine(AFFINE, (np.array(SHAPE) - 1) / 2)
+    affine = from_matvec(axes, middle - axes @ ((np.array(shape) - 1) / 2))
+    scan = save(tmp_path / "scan.nii.gz", head(2, shape=shape, affine=affine), affine)
+    done = predict(scan, tmp_path)
+    assert done.code == 0, done.stderr
+    found = load(tmp_path, "scan")
+    assert found.shape == shape
+    np.testing.assert_array_equal(found.affine, nibabel.load(scan).affine)
+    anomaly = voxels(found)
+    assert not anomaly[head(2, shape=shape, affine=affine) == 0].any()
+    weight = np.where(anomaly >= 0.5 * anomaly.max(), anomaly, 0)
+    centre = (weight[..., None] * apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))).sum((0, 1, 2))
+    voxel = max(SPACING, *np.linalg.norm(axes, axis=0))
+    assert np.linalg.norm(centre / weight.sum() - LESION) < voxel
+    # and so it does on the grid of the slices: the lesion is what these networks cannot make
+    reference = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    assert reference[lesion()].mean() > 3 * reference[(head(2) != 0) & ~lesion()].mean()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def test_slices_are_those_of_the_scans_own_axis(whole, predict, tmp_path):
+    folder, _ = whole["cyclic_unet"]
+    turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt("IRA"))
+    turned = nibabel.Nifti1Image(head(2), AFFINE).as_reoriented(turn)
+    save(tmp_path / "turned.nii.gz", voxels(turned), turned.affine)
+    assert axial_axis(turned.affine) == 0
+    done = predict(tmp_path / "turned.nii.gz", tmp_path, "--slices", 4, 7)
+    assert done.code == 0, done.stderr
+    assert "6 network passes" in done.stdout  # forward and back
+    expected = voxels(load(folder, "C_flair").as_reoriented(turn)).copy()
+    expected[:4] = expected[7:] = 0
+    np.testing.assert_allclose(voxels(load(tmp_path, "turned")), expected, atol=1e-5)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_do_not_change_the_score(whole, predict, tmp_path, method):
+    folder, _ = whole[method]
+    one = "--config.score_model.sampling.batch_size=3"
+    done = predict("raw/C/C_flair.nii.gz", tmp_path, one, "--slices", 5, 8, *METHODS[method])
+    assert done.code == 0, done.stderr
+    expected = voxels(load(folder, "C_flair"))[:, :, 5:8]
+    np.testing.assert_allclose(voxels(load(tmp_path, "C_flair"))[:, :, 5:8], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_threshold_by_flag_needs_no_test_run(experiments, whole, predict, tmp_path):
+    anomaly = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    threshold = float(np.quantile(anomaly[anomaly > 0], 0.9))
+    forget_the_test(experiments)
+    flags = (f"--threshold={threshold!r}", f"--logdir={experiments}")
+    done = predict("raw/C/C_flair.nii.gz", tmp_path, *flags)
+    assert done.code == 0, done.stderr
+    assert "as --threshold says" in done.stdout
+    np.testing.assert_array_equal(voxels(load(tmp_path, "C_flair", "mask")), anomaly >= threshold)
+
+
+@pytest.fixture
+def experiments(place, tmp_path) -> Path:
+    """A copy of the experiments to spoil."""
+    return shutil.copytree(place / "experiments", tmp_path / "copy")
+
+
+def test_a_copy_of_the_experiments_keeps_its_threshold(experiments, predict, tmp_path):
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}", "--slices", 7, 8)
+    assert done.code == 0, done.stderr
+
+
+def train_on(experiments: Path) -> None:
+    shutil.copy(experiments / FORWARD / "ema_0.5_000004.pt", experiments / FORWARD / "ema_0.5_000006.pt")
+
+
+def forget_the_test(experiments: Path) -> None:
+    shutil.rmtree(experiments / "results")
+
+
+def rewrite(experiments: Path, **changes: object) -> None:
+    path = experiments / "results" / RESULTS["cyclic_unet"] / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+STALE = {
+    "never tested": (forget_the_test, ["no threshold, since there is no", RESULTS["cyclic_unet"]]),
+    "trained on since": (train_on, ["of other weights", "ema_0.5_000004.pt", f"{FORWARD}/ema_0.5_000006.pt"]),
+    "no validation slices": (lambda folder: rewrite(folder, validation=None), ["no validation threshold"]),
+    "nothing predicted": (
+        lambda folder: rewrite(folder, validation={"threshold": None}),
+        ["no validation threshold"],
+    ),
+    "sampled otherwise": (lambda folder: rewrite(folder, sampling="fast"), ["of other weights"]),
+    "damaged": (lambda folder: rewrite(folder, checkpoints="?"), ["metrics.json is damaged"]),
+}
+
+
+@pytest.mark.parametrize("why", STALE)
+def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp_path, why):
+    spoil, phrases = STALE[why]
+    spoil(experiments)
+    flags = (f"--logdir={experiments}", "--input=flair", "--config.score_model.sampling.batch_size=4")
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    command = (
+        f"run python modality_cyclic_test.py --dataset=phantom --input=flair --logdir={experiments} "
+        "--config.score_model.sampling.batch_size=4 first, or give --threshold"
+    )
+    for phrase in (*phrases, command):
+        assert phrase in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_translators_of_two_grids_do_not_fit(experiments, predict, tmp_path):
+    path = experiments / BACKWARD / "config.json"
+    record = json.loads(path.read_text())
+    record["data"]["grid"]["spacing"] = [1.0, 1.0, 1.0]
+    path.write_text(json.dumps(record))
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}")
+    assert done.code == 2
+    assert "do not fit: trained on the grids" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Folders and processes
+
+
+def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predict, tmp_path):
+    for name, subject in (("a.nii.gz", "C"), ("b.nii.gz", "B")):
+        shutil.copy(place / f"raw/{subject}/{subject}_flair.nii.gz", tmp_path / name)
+    (tmp_path / "aa.nii").write_bytes(b"cut off")
+    (tmp_path / ".hidden.nii").write_bytes(b"what file managers leave")
+    (tmp_path / "note.txt").write_text("no scan")
+    for _ in range(2):  # the second passes over what the first has written among the scans
+        done = predict(tmp_path, tmp_path)
+        assert done.code == 1
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"{PREDICT}: error: {tmp_path / 'aa.nii'} cannot be read")
+        assert done.stdout.count("ml at or above the threshold") == 2
+        written = {path.name for path in tmp_path.iterdir() if "_" in path.name}
+        assert written == {
+            f"{name}_{result}" for name in "ab" for result in ("anomaly.nii.gz", "mask.nii.gz", "report.png")
+        }
+    expected = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    np.testing.assert_array_equal(voxels(load(tmp_path, "a")), expected)
+
+
+def test_two_processes_predict_what_one_does(place, whole, repository, tmp_path):
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
+    flags = ("--dataset=phantom", "--gpu_id=cpu", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(
+        [*command, str(repository / PREDICT), *flags],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 2 × cpu" in done.stdout
+    assert done.stdout.count("ml at or above the threshold") == 1
+    expected = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    np.testing.assert_allclose(voxels(load(tmp_path, "C_flair")), expected, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is warned about
+
+
+def skull_and_brain(litres: float, air: int = 0) -> np.ndarray:
+    """An ellipsoid of so many litres in a field of 240 × 240 × 200 mm, in voxels of 4 mm."""
+    place = (np.moveaxis(np.indices((60, 60, 50)), 0, -1) - [29.5, 29.5, 24.5]) * 4
+    radius = (litres * 1e6 * 3 / 4 / np.pi) ** (1 / 3)
+    inside = np.linalg.norm(place * [1, 0.9, 1 / 0.9], axis=-1) < radius
+    rng = np.random.default_rng(0)
+    return np.where(inside, rng.integers(300, 600, inside.shape), air * rng.integers(1, 20, inside.shape))
+
+
+@pytest.mark.parametrize(
+    ("litres", "air", "warned"),
+    [(1.0, 0, False), (1.5, 0, False), (1.9, 0, False), (2.6, 0, True), (3.6, 0, True), (1.5, 1, True)],
+)
+def test_a_head_with_its_skull_is_warned_about(tmp_path, litres, air, warned):
+    affine = np.diag([-4.0, -4, 4, 1])
+    path = save(tmp_path / "head.nii.gz", skull_and_brain(litres, air).astype(np.int16), affine)
+    scan = read_scan(path, TrainingGrid("LPS", (4.0,) * 3, (60, 60)), NORMALISATION, None)
+    assert len(scan.warnings) == warned
+    if warned:
+        (warning,) = scan.warnings
+        assert "does not look skull-stripped" in warning
+        assert f"{11.5 if air else litres:.1f} litres" in warning  # all of the air is not 0
+        assert f"larger than {LARGEST_BRAIN}:" in warning
+
+
+def test_a_brain_that_the_field_cuts_and_a_header_without_orientation_are_warned_about(tmp_path, predict):
+    wide = SHAPE[0] + 40
+    affine = from_matvec(np.diag([-SPACING * SHAPE[0] / wide * 2, -SPACING, SPACING]), [0, 0, 0])
+    volume = np.repeat(head(2), 3, axis=0)
+    image = nibabel.Nifti1Image(volume, None)
+    image.header.set_zooms((abs(affine[0, 0]), SPACING, SPACING))
+    nibabel.save(image, tmp_path / "wide.nii.gz")
+    done = predict(tmp_path / "wide.nii.gz", tmp_path, "--slices", 7, 8)
+    assert done.code == 0, done.stderr
+    assert "of its brain lie outside the 32 × 32 px" in done.stdout
+    assert "its header does not say how it lies: its axes are taken to lead to L, A, S" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The report's slices
+
+
+def test_the_report_picks_slices_that_are_apart():
+    marked = np.array([0, 5, 9, 8, 0, 0, 3, 0, 0, 0])
+    scores = np.array([0, 2, 3, 9, 1, 0, 1, 2, 4, 0.5])
+    assert pick_slices(marked, scores, 2) == [2, 6, 8, 4]
+    assert pick_slices(marked, scores, 0) == [2, 3, 1, 6, 8, 7]
+    assert len(pick_slices(np.ones(50), np.ones(50), 1)) == SHOWN
+    assert pick_slices(np.zeros(5), np.zeros(5), 1) == [2]  # nothing anywhere: the middle
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Mistakes
+
+SCAN = "--scan=raw/C/C_flair.nii.gz"
+MISTAKES = {
+    "no scan": ([], ["--scan"]),
+    "no output": ([SCAN, "--output_dir"], ["--output_dir"]),
+    "not there": (["--scan=raw/nobody.nii.gz"], ["raw/nobody.nii.gz is not there"]),
+    "another file": (["--scan=raw/brats_split_testing.txt"], ["is no NIfTI volume", ".nii.gz"]),
+    "folder without volumes": (["--scan=raw"], ["no NIfTI volume", "raw"]),
+    "text": (["--scan=bad/text.nii"], ["bad/text.nii cannot be read"]),
+    "4D": (
+        ["--scan=bad/series.nii.gz"],
+        ["bad/series.nii.gz must hold a volume with 3 axes", "(8, 8, 8, 2)"],
+    ),
+    "empty": (["--scan=bad/empty.nii.gz"], ["bad/empty.nii.gz cannot be scored", "every voxel is 0"]),
+    "constant": (["--scan=bad/constant.nii.gz"], ["bad/constant.nii.gz cannot be scored", "quantiles"]),
+    "not a number": (["--scan=bad/nan.nii.gz"], ["bad/nan.nii.gz cannot be scored", "not finite"]),
+    "flat": (["--scan=bad/flat.nii.gz"], ["bad/flat.nii.gz cannot be scored", "no extent"]),
+    "two of one name": (["--scan=bad/twice"], ["a.nii", "a.nii.gz have the same name", "rename"]),
+    "remote scan": (["--scan=gs://bucket/a.nii"], ["copy it here first"]),
+    "slices beyond": ([SCAN, "--slices", "3", "15"], ["--slices 3 15 exceeds", "14 axial slices"]),
+    "slices reversed": ([SCAN, "--slices", "7", "3"], ["--slices must obey", "7 and 3"]),
+    "slices below 0": ([SCAN, "--slices", "-1", "3"], ["--slices"]),
+    "slices without brain": ([SCAN, "--slices", "0", "1"], ["no brain in --slices 0 1"]),
+    "threshold no number": ([SCAN, "--threshold=high"], ["--threshold", "'high'"]),
+    "threshold nan": ([SCAN, "--threshold=nan"], ["--threshold", "'nan'"]),
+    "threshold inf": ([SCAN, "--threshold=inf"], ["--threshold", "'inf'"]),
+    "threshold 0": ([SCAN, "--threshold=0"], ["--threshold", "'0'", "above 0"]),
+    "output is a file": ([SCAN, "--output_dir=bad/text.nii"], ["--output_dir bad/text.nii is a file"]),
+    "output below a file": ([SCAN, "--output_dir=bad/text.nii/x"], ["--output_dir", "cannot be written to"]),
+    "another's mask": ([SCAN, "--output_dir=bad/masks"], ["C_flair_mask.nii.gz", "not from an earlier run"]),
+    "no experiment": ([SCAN, "--logdir=nowhere"], [f"no experiment '{FORWARD}'", "train it first"]),
+    "no slices flag": ([SCAN, "--data_dir=slices"], ["unknown argument", "--data_dir"]),
+    "flag mistyped": ([SCAN, "--treshold=1"], ["did you mean '--threshold'?"]),
+    "device": ([SCAN, "--gpu_id=foo"], ["--gpu_id", "'foo'"]),
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(place) -> Path:
+    volume = head(2)
+    bad = place / "bad"
+    for name, voxels, affine in (
+        ("empty", volume * 0, AFFINE),
+        ("constant", (volume != 0).astype(np.int16), AFFINE),
+        ("nan", np.where(volume > 400, np.nan, volume).astype(np.float32), AFFINE),
+        ("series", np.ones((8, 8, 8, 2), np.int16), AFFINE),
+        ("twice/a", volume, AFFINE),
+    ):
+        save(bad / f"{name}.nii.gz", voxels, affine)
+    save(bad / "twice/a.nii", volume)
+    flat = nibabel.Nifti1Image(volume, None)
+    flat.header["sform_code"], flat.header["srow_x"], flat.header["srow_y"] = 1, [1, 0, 0, 0], [1, 0, 0, 0]
+    flat.header["srow_z"] = [0, 0, 1, 0]
+    flat.to_filename(bad / "flat.nii.gz")
+    (bad / "text.nii").write_text("not a volume")
+    save(bad / "masks/C_flair_mask.nii.gz", (volume != 0).astype(np.uint8))
+    return place
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_refused_before_anything_is_written(spoilt, whole, in_process, mistake):
+    args, phrases = MISTAKES[mistake]
+    before = {path: path.stat().st_mtime_ns for path in spoilt.rglob("*")}
+    done = in_process(PREDICT, "--dataset=phantom", "--output_dir=new", *args, cwd=spoilt)
+    assert done.code == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{PREDICT}: error: ")
+    for phrase in phrases:
+        assert phrase in line
+    assert {path: path.stat().st_mtime_ns for path in spoilt.rglob("*")} == before
