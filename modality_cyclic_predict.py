@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # these take seconds to import
 
 SUFFIXES = (".nii", ".nii.gz")
 RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
+PASSED_OVER = ("_anomaly", "_mask")  # ends of names that are no scans, in a folder
 NORMALISATION = {
     "percentage_lower": 0.02,
     "percentage_upper": 0.9,
@@ -167,31 +168,36 @@ def find_scans(path: Path) -> dict[str, Path]:
     """The scans that `--scan` names, by their names without suffix.
 
     Raises:
-        UserError: nothing is there, no volume, or two of the same name.
+        UserError: nothing is there, nothing that is called a volume, or two of the same name.
     """
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"--scan {path} is no NIfTI volume: its name must end in .nii or .nii.gz")
-        paths = [path]
-    elif path.is_dir():
-        paths = [
-            one
-            for one in sorted(path.iterdir())
-            if one.name.endswith(SUFFIXES) and not one.name.startswith(".") and not one.name.endswith(RESULTS)
-        ]
-    else:
+    if not path.exists():
         raise UserError(f"--scan {path} is not there")
+    if path.is_dir():
+        paths = sorted(
+            one
+            for one in path.iterdir()
+            if one.name.endswith(SUFFIXES)
+            and not one.name.startswith(".")
+            and not scan_name(one).endswith(PASSED_OVER)
+        )
+    else:
+        paths = [path] if path.name.endswith(SUFFIXES) else []
     if not paths:
         raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
     scans = {}
     for one in paths:
-        name = one.name.removesuffix(".gz").removesuffix(".nii")
+        name = scan_name(one)
         if name in scans:
             raise UserError(
                 f"{scans[name]} and {one} have the same name: rename one, their results would mix"
             )
         scans[name] = one
     return scans
+
+
+def scan_name(path: Path) -> str:
+    """What a scan's results are called after."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def refuse_to_overwrite(output_dir: Path, scans: dict[str, Path]) -> None:
@@ -486,7 +492,7 @@ def pick_slices(marked: "np.ndarray", scores: "np.ndarray", apart: int) -> list[
     import numpy as np
 
     picked: list[int] = []
-    for i in np.lexsort((-scores, -marked)).tolist():
+    for i in np.lexsort((scores, marked))[::-1].tolist():
         if len(picked) < SHOWN and scores[i] > 0 and all(abs(i - other) >= apart for other in picked):
             picked.append(i)
     return picked or [len(marked) // 2]

@@ -176,9 +176,7 @@ def scan_figure(
     vmax = max(threshold, np.quantile(scored, 0.995)) if scored.size else threshold
     norm = PowerNorm(0.5, vmin=0, vmax=vmax)  # as in `slices_figure`
 
-    height, width = (
-        np.ptp(range(length)[window]) for length, window in zip(images.shape[1:], crop, strict=True)
-    )
+    height, width = images[0][crop].shape
     figure = Figure(
         figsize=(2.1 * len(images) + 1.2, 6.3 * width * aspect / height + 1.1), layout="compressed"
     )

@@ -223,6 +223,34 @@ def test_a_test_run_on_object_storage_is_that_of_a_local_folder(
     assert theirs == ours
 
 
+def test_a_scan_is_scored_with_what_lies_on_object_storage(
+    asked, logdir, workspace, chain, in_process, tmp_path
+):
+    context = blobfile.create_context(save_access_token_to_disk=False)
+    results = f"results/{FORWARD}__{BACKWARD}"
+    for name in (FORWARD, BACKWARD, results):
+        for path in (workspace / "experiments" / name).iterdir():
+            if path.suffix in (".pt", ".json"):
+                context.copy(str(path), f"{logdir}/{name}/{path.name}")
+    asked.clear()
+    scan = next((workspace / "datasets").glob("*/*/*_flair.nii.gz"))
+    flags = ("--dataset=phantom", f"--scan={scan}", f"--output_dir={tmp_path / 'out'}", "--slices", 70, 72)
+    done = in_process("modality_cyclic_predict.py", *flags, f"--logdir={logdir}", cwd=workspace)
+    assert done.code == 0, done.stderr
+    assert f"the validation threshold in {logdir}/{results}/metrics.json" in done.stdout
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert {method for method, _ in asked} <= {"GET", "HEAD"}  # nothing is written there
+    pulled = {
+        path.split("/a/b/")[1]
+        for method, path in asked
+        if method == "GET" and path.endswith((".pt", ".json"))
+    }
+    assert pulled == {
+        *(f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")),
+        f"{results}/metrics.json",
+    }
+
+
 def test_training_outlasts_a_push_that_fails(asked, logdir, workspace, tiny, short, in_process, monkeypatch):
     push, pushes = Mirror.push, []
 

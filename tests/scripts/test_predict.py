@@ -16,7 +16,15 @@ from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.grid import TrainingGrid
-from modality_cyclic_predict import LARGEST_BRAIN, NORMALISATION, SHOWN, axial_axis, pick_slices, read_scan
+from modality_cyclic_predict import (
+    LARGEST_BRAIN,
+    NORMALISATION,
+    SHOWN,
+    axial_axis,
+    draw_report,
+    pick_slices,
+    read_scan,
+)
 from utils.metrics import scored_region
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
@@ -371,6 +379,7 @@ def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predi
     (tmp_path / "aa.nii").write_bytes(b"cut off")
     (tmp_path / ".hidden.nii").write_bytes(b"what file managers leave")
     (tmp_path / "note.txt").write_text("no scan")
+    (tmp_path / "c_mask.nii").write_bytes(b"a mask of someone's")
     for _ in range(2):  # the second passes over what the first has written among the scans
         done = predict(tmp_path, tmp_path)
         assert done.code == 1
@@ -378,7 +387,7 @@ def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predi
         assert len(lines) == 1
         assert lines[0].startswith(f"{PREDICT}: error: {tmp_path / 'aa.nii'} cannot be read")
         assert done.stdout.count("ml at or above the threshold") == 2
-        written = {path.name for path in tmp_path.iterdir() if "_" in path.name}
+        written = {path.name for path in tmp_path.iterdir() if "_" in path.name} - {"c_mask.nii"}
         assert written == {
             f"{name}_{result}" for name in "ab" for result in ("anomaly.nii.gz", "mask.nii.gz", "report.png")
         }
@@ -452,6 +461,28 @@ def test_a_brain_that_the_field_cuts_and_a_header_without_orientation_are_warned
 # The report's slices
 
 
+@pytest.mark.parametrize("axcodes", ["LPS", "RAI", "IRA", "PSL"])
+def test_the_report_shows_slices_front_up_and_numbered_as_in_the_file(tmp_path, axcodes):
+    turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt(axcodes))
+    anomaly = np.zeros(SHAPE, np.float32)
+    anomaly[18:21, 10:12, 4] = 8
+    anomaly[18:21, 10:12, 9] = 3
+    turned, turned_anomaly = (
+        nibabel.Nifti1Image(volume, AFFINE).as_reoriented(turn) for volume in (head(2), anomaly)
+    )
+    path = save(tmp_path / "scan.nii.gz", voxels(turned), turned.affine)
+    scan, scores = read_scan(path, GRID, NORMALISATION, None), voxels(turned_anomaly)
+    figure = draw_report(scan, scores, (scores >= 5).astype(np.uint8), 5.0, NORMALISATION)
+    first, second, scores_of_first = figure.axes[:3]
+    numbers = [4, 9] if "S" in axcodes else [9, 4]
+    assert first.get_title() == f"slice {numbers[0]}\n1.5 cm² marked, score ≤ 8"
+    assert second.get_title() == f"slice {numbers[1]}\n0.0 cm² marked, score ≤ 3"
+    rows, columns = np.nonzero(scores_of_first.images[0].get_array())
+    left, front = np.argwhere(head(2)[:, :, [4, 9]].any(axis=2)).min(axis=0) - 2  # the first pixels shown
+    shown = set(zip((columns + left).tolist(), (rows + front).tolist(), strict=True))
+    assert shown == {(i, j) for i in (18, 19, 20) for j in (10, 11)}
+
+
 def test_the_report_picks_slices_that_are_apart():
     marked = np.array([0, 5, 9, 8, 0, 0, 3, 0, 0, 0])
     scores = np.array([0, 2, 3, 9, 1, 0, 1, 2, 4, 0.5])
@@ -469,7 +500,7 @@ MISTAKES = {
     "no scan": ([], ["--scan"]),
     "no output": ([SCAN, "--output_dir"], ["--output_dir"]),
     "not there": (["--scan=raw/nobody.nii.gz"], ["raw/nobody.nii.gz is not there"]),
-    "another file": (["--scan=raw/brats_split_testing.txt"], ["is no NIfTI volume", ".nii.gz"]),
+    "another file": (["--scan=raw/brats_split_testing.txt"], ["no NIfTI volume", "testing.txt"]),
     "folder without volumes": (["--scan=raw"], ["no NIfTI volume", "raw"]),
     "text": (["--scan=bad/text.nii"], ["bad/text.nii cannot be read"]),
     "4D": (
