@@ -237,11 +237,18 @@ def common_grid(forward: Translator, backward: Translator) -> "TrainingGrid":
     """The grid that both translators were trained on; BraTS's where neither has a record of it.
 
     Raises:
-        UserError: they were trained on two.
+        UserError: they were trained on two, or a record is damaged.
     """
     from datasets.grid import TrainingGrid
 
-    grids = [TrainingGrid.from_json(found.grid) for found in (forward, backward) if found.grid]
+    grids = []
+    for found in (forward, backward):
+        try:
+            grids += [TrainingGrid.from_json(found.grid)] if found.grid else []
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{found.checkpoint.parent / 'config.json'} is not what training writes: restore it"
+            ) from error
     if len(set(grids)) > 1:
         raise UserError(
             f"{forward.checkpoint} and {backward.checkpoint} do not fit: trained on the grids {grids[0]} and "

@@ -41,8 +41,10 @@ class TrainingGrid(NamedTuple):
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> TrainingGrid:
-        """What `to_json` made."""
-        return cls(record["axcodes"], tuple(record["spacing"]), tuple(record["shape"]))
+        """What `to_json` made; a KeyError, TypeError or ValueError for anything else."""
+        axcodes2ornt(record["axcodes"])  # refuses other letters
+        (x, y, z), (height, width) = record["spacing"], record["shape"]
+        return cls(record["axcodes"], (float(x), float(y), float(z)), (int(height), int(width)))
 
     def to_json(self) -> dict[str, Any]:
         """`{"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [240, 240]}`."""

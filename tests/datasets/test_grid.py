@@ -95,6 +95,14 @@ def test_a_grid_survives_json():
     assert TrainingGrid.from_json(record) == grid
 
 
+@pytest.mark.parametrize(
+    "change", [{"axcodes": "LPQ"}, {"spacing": [1.0, 1.0]}, {"shape": 240}, {"spacing": ["wide", 1, 1]}]
+)
+def test_what_is_no_grid_is_refused(change):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        TrainingGrid.from_json(TrainingGrid().to_json() | change)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # What must be exact
 

@@ -359,14 +359,45 @@ def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_translators_of_two_grids_do_not_fit(experiments, predict, tmp_path):
-    path = experiments / BACKWARD / "config.json"
-    record = json.loads(path.read_text())
-    record["data"]["grid"]["spacing"] = [1.0, 1.0, 1.0]
-    path.write_text(json.dumps(record))
+def change_data(experiments: Path, names: tuple[str, ...], **changes: object) -> None:
+    """What the records say of the slices that the translators were trained on."""
+    for name in names:
+        path = experiments / name / "config.json"
+        record = json.loads(path.read_text())
+        record["data"] |= changes
+        path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("grid", "phrase"),
+    [
+        (GRID.to_json() | {"spacing": [1.0, 1.0, 1.0]}, "do not fit: trained on the grids"),
+        ({"axcodes": "LPS"}, f"{BACKWARD}/config.json is not what training writes"),
+    ],
+)
+def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp_path, grid, phrase):
+    change_data(experiments, (BACKWARD,), grid=grid)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}")
     assert done.code == 2
-    assert "do not fit: trained on the grids" in done.stderr
+    assert phrase in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_scan_is_normalised_as_the_training_slices_were(experiments, place, whole, predict, tmp_path):
+    """Whatever slices lie about where those of the data set would be."""
+    made_with = NORMALISATION | {"percentage_upper": 0.7}
+    record = place / "datasets/phantom/subjects/X.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"made_with": made_with, "files": {}}))
+    scan, flags = "raw/C/C_flair.nii.gz", (f"--logdir={experiments}", "--threshold=1", "--slices", 7, 8)
+    for quantiles, same in ((NORMALISATION, True), (made_with, False)):
+        change_data(experiments, (FORWARD, BACKWARD), normalisation=quantiles)
+        done = predict(scan, tmp_path, *flags)
+        assert done.code == 0, done.stderr
+        found, expected = (
+            voxels(load(folder, "C_flair"))[:, :, 7] for folder in (tmp_path, whole["cyclic_unet"][0])
+        )
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-4) == same
 
 
 # ----------------------------------------------------------------------------------------------------------
