@@ -17,7 +17,7 @@ from modality_cyclic_test import (
     find_translators,
     join_processes,
     progress_bar,
-    require_same_normalisation,
+    require_same_preprocessing,
     results_name,
     sampling_name,
 )
@@ -33,13 +33,10 @@ if TYPE_CHECKING:  # these take seconds to import
 SUFFIXES = (".nii", ".nii.gz")
 RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
 PASSED_OVER = ("_anomaly", "_mask")  # ends of names that are no scans, in a folder
-NORMALISATION = {
-    "percentage_lower": 0.02,
-    "percentage_upper": 0.9,
-}  # where training has no record: the defaults
-LARGEST_BRAIN = (
-    2.2  # litres; adults have 1 to 1.9, a head with its skull 3 and more, a field full of noisy air 8
-)
+# Where training has no record: the defaults of preprocessing.
+NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}
+# Litres: adults have 1 to 1.9, a head with its skull 3 and more, a field full of noisy air 8.
+LARGEST_BRAIN = 2.2
 SHOWN = 6  # slices in a report
 APART = 6.0  # mm, at least, between two of them
 
@@ -75,8 +72,8 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     join_processes()
     experiments.writes = False
     forward, backward = find_translators(args, overrides, experiments)
-    require_same_normalisation(forward, backward)
-    grid = common_grid(forward, backward)
+    require_same_preprocessing(forward, backward)
+    grid = grid_of(forward if forward.grid else backward)
     quantiles = forward.normalisation or backward.normalisation or NORMALISATION
     threshold, origin = find_threshold(args, overrides, experiments, forward, backward)
     scorer = Scorer(args.model_name, forward, backward, pick_device(dist_util.gpu_id(args.gpu_id)))
@@ -233,28 +230,22 @@ def make_folder(output_dir: Path) -> None:
 # What training and testing have left
 
 
-def common_grid(forward: Translator, backward: Translator) -> "TrainingGrid":
-    """The grid that both translators were trained on; BraTS's where neither has a record of it.
+def grid_of(translator: Translator) -> "TrainingGrid":
+    """The grid that a translator was trained on; BraTS's where there is no record of it.
 
     Raises:
-        UserError: they were trained on two, or a record is damaged.
+        UserError: the record is damaged.
     """
     from datasets.grid import TrainingGrid
 
-    grids = []
-    for found in (forward, backward):
-        try:
-            grids += [TrainingGrid.from_json(found.grid)] if found.grid else []
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{found.checkpoint.parent / 'config.json'} is not what training writes: restore it"
-            ) from error
-    if len(set(grids)) > 1:
+    if not translator.grid:
+        return TrainingGrid()
+    try:
+        return TrainingGrid.from_json(translator.grid)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{forward.checkpoint} and {backward.checkpoint} do not fit: trained on the grids {grids[0]} and "
-            f"{grids[1]}; train both on the same slices"
-        )
-    return grids[0] if grids else TrainingGrid()
+            f"{translator.checkpoint.parent / 'config.json'} is not what training writes: restore it"
+        ) from error
 
 
 def find_threshold(

@@ -43,7 +43,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     experiments.writes = dist_util.rank() == 0
     forward, backward = find_translators(args, overrides, experiments)
     config = forward.config
-    require_same_normalisation(forward, backward, Path(config.data.data_dir))
+    require_same_preprocessing(forward, backward, Path(config.data.data_dir))
     scorer = Scorer(args.model_name, forward, backward, pick_device(dist_util.gpu_id(args.gpu_id)))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
     translators = {"forward": forward, "backward": backward}
@@ -122,9 +122,7 @@ class Translator(NamedTuple):
     checkpoint: Path
     config: Any  # ConfigDict
     normalisation: dict[str, float] | None  # of the slices that it was trained on, where that is known
-    grid: (
-        dict[str, Any] | None
-    )  # on which these slices lie, likewise; as `datasets.grid.TrainingGrid` has it in JSON
+    grid: dict[str, Any] | None  # that they lie on, likewise; the JSON of a `datasets.grid.TrainingGrid`
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -272,27 +270,32 @@ def find_translator(
     return Translator(name, checkpoint, fixed, data.get("normalisation"), data.get("grid"))
 
 
-def require_same_normalisation(
+def require_same_preprocessing(
     forward: Translator, backward: Translator, data_dir: Path | None = None
 ) -> None:
-    """Refuse translators, and slices where the run has any, whose intensities mean different things.
+    """Refuse translators, and slices where the run has any, whose intensities or pixels mean different things.
 
     Raises:
-        UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise.
+        UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise, or lie
+            on another grid. What nobody recorded is taken to be right.
     """
-    from datasets.records import read_normalisation
+    from datasets.records import read_grid, read_normalisation
 
-    known = {str(found.checkpoint): found.normalisation for found in (forward, backward)}
-    if data_dir:
-        known[str(data_dir)] = read_normalisation(data_dir)
-    known = {where: quantiles for where, quantiles in known.items() if quantiles}
-    (first, expected), *others = known.items() or [("", None)]
-    for where, quantiles in others:
-        if quantiles != expected:
-            raise UserError(
-                f"{first} and {where} do not fit: normalised by {expected} and by {quantiles}; "
-                "preprocess with the same --percentage_lower and --percentage_upper"
-            )
+    for what, read, remedy in (
+        ("normalisation", read_normalisation, "with the same --percentage_lower and --percentage_upper"),
+        ("grid", read_grid, "volumes of the same orientation, voxel size and shape, or all of them by --csv"),
+    ):
+        known = {str(found.checkpoint): getattr(found, what) for found in (forward, backward)}
+        if data_dir:
+            known[str(data_dir)] = read(data_dir)
+        known = {where: value for where, value in known.items() if value}
+        (first, expected), *others = known.items() or [("", None)]
+        for where, value in others:
+            if value != expected:
+                raise UserError(
+                    f"{first} and {where} do not fit: the {what} of their slices is {expected} and {value}; "
+                    f"preprocess {remedy}"
+                )
 
 
 class Scorer:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import print_table
 from benchmarks.tradeoff import accuracy
-from modality_cyclic_test import Scorer, chain_parser, find_translators, require_same_normalisation
+from modality_cyclic_test import Scorer, chain_parser, find_translators, require_same_preprocessing
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
 
@@ -33,7 +33,7 @@ def main() -> None:
     with open_folder(args.logdir) as experiments:
         chain = find_translators(args, overrides, experiments)
     config = chain[0].config
-    require_same_normalisation(*chain, Path(config.data.data_dir))
+    require_same_preprocessing(*chain, Path(config.data.data_dir))
     kinds = [config.data.input, config.data.trans, "seg", "brainmask"]
     slices = all_slices(BraTS2021Dataset(config.data.data_dir, "val", kinds, config.data.image_size))
     print(f"forward:  {chain[0].checkpoint}\nbackward: {chain[1].checkpoint}\n")

@@ -21,7 +21,7 @@ from modality_cyclic_test import (
     chain_parser,
     find_translators,
     load_slices,
-    require_same_normalisation,
+    require_same_preprocessing,
 )
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
@@ -44,7 +44,7 @@ def main() -> None:
 
     with open_folder(args.logdir) as experiments:
         forward, backward = find_translators(args, overrides, experiments)
-        require_same_normalisation(forward, backward, Path(forward.config.data.data_dir))
+        require_same_preprocessing(forward, backward, Path(forward.config.data.data_dir))
         device = pick_device(args.gpu_id)
         presets, seed = SAMPLING, forward.config.seed
         grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS] + list(LONG)

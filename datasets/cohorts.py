@@ -46,9 +46,7 @@ class Subject(NamedTuple):
     """One subject's raw volumes."""
 
     name: str
-    volumes: dict[
-        str, Path
-    ]  # by kind: modalities, seg, brainmask; where they lie or, if they are missing, should
+    volumes: dict[str, Path]  # by kind (modalities, seg, brainmask), where they lie or, if missing, should
     healthy: bool = False  # by declaration: no lesion in any slice
 
 

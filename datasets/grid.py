@@ -84,9 +84,8 @@ def find_field(
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError("its affine gives its voxels no extent")
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(grid.axcodes))
-    turned = affine @ inv_ornt_aff(
-        turn, brain.shape
-    )  # of the scan with its axes in the grid's order and direction
+    # Of the scan with its axes in the grid's order and direction.
+    turned = affine @ inv_ornt_aff(turn, brain.shape)
     turned_shape = tuple(int(brain.shape[axis]) for axis in np.argsort(turn[:, 0]))
 
     # The axes of the field: the scan's own where they are as good as the grid's, so that the voxels are the same.

@@ -179,6 +179,10 @@ TESTING = {
         ["--experiment_name_forward=scale_a", "--experiment_name_backward=scale_b"],
         ["scale_a", "scale_b", "0.9", "0.8", "--percentage_upper"],
     ),
+    "translators of different grids": (
+        ["--experiment_name_forward=grid_a", "--experiment_name_backward=grid_b"],
+        ["grid_a", "grid_b", "[1.0, 1.0, 1.0]", "[1.0, 1.0, 3.0]", "--csv"],
+    ),
     "other image size than trained": (["--config.data.image_size=64"], ["image_size=64", FORWARD, "32"]),
     "other network than trained": (
         ["--config.score_model.model.channel_mult=(1, 2)"],
@@ -240,10 +244,15 @@ def place(tmp_path_factory, in_process, tiny, short):
     for name, text in {"damaged": "{", "lacking": "{}"}.items():
         shutil.copytree(experiments / FORWARD, experiments / name)
         (experiments / name / "config.json").write_text(text)
-    for name, experiment, upper in (("scale_a", FORWARD, 0.9), ("scale_b", BACKWARD, 0.8)):
+    for name, experiment, changes in (
+        ("scale_a", FORWARD, {"normalisation": {"percentage_lower": 0.02, "percentage_upper": 0.9}}),
+        ("scale_b", BACKWARD, {"normalisation": {"percentage_lower": 0.02, "percentage_upper": 0.8}}),
+        ("grid_a", FORWARD, {"grid": {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [48, 48]}}),
+        ("grid_b", BACKWARD, {"grid": {"axcodes": "LPS", "spacing": [1.0, 1.0, 3.0], "shape": [48, 48]}}),
+    ):
         shutil.copytree(experiments / experiment, experiments / name)
         record = json.loads((experiments / name / "config.json").read_text())
-        record["data"]["normalisation"] = {"percentage_lower": 0.02, "percentage_upper": upper}
+        record["data"] |= changes
         (experiments / name / "config.json").write_text(json.dumps(record))
     bare = folder / "bare"
     bare.mkdir()

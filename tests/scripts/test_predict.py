@@ -369,14 +369,14 @@ def change_data(experiments: Path, names: tuple[str, ...], **changes: object) ->
 
 
 @pytest.mark.parametrize(
-    ("grid", "phrase"),
+    ("names", "grid", "phrase"),
     [
-        (GRID.to_json() | {"spacing": [1.0, 1.0, 1.0]}, "do not fit: trained on the grids"),
-        ({"axcodes": "LPS"}, f"{BACKWARD}/config.json is not what training writes"),
+        ((BACKWARD,), GRID.to_json() | {"spacing": [1, 1, 1]}, "do not fit: the grid of their slices is"),
+        ((FORWARD, BACKWARD), {"axcodes": "LPS"}, f"{FORWARD}/config.json is not what training writes"),
     ],
 )
-def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp_path, grid, phrase):
-    change_data(experiments, (BACKWARD,), grid=grid)
+def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp_path, names, grid, phrase):
+    change_data(experiments, names, grid=grid)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}")
     assert done.code == 2
     assert phrase in done.stderr
