@@ -89,9 +89,8 @@ def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndar
     """
     image_class = next(image for image in FORMATS if image.header_class is type(header))
     image = image_class(voxels, affine, header, dtype=voxels.dtype)
-    image.header["cal_min"] = image.header["cal_max"] = (
-        0  # the range of grey levels that suits the scan, not this
-    )
+    # The range of grey levels suited the scan, and not this.
+    image.header["cal_min"] = image.header["cal_max"] = 0
     image.header.set_intent("none")
     partial = path.with_name(f".{path.name}")
     nibabel.save(image, partial)
