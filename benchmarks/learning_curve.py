@@ -325,11 +325,13 @@ def draw(rows: dict[Point, Row], path: Path) -> None:
 
 def show(rows: dict[Point, Row]) -> None:
     """Print the scores of the test slices, a row for each method and seed."""
+    from utils.report import with_interval
+
     lines = []
     for method, (label, _) in METHODS.items():
         for point, row in rows.items():
             if point[:2] == ("test", method):
-                cells = (f"{row[s]:.3f} [{row[f'{s}_low']:.3f}, {row[f'{s}_high']:.3f}]" for s in SCORES)
+                cells = (with_interval(row[s], (row[f"{s}_low"], row[f"{s}_high"])) for s in SCORES)
                 lines.append([label, str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}", *cells])
     print_table(["test slices", "seed", "steps", "seconds", "AUPRC", "oracle Dice", "validation Dice"], lines)
 

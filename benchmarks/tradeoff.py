@@ -28,7 +28,6 @@ from utils.storage import open_folder
 
 STEPS = (1, 2, 3, 5, 10)
 BANDS_A_WIDTH = (1, 2, 4, 8)
-LONG = ((20, 2), (50, 2), (100, 2))  # how it goes on with more steps
 SEEDS = (0, 1, 2)
 COLUMNS = ("split", "timesteps", "bands_a_width", "average", "seed", "passes_a_slice", "auprc", "dice")
 
@@ -47,7 +46,7 @@ def main() -> None:
         require_same_preprocessing(forward, backward, Path(forward.config.data.data_dir))
         device = pick_device(args.gpu_id)
         presets, seed = SAMPLING, forward.config.seed
-        grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS] + list(LONG)
+        grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
         wanted = [("val", *preset, s) for preset in presets.values() for s in SEEDS]
         wanted += [
             ("val", f"trailing{steps}", bands, average, seed) for steps, bands in grid for average in AVERAGES
@@ -187,8 +186,7 @@ def draw(rows: dict[Point, Scores], seed: int, path: Path) -> None:
     for average, row in zip(AVERAGES, axes, strict=True):
         for column, metric, ax in zip((1, 2), ("AUPRC", "oracle Dice"), row, strict=True):
             for bands, shade in zip(BANDS_A_WIDTH, ("#9ecae1", "#6baed6", "#3182bd", "#08519c"), strict=True):
-                steps = [*STEPS, *(steps for steps, other in LONG if other == bands)]
-                line = [rows["val", f"trailing{n}", bands, average, seed] for n in steps]
+                line = [rows["val", f"trailing{n}", bands, average, seed] for n in STEPS]
                 label = f"bands a width {bands}, steps from 1 on"
                 ax.plot([p[0] for p in line], [p[column] for p in line], ".-", color=shade, label=label)
             for (name, (timesteps, bands, own)), marker in zip(SAMPLING.items(), "so", strict=True):

@@ -1,10 +1,12 @@
 """The command lines of the benchmarks, at the size of the demo; no time is judged."""
 
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +44,47 @@ def test_scaling_prints_its_ratios_and_memory():
     found = re.findall(r"^(\w+)  .*  [\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE)
     assert found == ["preprocessing", "training", "scoring"]
     assert re.findall(r"^(\d) subjects: [1-9]\d* MiB$", done.stdout, re.MULTILINE) == ["3", "4"]
+
+
+def test_a_learning_curve_is_drawn_once_and_its_models_are_taken_apart(write_slices, tmp_path):
+    images = torch.rand(3, 4, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    brain = np.pad(np.ones((40, 40), np.uint8), 12)
+    lesion = np.pad(np.ones((8, 8), np.uint8), 28)
+    for split, (flair, t2, *_) in zip(("train", "val", "test"), images, strict=True):
+        shown = {
+            "flair": flair + 3 * lesion,
+            "t2": t2,
+            "seg": lesion * (split != "train"),
+            "brainmask": brain,
+        }
+        write_slices(tmp_path / "slices", split, {kind: {("A", 1): image} for kind, image in shown.items()})
+    where = (f"--data_dir={tmp_path / 'slices'}", "--gpu_id=cpu")
+    files = {flag: tmp_path / name for flag, name in {"csv": "curve.csv", "figure": "curve.png"}.items()}
+    curve = (
+        *where,
+        *(f"--{flag}={path}" for flag, path in (files | {"logdir": tmp_path / "curve"}).items()),
+        *("--seeds", "1", "--unet_iterations=2", "--diffusion_iterations=2", "--saves=2", "--workers=2"),
+    )
+    for _ in range(2):
+        done = run_benchmark("learning_curve", *curve)
+        assert done.returncode == 0, done.stderr
+        with files["csv"].open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        points = {(row["split"], row["method"], int(row["steps"])) for row in rows}
+        assert len(rows) == len(points)
+        assert points == {
+            *((split, "intensity", 0) for split in ("val", "test")),
+            *(("val", method, s) for method in ("cyclic_unet", "mmccd", "mmccd_errors") for s in (1, 2)),
+            *(("test", method, 2) for method in ("cyclic_unet", "mmccd", "mmccd_errors")),
+        }
+        assert all(0 < float(row["auprc"]) <= 1 for row in rows)
+        assert "Cyclic UNet" in done.stdout
+    assert "pass/s" not in done.stderr  # the second time all was known
+    assert files["figure"].read_bytes().startswith(b"\x89PNG")
+
+    done = run_benchmark("limits", *where, f"--logdir={tmp_path / 'curve/seed1'}", "--seed=1")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^(?:A|B|variance) .*(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)) == 9
 
 
 @pytest.mark.parametrize("name", ["scoring", "training"])
