@@ -332,8 +332,16 @@ def show(rows: dict[Point, Row]) -> None:
         for point, row in rows.items():
             if point[:2] == ("test", method):
                 cells = (with_interval(row[s], (row[f"{s}_low"], row[f"{s}_high"])) for s in SCORES)
-                lines.append([label, str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}", *cells])
-    print_table(["test slices", "seed", "steps", "seconds", "AUPRC", "oracle Dice", "validation Dice"], lines)
+                trained = (
+                    [str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}"]
+                    if point.steps
+                    else ["none"] * 3
+                )
+                lines.append((label, *trained, *cells))
+    print_table(
+        ["test slices", "seed", "steps", "seconds", "AUPRC", "oracle Dice", "validation Dice"],
+        list(dict.fromkeys(lines)),
+    )
 
 
 if __name__ == "__main__":
