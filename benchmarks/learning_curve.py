@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.points import Row, read_points, write_points
 from benchmarks.timing import print_table
 from modality_cyclic_test import Scorer, chain_parser, find_translators, load_slices
 from utils.cli import ArgumentParser, UserError, run
@@ -54,7 +55,7 @@ class Point(NamedTuple):
     steps: int
 
 
-Row = dict[str, float | None]  # seconds of training, and every score with the ends of its interval
+# Seconds of training, and every score with the ends of its interval.
 COLUMNS = ("seconds", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")))
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     ]
     train(args, trainings)
 
-    rows = read_rows(args.csv)
+    rows = read_points(args.csv, Point, COLUMNS)
     measure(args, trainings, rows)
     draw(rows, args.figure)
     show(rows)
@@ -184,7 +185,7 @@ def measure(args: argparse.Namespace, trainings: list[Training], rows: dict[Poin
                 val = scored["val"][point.method] if point.split == "test" else None
                 of_training = seconds if point.steps else 0.0
                 rows[point] = summarise(scored[point.split][point.method], val, of_training)
-            write_rows(args.csv, rows)
+            write_points(args.csv, Point, COLUMNS, rows)
 
 
 def ema_checkpoints(directory: Path) -> dict[int, Path]:
@@ -264,30 +265,6 @@ def summarise(scored: tuple, val: tuple | None, seconds: float) -> Row:
 
 # ----------------------------------------------------------------------------------------------------------
 # What is shown
-
-
-def read_rows(path: Path) -> dict[Point, Row]:
-    """What was measured before, by point."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            Point(row["split"], row["method"], int(row["seed"]), int(row["steps"])): {
-                key: float(row[key]) if row[key] else None for key in COLUMNS
-            }
-            for row in csv.DictReader(file)
-        }
-
-
-def write_rows(path: Path, rows: dict[Point, Row]) -> None:
-    """All points, one a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((*Point._fields, *COLUMNS))
-        for point, row in rows.items():
-            cells = ("" if row[key] is None else f"{row[key]:.6g}" for key in COLUMNS)
-            writer.writerow((*point, *cells))
 
 
 def draw(rows: dict[Point, Row], path: Path) -> None:

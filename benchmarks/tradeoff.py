@@ -6,14 +6,14 @@ adds what is missing.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.points import Row, read_points, write_points
 from benchmarks.timing import print_table
 from modality_cyclic_test import (
     Scorer,
@@ -29,10 +29,17 @@ from utils.storage import open_folder
 STEPS = (1, 2, 3, 5, 10)
 BANDS_A_WIDTH = (1, 2, 4, 8)
 SEEDS = (0, 1, 2)
-COLUMNS = ("split", "timesteps", "bands_a_width", "average", "seed", "passes_a_slice", "auprc", "dice")
+COLUMNS = ("passes_a_slice", "auprc", "dice")
 
-Point = tuple[str, str, int, str, int]  # the first five columns
-Scores = tuple[float, float, float]  # the others
+
+class Point(NamedTuple):
+    """One way to sample, on the slices of a split."""
+
+    split: str
+    timesteps: str  # as --timestep_respacing takes them
+    bands_a_width: int
+    average: str
+    seed: int
 
 
 def main() -> None:
@@ -54,11 +61,11 @@ def main() -> None:
         wanted += [("val", *presets["paper"][:2], "reconstructions", s) for s in SEEDS]
         wanted += [("test", *presets["fast"], s) for s in SEEDS] + [("test", *presets["paper"], seed)]
 
-        rows = read_rows(args.csv)
+        rows = read_points(args.csv, Point, COLUMNS)
         for point in wanted:
             if point not in rows:
                 rows |= measure(forward, backward, device, *point)
-                write_rows(args.csv, rows)
+                write_points(args.csv, Point, COLUMNS, rows)
         draw(rows, seed, args.figure)
         show(rows, wanted)
         print(f"\n{args.csv}\n{args.figure}")
@@ -84,7 +91,7 @@ def measure(
     bands_a_width: int,
     average: str,
     seed: int,
-) -> dict[Point, Scores]:
+) -> dict[Point, Row]:
     """Network passes a slice, AUPRC and oracle Dice of one way to sample, on the slices of a split.
 
     One sweep serves both averages, that of the errors and that of the reconstructions.
@@ -101,18 +108,18 @@ def measure(
     slices = load_slices(config, split)
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
-    image, passes = (
-        slices[config.data.input],
-        sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample,
-    )
+    image = slices[config.data.input]
+    passes = sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample
     name = f"{split}: steps {timesteps}, {bands_a_width} bands a width, seed {seed}"
     with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
         cycle = scorer.score(image, slices["brainmask"], bar.update)
     scores = {"errors": cycle.score, "reconstructions": (image - cycle.reconstruction).square()}
-    return {
-        (split, timesteps, bands_a_width, average, seed): (passes / len(image), *accuracy(score, slices))
-        for average, score in scores.items()
-    }
+    rows = {}
+    for average, score in scores.items():
+        measured = (passes / len(image), *accuracy(score, slices))
+        point = Point(split, timesteps, bands_a_width, average, seed)
+        rows[point] = dict(zip(COLUMNS, measured, strict=True))
+    return rows
 
 
 def accuracy(score: Any, slices: dict) -> tuple[float, float]:
@@ -124,58 +131,27 @@ def accuracy(score: Any, slices: dict) -> tuple[float, float]:
     return auprc, best_threshold(cut_scores(scores, brainmask), truth)[1]
 
 
-def read_rows(path: Path) -> dict[Point, Scores]:
-    """What was measured before, by point."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if rows and set(rows[0]) != set(COLUMNS):
-        raise UserError(f"{path} has other columns than {', '.join(COLUMNS)}: move it away")
-    return {
-        (row["split"], row["timesteps"], int(row["bands_a_width"]), row["average"], int(row["seed"])): (
-            float(row["passes_a_slice"]),
-            float(row["auprc"]),
-            float(row["dice"]),
-        )
-        for row in rows
-    }
-
-
-def write_rows(path: Path, rows: dict[Point, Scores]) -> None:
-    """All points, one a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(
-            (*point, f"{passes:.1f}", f"{auprc:.5f}", f"{dice:.5f}")
-            for point, (passes, auprc, dice) in rows.items()
-        )
-
-
-def show(rows: dict[Point, Scores], wanted: list[Point]) -> None:
+def show(rows: dict[Point, Row], wanted: list[tuple]) -> None:
     """Print every setting, validation slices first, fewest passes first; over seeds the mean and the range."""
-    by_setting: dict[tuple, list[Scores]] = {}
+    by_setting: dict[tuple, list[Row]] = {}
     for point in dict.fromkeys(wanted):
         by_setting.setdefault(point[:-1], []).append(rows[point])
     lines = []
-    for setting, measured in sorted(
-        by_setting.items(), key=lambda item: (item[0][0] != "val", item[1][0][0])
-    ):
-        passes, auprc, dice = zip(*measured, strict=True)
+    for setting, measured in by_setting.items():
+        passes, auprc, dice = ([row[column] for row in measured] for column in COLUMNS)
         lines.append([*map(str, setting), f"{passes[0]:,.0f}", over_seeds(auprc), over_seeds(dice)])
+    lines.sort(key=lambda line: (line[0] != "val", int(line[4].replace(",", ""))))
     header = ["slices", "steps", "bands a width", "average of", "passes a slice", "AUPRC", "oracle Dice"]
     print_table(header, lines)
 
 
-def over_seeds(values: tuple[float, ...]) -> str:
+def over_seeds(values: list[float]) -> str:
     """The mean, and the range where there is more than one."""
     text = f"{mean(values):.3f}"
     return text if len(values) == 1 else f"{text} ({min(values):.3f} … {max(values):.3f})"
 
 
-def draw(rows: dict[Point, Scores], seed: int, path: Path) -> None:
+def draw(rows: dict[Point, Row], seed: int, path: Path) -> None:
     """AUPRC and Dice of validation slices against passes a slice: a line for each density of bands, and the presets."""
     from matplotlib.figure import Figure
 
@@ -183,19 +159,21 @@ def draw(rows: dict[Point, Scores], seed: int, path: Path) -> None:
 
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="col")
-    for average, row in zip(AVERAGES, axes, strict=True):
-        for column, metric, ax in zip((1, 2), ("AUPRC", "oracle Dice"), row, strict=True):
+    for average, line_of_axes in zip(AVERAGES, axes, strict=True):
+        for column, metric, ax in zip(COLUMNS[1:], ("AUPRC", "oracle Dice"), line_of_axes, strict=True):
             for bands, shade in zip(BANDS_A_WIDTH, ("#9ecae1", "#6baed6", "#3182bd", "#08519c"), strict=True):
                 line = [rows["val", f"trailing{n}", bands, average, seed] for n in STEPS]
                 label = f"bands a width {bands}, steps from 1 on"
-                ax.plot([p[0] for p in line], [p[column] for p in line], ".-", color=shade, label=label)
+                passes = [row[COLUMNS[0]] for row in line]
+                ax.plot(passes, [row[column] for row in line], ".-", color=shade, label=label)
             for (name, (timesteps, bands, own)), marker in zip(SAMPLING.items(), "so", strict=True):
                 points = [("val", timesteps, bands, average, s) for s in SEEDS]
                 shown = [rows[point] for point in points if point in rows]
                 style = {"marker": marker, "markersize": 9, "fillstyle": "none", "linestyle": "none"}
                 style["color"] = "#d95f02" if own == average else "0.6"
                 label = f"{name}{'' if own == average else ', but for the average'}, {len(SEEDS)} seeds"
-                ax.plot([p[0] for p in shown], [p[column] for p in shown], label=label, **style)
+                passes = [row[COLUMNS[0]] for row in shown]
+                ax.plot(passes, [row[column] for row in shown], label=label, **style)
             ax.set(xscale="log", ylabel=metric, title=f"average of {average}")
             ax.grid(color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
