@@ -171,14 +171,16 @@ def draw(rows: dict[Point, Row], seed: int, path: Path) -> None:
                 shown = [rows[point] for point in points if point in rows]
                 style = {"marker": marker, "markersize": 9, "fillstyle": "none", "linestyle": "none"}
                 style["color"] = "#d95f02" if own == average else "0.6"
-                label = f"{name}{'' if own == average else ', but for the average'}, {len(SEEDS)} seeds"
+                label = f"{name}, {len(shown)} seeds" if own == average else "a preset with the other average"
                 passes = [row[COLUMNS[0]] for row in shown]
                 ax.plot(passes, [row[column] for row in shown], label=label, **style)
             ax.set(xscale="log", ylabel=metric, title=f"average of {average}")
             ax.grid(color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
-            ax.legend(fontsize="x-small", loc="lower right")
     figure.supxlabel("network passes a slice, validation slices", fontsize="medium")
+    shown = [ax.get_legend_handles_labels() for ax in axes[:, 0]]
+    handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

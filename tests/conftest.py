@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, and small things to try the code on."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the scripts that tests start
 
@@ -22,6 +23,12 @@ from guided_diffusion.gaussian_diffusion import (
 from guided_diffusion.respace import SpacedDiffusion
 
 torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_interrupts() -> None:
+    """A shell that begins a command in the background has it ignore SIGINT, and whatever that command starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
