@@ -61,11 +61,19 @@ COLUMNS = ("seconds", *(f"{score}{end}" for score in SCORES for end in ("", "_lo
 
 def main() -> None:
     args = parse_args()
-    kinds = (("diffusion", "forward"), ("unet", "forward"), ("unet", "backward"))
+
+    import config as configs
+    from utils.experiment import experiment_name
+
+    data = configs.get_config(args.dataset).data
     trainings = [
-        Training(seed, *kind, args.logdir / f"seed{seed}" / f"{'_'.join(kind)}_{args.dataset}_t2_flair")
+        Training(
+            seed,
+            *kind,
+            args.logdir / f"seed{seed}" / experiment_name(*kind, args.dataset, data.trans, data.input),
+        )
         for seed in args.seeds
-        for kind in kinds
+        for kind in (("diffusion", "forward"), ("unet", "forward"), ("unet", "backward"))
     ]
     train(args, trainings)
 
@@ -84,7 +92,7 @@ def parse_args() -> argparse.Namespace:
         default="phantom",
         help="whose config is used: phantom (the demo's size) or brats (the paper's)",
     )
-    add("--data_dir", default="./datasets/phantom", help="folder of preprocessed slices, of flair and t2")
+    add("--data_dir", default="./datasets/phantom", help="folder of preprocessed slices")
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add(
         "--seeds",
