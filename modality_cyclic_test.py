@@ -424,14 +424,14 @@ def announce(scorer: Scorer, taken: list[list[int]]) -> dict[str, Any]:
     return cost
 
 
-def progress_bar(scorer: Scorer, taken: list[list[int]]) -> "tqdm":
+def progress_bar(scorer: Scorer, taken: list[list[int]], desc: str = "scoring") -> "tqdm":
     """A bar over the network passes of this process's share of the slices, shown by the first process."""
     from tqdm import tqdm
 
     from guided_diffusion import dist_util
 
     samples = sum(sum(batch[dist_util.share(len(batch))]) for batch in taken)
-    shown = {"desc": "scoring", "unit": "pass", "unit_scale": True, "dynamic_ncols": True}
+    shown = {"desc": desc, "unit": "pass", "unit_scale": True, "dynamic_ncols": True}
     return tqdm(total=samples * scorer.passes_a_sample, disable=dist_util.rank() > 0, **shown)
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.points import Row, read_points, write_points
 from benchmarks.timing import print_table
-from modality_cyclic_test import Scorer, chain_parser, find_translators, load_slices
+from modality_cyclic_test import Scorer, chain_parser, find_translators, load_slices, progress_bar
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import open_folder
 
@@ -225,8 +225,6 @@ def anomaly_scores(
 
     Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
     """
-    from tqdm import tqdm
-
     flags = [
         *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--seed={forward.seed}"),
         *(f"--model_name={forward.model_name}", "--sampling=fast"),
@@ -243,9 +241,8 @@ def anomaly_scores(
         if of_split is None:
             raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
         image, brainmask = of_split[config.data.input], of_split["brainmask"]
-        passes = sum(scorer.samples(brainmask)) * scorer.passes_a_sample
         name = f"{split}: seed {forward.seed}, {checkpoint_forward.name}"
-        with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
+        with progress_bar(scorer, [scorer.samples(brainmask)], name) as bar:
             cycle = scorer.score(image, brainmask, bar.update)
         # One sweep serves both averages.
         maps = ((image - cycle.reconstruction).square(), cycle.score)

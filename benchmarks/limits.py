@@ -16,7 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import print_table
 from benchmarks.tradeoff import accuracy
-from modality_cyclic_test import Scorer, chain_parser, find_translators, require_same_preprocessing
+from modality_cyclic_test import (
+    Scorer,
+    chain_parser,
+    find_translators,
+    progress_bar,
+    require_same_preprocessing,
+)
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
 
@@ -63,7 +69,6 @@ def cycle_errors(chain: tuple, slices: dict, device: Any) -> dict[str, Any]:
     the second exceeds the error of the mean by is the variance of the draws.
     """
     import torch
-    from tqdm import tqdm
 
     config = chain[0].config.copy_and_resolve_references()
     config.score_model.sampling.average = "errors"
@@ -72,8 +77,9 @@ def cycle_errors(chain: tuple, slices: dict, device: Any) -> dict[str, Any]:
     for draw in range(DRAWS):
         config.seed = chain[0].config.seed + draw
         scorer = Scorer("diffusion", chain[0]._replace(config=config), chain[1], device)
-        passes = sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample
-        with tqdm(total=passes, desc=f"draw {draw + 1} of {DRAWS}", unit="pass", dynamic_ncols=True) as bar:
+        with progress_bar(
+            scorer, [scorer.samples(slices["brainmask"])], f"draw {draw + 1} of {DRAWS}"
+        ) as bar:
             draws.append(scorer.score(image, slices["brainmask"], bar.update))
     backward = scorer.networks[1]
     scorer.networks[1] = torch.nn.Identity()  # the half of the cycle: its "reconstruction" is B

@@ -21,6 +21,7 @@ from modality_cyclic_test import (
     chain_parser,
     find_translators,
     load_slices,
+    progress_bar,
     require_same_preprocessing,
 )
 from utils.cli import UserError, parse_run_args, run
@@ -96,8 +97,6 @@ def measure(
 
     One sweep serves both averages, that of the errors and that of the reconstructions.
     """
-    from tqdm import tqdm
-
     from config import sampling_keys
 
     config = forward.config.copy_and_resolve_references()
@@ -109,14 +108,14 @@ def measure(
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
     image = slices[config.data.input]
-    passes = sum(scorer.samples(slices["brainmask"])) * scorer.passes_a_sample
+    samples = scorer.samples(slices["brainmask"])
     name = f"{split}: steps {timesteps}, {bands_a_width} bands a width, seed {seed}"
-    with tqdm(total=passes, desc=name, unit="pass", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress_bar(scorer, [samples], name) as bar:
         cycle = scorer.score(image, slices["brainmask"], bar.update)
     scores = {"errors": cycle.score, "reconstructions": (image - cycle.reconstruction).square()}
     rows = {}
     for average, score in scores.items():
-        measured = (passes / len(image), *accuracy(score, slices))
+        measured = (sum(samples) * scorer.passes_a_sample / len(image), *accuracy(score, slices))
         point = Point(split, timesteps, bands_a_width, average, seed)
         rows[point] = dict(zip(COLUMNS, measured, strict=True))
     return rows
