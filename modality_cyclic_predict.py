@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from datasets.cohorts import VOLUME_SUFFIXES
 from modality_cyclic_test import (
     Scorer,
     Translator,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # these take seconds to import
 
     from datasets.grid import Field, TrainingGrid
 
-SUFFIXES = (".nii", ".nii.gz")
 RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
 PASSED_OVER = ("_anomaly", "_mask")  # ends of names that are no scans, in a folder
 # Where training has no record: the defaults of preprocessing.
@@ -173,12 +173,12 @@ def find_scans(path: Path) -> dict[str, Path]:
         paths = sorted(
             one
             for one in path.iterdir()
-            if one.name.endswith(SUFFIXES)
+            if one.name.endswith(VOLUME_SUFFIXES)
             and not one.name.startswith(".")
             and not scan_name(one).endswith(PASSED_OVER)
         )
     else:
-        paths = [path] if path.name.endswith(SUFFIXES) else []
+        paths = [path] if path.name.endswith(VOLUME_SUFFIXES) else []
     if not paths:
         raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
     scans = {}

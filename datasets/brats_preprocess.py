@@ -57,9 +57,8 @@ BRIGHT = 3.0  # the normalised value of the upper quantile
 BEGIN_ANEW = "give --overwrite to begin anew, or name another --output_dir"
 MEND = "replace the file and run the same command again"
 DEPTH = 155  # slices that a subject gets that is put on the grid of BraTS, as many as there, the brain in their middle
-MOST_OUTSIDE = (
-    0.5  # share of the brain's voxels beyond this grid: a neck may be cut off, but no brain is so large
-)
+# Share of the brain's voxels beyond this grid: a neck may be cut off, but no brain is so large.
+MOST_OUTSIDE = 0.5
 BRATS_MODALITIES = ("t2", "flair", "t1")
 
 Job = tuple[str, Subject]  # with the part that it belongs to

@@ -15,31 +15,27 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Every command line, and the flags it is documented with.
 SHARED = ("gpu_id", "dataset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
+CHAIN = (
+    "model",
+    "experiment_name_forward",
+    "experiment_name_backward",
+    "checkpoint_forward",
+    "checkpoint_backward",
+    "use_ddim",
+    "sampling",
+    "timestep_respacing",
+)
 FLAGS = {
     "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name", "overwrite"),
     "modality_cyclic_test.py": (
         *SHARED,
-        "model",
-        "experiment_name_forward",
-        "experiment_name_backward",
-        "checkpoint_forward",
-        "checkpoint_backward",
-        "use_ddim",
-        "sampling",
-        "timestep_respacing",
+        *CHAIN,
         "compare",
         "rescore",
     ),
     "modality_cyclic_predict.py": (
         *(flag for flag in SHARED if flag != "data_dir"),
-        "model",
-        "experiment_name_forward",
-        "experiment_name_backward",
-        "checkpoint_forward",
-        "checkpoint_backward",
-        "use_ddim",
-        "sampling",
-        "timestep_respacing",
+        *CHAIN,
         "scan",
         "output_dir",
         "threshold",
