@@ -38,7 +38,7 @@ MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)_
 
 demo: $(DONE)/test_unet $(DONE)/test_mmccd
 	@echo
-	@$(PY) -m utils.report $(UNET_RESULTS) $(MMCCD_RESULTS)
+	@$(PY) -m evaluation.tables $(UNET_RESULTS) $(MMCCD_RESULTS)
 
 $(DONE)/cohort: .venv/installed
 	$(PY) ./datasets/phantom.py

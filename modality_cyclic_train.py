@@ -3,8 +3,10 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, parse_run_args, run, run_parser
@@ -25,22 +27,20 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import training_batches
-    from guided_diffusion import dist_util
-    from guided_diffusion.checkpoint import CheckpointError, UnreadableError, saved_steps
+    from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import Logger
-    from guided_diffusion.train_util import Stopped, TrainLoop
+    from guided_diffusion.train_util import TrainLoop
     from models.build import create_losses, create_masked_translator, create_network
     from utils.device import pick_device, pick_precision, speed_up
     from utils.experiment import (
+        RECORD,
         describe_run,
         experiment_name,
-        lock,
-        pull_to_resume,
         refuse_other_settings,
-        remove_experiment,
         require_name,
         write_record,
     )
+    from utils.files import locked
 
     flags = {
         "data.data_dir": args.data_dir,
@@ -50,20 +50,16 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     }
     config, _ = configs.resolve(args.dataset, flags, overrides)
     configs.check(config)
-    try:
-        dist_util.setup()
-    except dist_util.LaunchError as error:
-        raise UserError(str(error)) from error
-    experiments.writes = dist_util.rank() == 0
-    if config.score_model.training.batch_size < dist_util.world_size():
-        raise UserError(
-            f"score_model.training.batch_size={config.score_model.training.batch_size} is the total over all "
-            f"processes, and leaves some of these {dist_util.world_size()} with nothing"
-        )
+    dist_util.setup()
+    first = dist_util.rank() == 0
+    experiments.writes = first
     data, training = config.data, config.score_model.training
-    image, target = data.input, data.trans
-    if args.training_process == "backward":
-        image, target = target, image
+    image, target = (data.input, data.trans)[:: 1 if args.training_process == "forward" else -1]
+    if training.batch_size < dist_util.world_size():
+        raise UserError(
+            f"score_model.training.batch_size={training.batch_size} is the total over all processes, and leaves "
+            f"some of these {dist_util.world_size()} with nothing"
+        )
 
     device = pick_device(dist_util.gpu_id(args.gpu_id))
     precision = pick_precision(config.precision, device)
@@ -77,15 +73,19 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    names = (args.model_name, args.training_process, args.dataset)
-    name = args.experiment_name or experiment_name(*names, data.trans, data.input)
+    kind = {key: getattr(args, key) for key in ("model_name", "training_process", "dataset")}
+    name = args.experiment_name or experiment_name(*kind.values(), data.trans, data.input)
     directory = experiments.local / require_name("--experiment_name", name)
-    record = dict(zip(("model_name", "training_process", "dataset"), names, strict=True))
-    record["config"] = config.to_dict()
-    record["data"] = fingerprint(data.data_dir, "train", [image, target])
+    record = {
+        **kind,
+        "config": config.to_dict(),
+        "data": fingerprint(data.data_dir, "train", [image, target]),
+    }
     if not args.overwrite:
-        pull_to_resume(experiments, name, training.keep_last)
-        refuse_other_settings(directory, record)
+        needed = checkpoint.needed_to_resume(experiments.names(name), training.keep_last)
+        experiments.pull(name, RECORD, "log.txt", "progress.csv", *needed)
+        if checkpoint.saved_steps(directory):
+            refuse_other_settings(directory, record)
 
     dataset = BraTS2021Dataset(
         data.data_dir,
@@ -93,65 +93,79 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         [image, target],
         data.image_size,
         processes=dist_util.local_world_size(),
-        progress=dist_util.rank() == 0,
+        progress=first,
     )
-    held = None
-    if dist_util.rank() == 0:
-        held = lock(directory)  # until this process ends
-        if args.overwrite:
-            remove_experiment(experiments, name)
-        if args.overwrite or max(saved_steps(directory), default=0) < training.iterations:
-            write_record(directory, record | {"run": describe_run(device)})  # of a finished run it stays
-        experiments.push()  # so that it fails now, not at the first save
-    dist_util.barrier()
-    logger = Logger(directory)
-    logger.info(f"{name}\n{config}")
-    if experiments.remote:
-        logger.info(f"there are no locks on {experiments.remote}: see that nothing else trains {name} there")
-    where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
-    logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
+    alone = locked(directory, "--logdir", "give another --experiment_name") if first else nullcontext()
+    with alone:
+        if first:
+            if args.overwrite:
+                experiments.remove(name, *checkpoint.WRITTEN, RECORD)
+            # The record of a finished run stays.
+            if max(checkpoint.saved_steps(directory), default=0) < training.iterations:
+                write_record(directory, record | {"run": describe_run(device)})
+            experiments.push()  # so that it fails now, not at the first save
+        dist_util.barrier()
+        logger = Logger(directory)
+        logger.info(f"{name}\n{config}")
+        if experiments.remote:
+            logger.info(
+                f"there are no locks on {experiments.remote}: see that nothing else trains {name} there"
+            )
+        where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
+        logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
-    preview = translation_preview(args.model_name, config, dataset, image, target, logger, device)
+        preview = translation_preview(args.model_name, config, dataset, image, target, logger, device)
 
-    def show_and_store(network: Any, step: int) -> None:
-        preview(network, step)
+        def show_and_store(network: Any, step: int) -> None:
+            preview(network, step)
+            try:
+                experiments.push()
+            except StorageError as error:
+                logger.info(f"warning: {error}; the next save tries again")
+
+        loop = TrainLoop(
+            model=speed_up(network, device, training=True),
+            compute_losses=lambda model, batch, step: losses(
+                model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
+            ),
+            batches_from=partial(
+                training_batches,
+                dataset,
+                training.batch_size,
+                config.seed,
+                share=share,
+                workers=dataset.workers,
+            ),
+            directory=directory,
+            logger=logger,
+            settings=training,
+            precision=precision,
+            seed=config.seed,
+            remembered=remembered,
+            on_save=show_and_store,
+        )
         try:
-            experiments.push()
-        except StorageError as error:
-            logger.info(f"warning: {error}; the next save tries again")
+            with plain_errors(directory, experiments):
+                loop.run()
+                logger.info(f"done, all in {experiments.address(directory)}")
+        finally:
+            logger.close()
+        dist_util.shut_down()
 
-    loop = TrainLoop(
-        model=speed_up(network, device, training=True),
-        compute_losses=lambda model, batch, step: losses(
-            model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
-        ),
-        batches_from=partial(
-            training_batches, dataset, training.batch_size, config.seed, share=share, workers=dataset.workers
-        ),
-        directory=directory,
-        logger=logger,
-        iterations=training.iterations,
-        batch_size=training.batch_size,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
-        lr_decay_steps=training.lr_decay_steps,
-        lr_decay_factor=training.lr_decay_factor,
-        ema_rate=training.ema_rate,
-        precision=precision,
-        seed=config.seed,
-        log_interval=training.log_interval,
-        save_interval=training.save_interval,
-        keep_last=training.keep_last,
-        remembered=remembered,
-        on_save=show_and_store,
-    )
+
+@contextmanager
+def plain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
+    """Say what to do where training cannot go on; end with a signal's exit code where one has stopped it."""
+    from guided_diffusion import dist_util
+    from guided_diffusion.checkpoint import CheckpointError, UnreadableError
+    from guided_diffusion.train_util import Stopped
+
     try:
-        loop.run()
-        logger.info(f"done, all in {experiments.address(directory)}")
+        yield
     except FloatingPointError as error:
         raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
     except UnreadableError as error:
-        raise UserError(f"{error}: restore one, or start anew with --overwrite") from error
+        raise UserError(f"{error}: restore one, or start over with --overwrite") from error
     except CheckpointError as error:
         room = f"make room in {tempfile.gettempdir()} (or set TMPDIR)" if experiments.remote else "make room"
         raise UserError(f"{error}: {room}, or see --config.score_model.training.keep_last") from error
@@ -163,11 +177,6 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     except Stopped as stopped:
         dist_util.shut_down()  # as in all processes
         sys.exit(128 + stopped.received)
-    finally:
-        logger.close()
-    dist_util.shut_down()
-    if held:
-        held.close()
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -188,7 +197,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add(
         "--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})"
     )
-    add("--overwrite", action="store_true", help="start anew where an experiment of this name lies already")
+    add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
     if args.model_name == "diffusion" and args.training_process == "backward":
         raise UserError(
@@ -204,9 +213,9 @@ def translation_preview(
 
     Of a diffusion model it is the translation with the middle of the input hidden, which is drawn as a grey band.
     """
+    from evaluation.figures import side_by_side
     from models.build import create_masked_translator
     from models.masks import Band
-    from utils.figures import side_by_side
 
     example = dataset[len(dataset) // 2]
     source = example[image][None].to(device)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.points import Row, read_points, write_points
 from benchmarks.timing import print_table
-from modality_cyclic_test import Scorer, chain_parser, find_translators, load_slices, progress_bar
+from scoring.chain import chain_parser, find_chain
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import open_folder
 
@@ -198,9 +198,9 @@ def measure(args: argparse.Namespace, trainings: list[Training], rows: dict[Poin
 
 def ema_checkpoints(directory: Path) -> dict[int, Path]:
     """The EMA weights of an experiment, by training step."""
-    from utils.experiment import trained_steps
+    from guided_diffusion.checkpoint import step_of
 
-    return {trained_steps(path): path for path in directory.glob("ema_*.pt")}
+    return {step_of(path.name): path for path in directory.glob("ema_*.pt")}
 
 
 def seconds_of(directory: Path, steps: int) -> float:
@@ -225,16 +225,18 @@ def anomaly_scores(
 
     Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
     """
+    from scoring.scorer import Scorer, load_slices, progress_bar
+
     flags = [
         *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--seed={forward.seed}"),
         *(f"--model_name={forward.model_name}", "--sampling=fast"),
         *(f"--checkpoint_forward={checkpoint_forward}", f"--checkpoint_backward={checkpoint_backward}"),
     ]
     with open_folder(str(args.logdir)) as experiments:
-        chain = find_translators(chain_parser("").parse_args(flags), [], experiments)
-    config = chain[0].config
+        chain = find_chain(chain_parser("").parse_args(flags), [], experiments)
+    config = chain.config
     config.precision, config.score_model.sampling.average = "auto", "errors"
-    scorer = Scorer(forward.model_name, *chain, device)
+    scorer = Scorer(chain, device)
     scored = {}
     for split in ("val", "test") if last else ("val",):
         of_split = slices[split] = slices.get(split) or load_slices(config, split)
@@ -256,7 +258,7 @@ def anomaly_scores(
 
 def summarise(scored: tuple, val: tuple | None, seconds: float) -> Row:
     """The row of a point, with 95 % intervals over slices; without validation slices there is one Dice only."""
-    from utils.metrics import evaluate
+    from evaluation.metrics import evaluate
 
     summary = evaluate(*scored, val=val).summary
     row = {"seconds": seconds, "auprc": summary["auprc"]}
@@ -307,7 +309,7 @@ def draw(rows: dict[Point, Row], path: Path) -> None:
 
 def show(rows: dict[Point, Row]) -> None:
     """Print the scores of the test slices, a row for each method and seed."""
-    from utils.report import with_interval
+    from evaluation.tables import with_interval
 
     lines = []
     for method, (label, _) in METHODS.items():

@@ -16,13 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import print_table
 from benchmarks.tradeoff import accuracy
-from modality_cyclic_test import (
-    Scorer,
-    chain_parser,
-    find_translators,
-    progress_bar,
-    require_same_preprocessing,
-)
+from scoring.chain import Chain, chain_parser, find_chain, require_same_preprocessing
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
 
@@ -37,12 +31,12 @@ def main() -> None:
     from utils.device import pick_device
 
     with open_folder(args.logdir) as experiments:
-        chain = find_translators(args, overrides, experiments)
-    config = chain[0].config
-    require_same_preprocessing(*chain, Path(config.data.data_dir))
+        chain = find_chain(args, overrides, experiments)
+    config = chain.config
+    require_same_preprocessing(chain, Path(config.data.data_dir))
     kinds = [config.data.input, config.data.trans, "seg", "brainmask"]
     slices = all_slices(BraTS2021Dataset(config.data.data_dir, "val", kinds, config.data.image_size))
-    print(f"forward:  {chain[0].checkpoint}\nbackward: {chain[1].checkpoint}\n")
+    print(f"forward:  {chain.forward.checkpoint}\nbackward: {chain.backward.checkpoint}\n")
     errors = cycle_errors(chain, slices, pick_device(args.gpu_id))
     print_table(
         ["mean squared error", "healthy", "lesion", "lesion / healthy", "AUPRC", "oracle Dice"],
@@ -62,7 +56,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def cycle_errors(chain: tuple, slices: dict, device: Any) -> dict[str, Any]:
+def cycle_errors(chain: Chain, slices: dict, device: Any) -> dict[str, Any]:
     """Squared errors [N, 1, H, W] by what they are of. A is the input modality, B the target, f and b the translators.
 
     A sweep gives of every pixel the mean over bands of what is reconstructed, and the mean of its squared error; what
@@ -70,13 +64,15 @@ def cycle_errors(chain: tuple, slices: dict, device: Any) -> dict[str, Any]:
     """
     import torch
 
-    config = chain[0].config.copy_and_resolve_references()
+    from scoring.scorer import Scorer, progress_bar
+
+    config = chain.config.copy_and_resolve_references()
     config.score_model.sampling.average = "errors"
     image, target = slices[config.data.input], slices[config.data.trans]
     draws = []
     for draw in range(DRAWS):
-        config.seed = chain[0].config.seed + draw
-        scorer = Scorer("diffusion", chain[0]._replace(config=config), chain[1], device)
+        config.seed = chain.config.seed + draw
+        scorer = Scorer(chain._replace(forward=chain.forward._replace(config=config)), device)
         with progress_bar(
             scorer, [scorer.samples(slices["brainmask"])], f"draw {draw + 1} of {DRAWS}"
         ) as bar:
@@ -107,7 +103,7 @@ def describe(error: Any, slices: dict) -> list[str]:
     """The cells of a row: mean over healthy and over lesion pixels, their ratio, and the error as a score."""
     import torch
 
-    from utils.metrics import scored_region
+    from evaluation.metrics import scored_region
 
     scored = torch.from_numpy(scored_region(slices["brainmask"][:, 0].numpy()))[:, None]
     lesion = slices["seg"]

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 def main() -> None:
     args = parse_args()
 
-    from utils.metrics import best_threshold, cut_scores
+    from evaluation.metrics import best_threshold, cut_scores
 
     truth, brainmask, scores = synthetic_test_set(args.slices, args.image_size, args.seed)
     scores = cut_scores(scores, brainmask)

@@ -6,7 +6,7 @@ computed as in the public guided-diffusion library, whose attention is a product
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.nn import Dropout
 from guided_diffusion.unet import AttentionBlock
-from models.masked_diffusion import MaskedDiffusionTranslator
+from models.masked_diffusion import MaskedDiffusionTranslator, masked_condition
 from models.masks import Band
 
 # ----------------------------------------------------------------------------------------------------------
@@ -89,11 +89,8 @@ def plain_mmccd(
             mask = forward.mask([band]).to(one.device)
             if not (mask & brainmask[i : i + 1]).any():
                 continue
-            condition = {
-                "image": one,
-                "mask": mask,
-                "noise": forward._noise(band, "condition")[None].to(one.device),
-            }
+            noise = forward._noise(band, "condition")[None].to(one.device)
+            condition = masked_condition(one, mask, noise)
             x_T = forward._noise(band, "x_T")[None].to(one.device)
             translation = plain_ddim(forward.model, forward.diffusion, x_T, condition)[-1]
             error = (one - backward(translation)).square()
@@ -105,9 +102,7 @@ def plain_mmccd(
 
 
 @torch.no_grad()
-def plain_ddim(
-    model: nn.Module, diffusion: GaussianDiffusion, x_T: Tensor, condition: Mapping[str, Tensor]
-) -> Tensor:
+def plain_ddim(model: nn.Module, diffusion: GaussianDiffusion, x_T: Tensor, condition: Tensor) -> Tensor:
     """x_T and what every DDIM step makes of it, [steps + 1, N, 1, H, W]; the last is x_0.
 
     Song et al. 2021, eq. 12, without noise, for a network that predicts x_0.
@@ -117,7 +112,7 @@ def plain_ddim(
     for i in reversed(range(diffusion.num_timesteps)):
         x_t, alpha_bar, alpha_bar_before = steps[-1], alpha_bars[i + 1], alpha_bars[i]
         t = diffusion.model_timesteps(torch.full((len(x_T),), i, device=x_T.device))
-        x_0 = model(x_t, t, **condition)
+        x_0 = model(x_t, t, condition)
         noise = (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
         steps.append(math.sqrt(alpha_bar_before) * x_0 + math.sqrt(1 - alpha_bar_before) * noise)
     return torch.stack(steps)

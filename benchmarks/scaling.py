@@ -26,13 +26,13 @@ DEMO = ("--dataset=phantom", "--data_dir=slices", "--gpu_id=cpu")
 TRAINING = f"--config.score_model.training.batch_size={BATCH_SIZE}"
 MMCCD = "--model_name=diffusion"
 
-# Calls the main function of a module and says how long another of its functions took.
+# Calls the main function of a script and says how long a function of a module took.
 TIMED = """
 import importlib, sys, time
 from utils.cli import run
-_, module, name, *args = sys.argv
-sys.argv = [module, *args]
-module = importlib.import_module(module)
+_, script, module, name, *args = sys.argv
+sys.argv = [script, *args]
+script, module = map(importlib.import_module, (script, module))
 work = getattr(module, name)
 def timed(*args):
     start = time.perf_counter()
@@ -40,7 +40,7 @@ def timed(*args):
     print("seconds:", time.perf_counter() - start)
     return result
 setattr(module, name, timed)
-run(module.main)
+run(script.main)
 """
 
 
@@ -105,7 +105,11 @@ def row(name: str, seconds: Callable[[int], float], repeats: int) -> list[str]:
 def time_preprocessing(folder: Path, workers: int) -> float:
     """Seconds for all subjects."""
     said = call(
-        folder, "timed.py", "datasets.brats_preprocess", "preprocess", *preprocessing("raw", "again", workers)
+        folder,
+        "timed.py",
+        *2 * ("datasets.brats_preprocess",),
+        "preprocess",
+        *preprocessing("raw", "again", workers),
     )
     return seconds_in(said)
 
@@ -129,7 +133,15 @@ def time_scoring(folder: Path, processes: int) -> float:
     """Seconds that MMCCD takes for the error maps."""
     flags = (*DEMO, MMCCD, "--sampling=fast", "--logdir=experiments")
     return seconds_in(
-        call(folder, "timed.py", "modality_cyclic_test", "create_maps", *flags, processes=processes)
+        call(
+            folder,
+            "timed.py",
+            "modality_cyclic_test",
+            "scoring.scorer",
+            "create_maps",
+            *flags,
+            processes=processes,
+        )
     )
 
 

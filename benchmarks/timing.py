@@ -221,14 +221,16 @@ def count_flops(config: Any, *, training: bool) -> int:
 
 
 def network_inputs(config: Any, batch_size: int, device: Any) -> tuple:
-    """x_t, t, image, mask and noise of a batch for the masked conditional UNet."""
+    """x_t, t and the condition of a batch for the masked conditional UNet."""
     import torch
+
+    from models.masked_diffusion import masked_condition
 
     x_t, image, noise = random_images(3, batch_size, config).to(device)
     t = torch.arange(batch_size, device=device)
     mask = torch.zeros_like(image, dtype=torch.bool)
     mask[:, :, : config.score_model.mask.width] = True
-    return x_t, t, image, mask, noise
+    return x_t, t, masked_condition(image, mask, noise)
 
 
 def random_images(kinds: int, batch_size: int, config: Any) -> Any:

@@ -15,15 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.points import Row, read_points, write_points
 from benchmarks.timing import print_table
-from modality_cyclic_test import (
-    Scorer,
-    Translator,
-    chain_parser,
-    find_translators,
-    load_slices,
-    progress_bar,
-    require_same_preprocessing,
-)
+from scoring.chain import Chain, chain_parser, find_chain, require_same_preprocessing
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import open_folder
 
@@ -50,10 +42,10 @@ def main() -> None:
     from utils.device import pick_device
 
     with open_folder(args.logdir) as experiments:
-        forward, backward = find_translators(args, overrides, experiments)
-        require_same_preprocessing(forward, backward, Path(forward.config.data.data_dir))
+        chain = find_chain(args, overrides, experiments)
+        require_same_preprocessing(chain, Path(chain.config.data.data_dir))
         device = pick_device(args.gpu_id)
-        presets, seed = SAMPLING, forward.config.seed
+        presets, seed = SAMPLING, chain.config.seed
         grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
         wanted = [("val", *preset, s) for preset in presets.values() for s in SEEDS]
         wanted += [
@@ -65,7 +57,7 @@ def main() -> None:
         rows = read_points(args.csv, Point, COLUMNS)
         for point in wanted:
             if point not in rows:
-                rows |= measure(forward, backward, device, *point)
+                rows |= measure(chain, device, *point)
                 write_points(args.csv, Point, COLUMNS, rows)
         draw(rows, seed, args.figure)
         show(rows, wanted)
@@ -84,8 +76,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 def measure(
-    forward: Translator,
-    backward: Translator,
+    chain: Chain,
     device: Any,
     split: str,
     timesteps: str,
@@ -98,12 +89,13 @@ def measure(
     One sweep serves both averages, that of the errors and that of the reconstructions.
     """
     from config import sampling_keys
+    from scoring.scorer import Scorer, load_slices, progress_bar
 
-    config = forward.config.copy_and_resolve_references()
+    config = chain.config.copy_and_resolve_references()
     config.seed = seed
     keys = sampling_keys(timesteps, bands_a_width, "errors", config.score_model.mask.width)
     config.update_from_flattened_dict(keys)
-    scorer = Scorer("diffusion", forward._replace(config=config), backward, device)
+    scorer = Scorer(chain._replace(forward=chain.forward._replace(config=config)), device)
     slices = load_slices(config, split)
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
@@ -123,7 +115,7 @@ def measure(
 
 def accuracy(score: Any, slices: dict) -> tuple[float, float]:
     """AUPRC and oracle Dice of scores [N, 1, H, W]."""
-    from utils.metrics import average_precision, best_threshold, cut_scores, ranked_scores
+    from evaluation.metrics import average_precision, best_threshold, cut_scores, ranked_scores
 
     scores, truth, brainmask = (a[:, 0].numpy() for a in (score, slices["seg"], slices["brainmask"]))
     auprc = average_precision(*ranked_scores(scores, truth, brainmask))

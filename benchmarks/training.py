@@ -72,7 +72,8 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
     from guided_diffusion.train_util import TrainLoop
     from utils.device import pick_precision, speed_up
 
-    training = config.score_model.training
+    training = config.score_model.training.copy_and_resolve_references()
+    training.batch_size = batch_size
     batch, compute_losses = create_problem(config, batch_size, device)
     loop = TrainLoop(
         model=speed_up(untrained_network("diffusion", config), device, training=True),
@@ -80,19 +81,9 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
         batches_from=lambda step: repeat(batch),
         directory=Path(),
         logger=None,  # single steps neither log nor save nor resume
-        iterations=training.iterations,
-        batch_size=batch_size,
-        lr=training.lr,
-        weight_decay=training.weight_decay,
-        lr_decay_steps=training.lr_decay_steps,
-        lr_decay_factor=training.lr_decay_factor,
-        ema_rate=training.ema_rate,
+        settings=training,
         precision=pick_precision(config.precision, device),
         seed=config.seed,
-        log_interval=training.log_interval,
-        save_interval=training.save_interval,
-        keep_last=training.keep_last,
-        remembered=None,
         on_save=lambda network, step: None,
     )
     loop.model.train()

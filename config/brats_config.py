@@ -60,5 +60,4 @@ def get_config() -> ConfigDict:
     sampling.use_ddim = True
     sampling.eta = 0.0
     sampling.timestep_respacing = "100"
-    sampling.clip_denoised = False
     return config

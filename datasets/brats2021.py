@@ -1,16 +1,15 @@
 """Preprocessed slices as a dataset: the files that brats_preprocess.py wrote, resized, in memory where they fit."""
 
 import hashlib
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import CacheDataset, MetaTensor, NumpyReader
-from monai.transforms import Compose, EnsureChannelFirstd, Lambdad, LoadImaged, SelectItemsd, Transform
+from torch.utils.data import Dataset
+from tqdm.contrib.concurrent import thread_map
 
 from datasets.cohorts import MASKS, suggest
 from datasets.records import read_grid, read_normalisation
@@ -18,7 +17,7 @@ from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
 
-class BraTS2021Dataset(CacheDataset):
+class BraTS2021Dataset(Dataset):
     """Slices of one split, each a dict of tensors [1, image_size, image_size] by kind, and its `name`.
 
     Images are float32 (normalised by preprocessing: background −3), resized antialiased; `seg` (lesion or not) and
@@ -49,41 +48,52 @@ class BraTS2021Dataset(CacheDataset):
         progress: bool = True,
     ):
         folder = Path(data_dir) / split
-        slices = find_slices(folder, kinds)
-        images = [kind for kind in kinds if kind not in MASKS]
-        transform = Compose(
-            [
-                LoadImaged(kinds, reader=NumpyReader(mmap_mode="c")),
-                RequireOneShape(kinds),
-                EnsureChannelFirstd(kinds, channel_dim="no_channel"),
-                Lambdad(kinds, MetaTensor.as_tensor, track_meta=False),
-                Lambdad(images, partial(resize_image, size=image_size), track_meta=False),
-                Lambdad(
-                    MASKS, partial(resize_mask, size=image_size), track_meta=False, allow_missing_keys=True
-                ),
-                SelectItemsd([*kinds, "name"]),
-            ]
-        )
+        self.files, self.kinds, self.image_size = find_slices(folder, kinds), kinds, image_size
         pixel_bytes = sum(1 if kind in MASKS else 4 for kind in kinds)
-        needed = processes * len(slices) * image_size**2 * pixel_bytes
+        needed = processes * len(self.files) * image_size**2 * pixel_bytes
         available = available_memory()
         fits = needed <= available / 2
         self.workers = 0 if fits else max(1, min(8, available_cores() // processes))
         kept = "kept in memory" if fits else "read from disk as they are needed"
-        print(f"{split}: {len(slices)} slices, {kept} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)")
+        print(f"{split}: {len(self.files)} slices, {kept} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)")
+        # A file that is cut off or of another size is found now in any case.
+        read = self._read if fits else lambda files: self._open(files) and None
         try:
-            if not fits:  # a file cut off or of another size is found now in any case
-                for files in slices:
-                    RequireOneShape(kinds)(files | {kind: np.load(files[kind], "r") for kind in kinds})
-            super().__init__(slices, transform, cache_rate=fits, num_workers=None, progress=progress)
-        except (RuntimeError, ValueError, OSError) as error:  # MONAI's is a RuntimeError, whatever went wrong
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"a slice in {folder} cannot be read ({reason}): preprocess again") from error
+            found = thread_map(read, self.files, disable=not progress, desc=f"reading {split}", unit="slice")
+        except ValueError as error:
+            raise UserError(f"a slice in {folder} cannot be read ({error}): preprocess again") from error
+        self._kept = found if fits else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._kept[index]) if self._kept else self._read(self.files[index])
+
+    def _read(self, files: Mapping[str, str]) -> dict[str, Any]:
+        item: dict[str, Any] = {"name": files["name"]}
+        for kind, array in self._open(files).items():
+            resize = resize_mask if kind in MASKS else resize_image
+            item[kind] = resize(torch.from_numpy(np.array(array, dtype=np.float32))[None], self.image_size)
+        return item
+
+    def _open(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """The arrays of a slice, not yet read; a ValueError if one is broken, or they are not [H, W] of one size."""
+        arrays = {}
+        for kind in self.kinds:
+            try:
+                arrays[kind] = np.load(files[kind], mmap_mode="r")
+            except (ValueError, OSError, EOFError) as error:
+                raise ValueError(f"{files[kind]}: {error}") from error
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) > 1 or len(*shapes) != 2:
+            told = ", ".join(f"{kind} {array.shape}" for kind, array in arrays.items())
+            raise ValueError(f"slice {files['name']} has shapes {told}")
+        return arrays
 
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
     """Antialiased bilinear, [1, H, W] to [1, size, size]."""
-    # MONAI's antialiasing pads with zeros, which would draw a frame into a background of −3.
     return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
@@ -95,10 +105,10 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
 def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
     """How many slices a dataset has, a hash of their names and kinds, how they were normalised, and their grid.
 
-    It is alike for the same set of files anywhere.
+    It is the same for the same set of files anywhere.
 
     Raises:
-        UserError: as `BraTS2021Dataset`, but for broken files.
+        UserError: as `BraTS2021Dataset`, except for broken files.
     """
     slices = find_slices(Path(data_dir) / split, kinds)
     lines = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in slices)
@@ -110,29 +120,11 @@ def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[
     }
 
 
-class RequireOneShape(Transform):  # MONAI caches what comes after it only if it is a Transform
-    """Let a slice through if all its kinds are images [H, W] of one size.
-
-    Raises:
-        ValueError: they are not.
-    """
-
-    def __init__(self, kinds: Sequence[str]):
-        self.kinds = kinds
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shapes = {kind: tuple(item[kind].shape) for kind in self.kinds}
-        if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
-            told = ", ".join(f"{kind} {shape}" for kind, shape in shapes.items())
-            raise ValueError(f"slice {item['name']} has shapes {told}")
-        return item
-
-
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
     """The files of every slice in a split's folder, sorted by name: {"name": "{subject}_{slice}", kind: path, …}.
 
     Raises:
-        UserError: as `BraTS2021Dataset`.
+        UserError: as `BraTS2021Dataset`, except for broken files.
     """
     if not folder.is_dir():
         raise UserError(f"no slices in {folder}: run datasets/brats_preprocess.py first, or name --data_dir")

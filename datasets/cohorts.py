@@ -20,7 +20,7 @@ from utils.cli import UserError, did_you_mean
 
 BRATS_DIR = Path("datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021")
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 MASKS = ("seg", "brainmask")  # what is no modality
 
 
@@ -58,7 +58,7 @@ class Cohort:
     subjects: dict[str, Subject]  # by name, sorted
     modalities: tuple[str, ...]  # that any subject has, sorted
     highest_label: int  # of its lesion masks: whole numbers from 0 to this
-    splits: dict[str, list[str]] | None = None  # subjects by part, where the data set itself says so
+    splits: dict[str, list[str]] | None = None  # subjects by split, where the data set itself says so
     list_folders: tuple[Path, ...] = ()  # where its split lists may lie
     excluded: tuple[str, ...] = ()  # subjects of which nothing says where they are healthy
     on_one_grid: bool = True  # its volumes have one orientation, voxel size and shape, as those of BraTS have
@@ -127,7 +127,7 @@ def find_words(folder: Path, naming: Naming) -> dict[str, str]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A clause on what somebody means who asks for an unknown modality; empty where nobody can tell."""
+    """A hint at what an unknown modality may mean; empty where there is none."""
     known = list(known)
     for year, naming in NAMINGS.items():
         if naming.kinds.get(word) in known:
@@ -150,14 +150,14 @@ def read_table(path: Path) -> Cohort:
     """
     columns, rows = read_cells(path)
     modalities = tuple(sorted(set(columns) - set(COLUMNS)))
-    subjects, excluded, parts = {}, [], {}
+    subjects, excluded, split_of = {}, [], {}
     for line, row in rows:
         name, where = row["subject"], f"{path}, line {line}"
         require_file_name(f"{where}: subject", name)
         if name in subjects or name in excluded:
             raise UserError(f"{where}: subject {name} is there twice, give each subject one row")
         healthy = require_word(where, row, "healthy", ("yes", "no", "")) == "yes"
-        parts[name] = require_word(where, row, "split", PARTS)
+        split_of[name] = require_word(where, row, "split", SPLITS)
         volumes = {kind: path.parent / row[kind] for kind in (*modalities, *MASKS) if row.get(kind)}
         if healthy or "seg" in volumes:
             subjects[name] = Subject(name, volumes, healthy)
@@ -169,7 +169,7 @@ def read_table(path: Path) -> Cohort:
         )
     splits = None
     if "split" in columns:
-        splits = {part: [name for name in sorted(subjects) if parts[name] == part] for part in PARTS}
+        splits = {split: [name for name in sorted(subjects) if split_of[name] == split] for split in SPLITS}
     return Cohort(
         path,
         dict(sorted(subjects.items())),
@@ -182,10 +182,10 @@ def read_table(path: Path) -> Cohort:
 
 
 def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a CSV file, and its rows with their line numbers, cells by column; blank rows are passed over.
+    """The columns of a CSV file, and its rows with their line numbers, cells by column; blank rows are skipped.
 
     Raises:
-        UserError: it is not there, is no text or no CSV, has no subject or modality, or columns that do not do.
+        UserError: it is not there, is no text or no CSV, has no subject or modality, or columns that cannot be used.
     """
     try:
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
@@ -211,7 +211,7 @@ def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
 
 
 def check_columns(path: Path, columns: list[str]) -> None:
-    """Raise a UserError unless there are a subject and a modality, and each column has a name of its own that does."""
+    """Raise a UserError unless there are a subject and a modality, and each column has a usable name of its own."""
     if "subject" not in columns:
         hint = did_you_mean("subject", columns)
         raise UserError(

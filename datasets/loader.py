@@ -9,44 +9,23 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from utils.random import keyed_generator
 
 
-class StepSampler:
-    """Indices of the batch of every training step, endlessly, from `first_step` on.
+def step_indices(
+    dataset_size: int, batch_size: int, seed: int, first_step: int, share: slice = slice(None)
+) -> Iterator[list[int]]:
+    """Indices of the batch of every training step, endlessly, from `first_step` on; of each batch the given share.
 
     Slices come in a new random order in each epoch. Which ones a step sees is a function of (seed, step) alone, so
     that training can go on from any step.
     """
-
-    def __init__(
-        self,
-        dataset_size: int,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        share: slice = slice(None),  # the part of each batch that is wanted
-    ):
-        self.dataset_size = dataset_size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.first_step = first_step
-        self.share = share
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, place = divmod(self.first_step * self.batch_size, self.dataset_size)
-        order = self._order(epoch)
-        while True:
-            batch = []
-            while len(batch) < self.batch_size:
-                if place == self.dataset_size:
-                    epoch, place = epoch + 1, 0
-                    order = self._order(epoch)
-                batch.append(order[place])
-                place += 1
-            yield batch[self.share]
-
-    def _order(self, epoch: int) -> list[int]:
-        return torch.randperm(
-            self.dataset_size, generator=keyed_generator("order", self.seed, epoch)
-        ).tolist()
+    epoch, place = divmod(first_step * batch_size, dataset_size)
+    order: list[int] = []
+    while True:
+        while len(order) < place + batch_size:
+            generator = keyed_generator("order", seed, epoch)
+            order += torch.randperm(dataset_size, generator=generator).tolist()
+            epoch += 1
+        yield order[place : place + batch_size][share]
+        order, place = order[place + batch_size :], 0
 
 
 def training_batches(
@@ -68,10 +47,9 @@ def training_batches(
         share: the part of each batch that is wanted.
         workers: processes that read ahead.
     """
-    sampler = StepSampler(len(dataset), batch_size, seed, first_step, share)
     loader = DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=step_indices(len(dataset), batch_size, seed, first_step, share),
         num_workers=workers,
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),

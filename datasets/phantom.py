@@ -10,18 +10,18 @@ number), so a cohort is the same, byte for byte, whatever the number of workers.
 
 from __future__ import annotations
 
-import gzip
 import os
 import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the repository's root
 
+from datasets.splits import LIST_NAMES, write_lists
 from utils.cli import ArgumentParser, UserError, run
+from utils.processes import in_processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SHAPE = (240, 240, 155)
 AFFINE = ((-1.0, 0, 0, 0), (0, -1.0, 0, 239), (0, 0, 1.0, 0), (0, 0, 0, 1.0))
 MODALITIES = ("flair", "t1", "t1ce", "t2")
-SPLITS = {"train": "training", "val": "validation", "test": "testing"}  # as in brats_split_{training}.txt
 
 # The voxel that the middle of the brain falls on: the lateral ventricles come to slices 70 to 90, as in BraTS.
 CENTER = (118, 131, 75)
@@ -263,6 +262,8 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
     """Draw a subject and write its five files."""
     import nibabel as nib
 
+    from utils.nifti import write_volume
+
     volumes, _, _ = make_subject(seed, number, split)
     folder = output_dir / subject_name(number)
     folder.mkdir(exist_ok=True)
@@ -271,23 +272,17 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
         image.set_sform(AFFINE, code="scanner")
         image.set_qform(AFFINE, code="scanner")
         image.header.set_xyzt_units("mm")
-        # Not nibabel's own .gz, which holds the time of writing.
-        data = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
-        (folder / f"{folder.name}_{kind}.nii.gz").write_bytes(data)
+        write_volume(image, folder / f"{folder.name}_{kind}.nii.gz")
 
 
 def write_cohort(output_dir: Path, counts: dict[str, int], seed: int, workers: int) -> None:
     """Write every subject, then the split lists: where there is a list, all of its subjects are there."""
-    from tqdm import tqdm
-
-    splits = [split for split in SPLITS for _ in range(counts[split])]
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(write_subject, output_dir, seed, n, split) for n, split in enumerate(splits)]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="phantom", unit="subject"):
-            job.result()
-    for split, part in SPLITS.items():
-        names = [subject_name(number) for number, of in enumerate(splits) if of == split]
-        (output_dir / f"brats_split_{part}.txt").write_text("".join(f"{name}\n" for name in names))
+    splits = [split for split in LIST_NAMES for _ in range(counts[split])]
+    jobs = [(output_dir, seed, number, split) for number, split in enumerate(splits)]
+    for _, done in in_processes(write_subject, jobs, workers, desc="phantom", unit="subject"):
+        done.result()
+    names = {name: [subject_name(i) for i, of in enumerate(splits) if of == name] for name in LIST_NAMES}
+    write_lists(names, output_dir)
 
 
 def draw_figure(data_dir: Path, names: list[str], path: Path) -> None:
@@ -344,7 +339,7 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    counts = {split: getattr(args, split) for split in SPLITS}
+    counts = {split: getattr(args, split) for split in LIST_NAMES}
     write_cohort(args.output_dir, counts, args.seed, args.workers)
     listed = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"Wrote {sum(counts.values())} subjects ({listed}) and their split lists to {args.output_dir}.")

@@ -7,23 +7,25 @@ Without a record that its files agree with, a subject is not whole, and the next
 
 from __future__ import annotations
 
-import fcntl
 import json
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
+from utils.files import write_whole
 
 if TYPE_CHECKING:  # `--help` need not wait for it
     import numpy as np
 
 RECORDS = "subjects"
 PARTIAL = ".partial"
-LOCK = ".lock"
+NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # quantiles, the paper's
+START_OVER = "give --overwrite to start over, or name another --output_dir"
 
 
 @dataclass(frozen=True)
@@ -43,61 +45,30 @@ def writing(output_dir: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {output_dir} cannot be written to: {error}") from error
 
 
-@contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Make the folder and keep other runs out of it for the time being; a UserError if one is at work there."""
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = (output_dir / LOCK).open("a")
-    with file:
-        try:
-            # This kind of lock ends with this process, however it ends, and is not handed down to workers.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another run is writing to {output_dir}: wait for it, or name another --output_dir"
-            ) from error
-        yield
+# ----------------------------------------------------------------------------------------------------------
+# What earlier runs left
 
 
-def find_whole(output_dir: Path) -> dict[str, Record]:
-    """The records of all whole subjects, by subject."""
-    records = {path.stem: load_record(path) for path in sorted(output_dir.glob(f"{RECORDS}/*.json"))}
-    return {
-        subject: record
-        for subject, record in records.items()
-        if record and all(n_bytes == size(output_dir / name) for name, n_bytes in record.files.items())
-    }
-
-
-def read_normalisation(output_dir: Path) -> dict[str, float] | None:
-    """The quantiles that the folder's slices were normalised by, all alike; None where there is no record of them."""
-    records = (load_record(path) for path in sorted(output_dir.glob(f"{RECORDS}/*.json")))
-    made_with = next((record.made_with for record in records if record), None)
-    keys = ("percentage_lower", "percentage_upper")
-    return {key: made_with[key] for key in keys} if made_with and made_with.keys() >= set(keys) else None
-
-
-def read_grid(output_dir: Path) -> dict[str, Any] | None:
-    """The grid that all the folder's slices lie on: {"axcodes": "LPS", "spacing": [1, 1, 1], "shape": [240, 240]}, say.
-
-    The spacing is in mm, the shape that of a slice. None where the records do not agree on one, or where one of an
-    earlier version says nothing of it.
-    """
-    grids = []
-    for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
-        record = load_record(path)
-        grids.append(record.made_with.get("grid") if record else None)
-    return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
+def load_records(output_dir: Path) -> dict[str, Record | None]:
+    """The record of each subject; None where the file is not what `store` writes, as though there were none."""
+    return {path.stem: load_record(path) for path in sorted(output_dir.glob(f"{RECORDS}/*.json"))}
 
 
 def load_record(path: Path) -> Record | None:
-    """None where the file is not what `store` writes, as though there were none."""
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return record if isinstance(record.made_with, dict) and isinstance(record.files, dict) else None
+
+
+def find_whole(output_dir: Path) -> dict[str, Record]:
+    """The records of all whole subjects, by subject."""
+    return {
+        subject: record
+        for subject, record in load_records(output_dir).items()
+        if record and all(n_bytes == size(output_dir / name) for name, n_bytes in record.files.items())
+    }
 
 
 def size(path: Path) -> int:
@@ -106,6 +77,101 @@ def size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def read_normalisation(output_dir: Path) -> dict[str, float] | None:
+    """The quantiles that the folder's slices were normalised by, all alike; None where there is no record of them."""
+    made_with = next((record.made_with for record in load_records(output_dir).values() if record), {})
+    return {key: made_with[key] for key in NORMALISATION} if made_with.keys() >= set(NORMALISATION) else None
+
+
+def read_grid(output_dir: Path) -> dict[str, Any] | None:
+    """The grid that all the folder's slices lie on: {"axcodes": "LPS", "spacing": [1, 1, 1], "shape": [240, 240]}, say.
+
+    The spacing is in mm, the shape that of a slice. None where the records do not agree on one, or where one of an
+    earlier version says nothing of it.
+    """
+    grids = [record and record.made_with.get("grid") for record in load_records(output_dir).values()]
+    return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
+
+
+def find_finished(output_dir: Path, describe: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Record]:
+    """The subjects that earlier runs finished, with their records.
+
+    Args:
+        output_dir: of preprocessing.
+        describe: what this run would make a subject with; None where it would not make it at all.
+
+    Raises:
+        UserError: this run would make one of them differently, or not at all; the two must not be mixed.
+    """
+    finished = find_whole(output_dir)
+    for subject, record in finished.items():
+        if difference := name_difference(record.made_with, describe(subject)):
+            raise UserError(f"{output_dir} holds {subject}, {difference}: {START_OVER}")
+    return finished
+
+
+def name_difference(made_with: Mapping[str, Any], asked_for: Mapping[str, Any] | None) -> str:
+    """The first thing in which two descriptions of a subject differ, as a clause; empty where they agree."""
+    if asked_for is None:
+        return "which is in no split list now"
+    for key, now in asked_for.items():
+        before = made_with.get(key)
+        if before == now:
+            continue
+        if key == "volumes":
+            before = before if isinstance(before, dict) else {}
+            kinds = [kind for kind in now | before if before.get(kind) != now.get(kind)]
+            return f"made from another {' and '.join(kinds)} than the data have of it now"
+        if key == "split":
+            return f"which was in the {before} split and is in {now} now"
+        return f"made with --{key} {before}, not {now}"
+    return ""
+
+
+def find_leftovers(
+    output_dir: Path,
+    splits: Mapping[str, Collection[str]],
+    kinds: Collection[str],
+    finished: Mapping[str, Record],
+    overwrite: bool,
+) -> list[Path]:
+    """The slices beside those of finished subjects, sorted: a run that broke off left them.
+
+    Args:
+        output_dir: of preprocessing.
+        splits: the subjects of each.
+        kinds: of slices that this run writes.
+        finished: records by subject.
+        overwrite: all slices are to go.
+
+    Raises:
+        UserError: a file that is no slice; or, unless all are overwritten, a slice that this run has no use for (of a
+            subject that is now in another split or in none, or of a modality not asked for now).
+    """
+    in_use = {name for record in finished.values() for name in record.files}
+    leftovers = []
+    for split, members in splits.items():
+        for path in sorted(output_dir.glob(f"{split}/*/*.npy")):
+            kind = path.parent.name
+            name = re.fullmatch(rf"(.+)_{re.escape(kind)}_\d+", path.stem)
+            if name is None:
+                raise UserError(
+                    f"{path} is no slice that this script wrote: move it away or name another --output_dir"
+                )
+            if f"{split}/{kind}/{path.name}" in in_use:
+                continue
+            if not overwrite and (kind not in kinds or name[1] not in members):
+                raise UserError(
+                    f"{path} is of an earlier run with other subjects or modalities: {START_OVER}"
+                )
+            leftovers.append(path)
+    return leftovers
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def clear(output_dir: Path, whole: Iterable[str], leftovers: Iterable[Path]) -> None:
@@ -125,12 +191,23 @@ def clear(output_dir: Path, whole: Iterable[str], leftovers: Iterable[Path]) -> 
             shutil.rmtree(output_dir / PARTIAL)
 
 
+def make_folders(output_dir: Path, splits: Iterable[str], kinds: Iterable[str]) -> None:
+    """Those of the slices and of the records."""
+    with writing(output_dir):
+        for folder in (RECORDS, *(f"{split}/{kind}" for split in splits for kind in kinds)):
+            (output_dir / folder).mkdir(parents=True, exist_ok=True)
+
+
 def store(
-    output_dir: Path, part: str, subject: str, made_with: dict, slices: dict[str, np.ndarray]
+    output_dir: Path, split: str, subject: str, made_with: dict, slices: Mapping[str, np.ndarray]
 ) -> Record:
-    """Put a subject's slices in place, so that whoever reads OUT/{part} meantime sees no part of a subject.
+    """Put a subject's slices in place, so that whoever reads OUT/{split} meanwhile never sees half a subject.
 
     Args:
+        output_dir: of preprocessing.
+        split: of the subject.
+        subject: its name.
+        made_with: what the slices depend on.
         slices: images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: they are moved in
             this order, so until the last one is in place a kind is incomplete beside a complete one or alone, and
             the dataset refuses a slice that lacks a kind.
@@ -144,13 +221,10 @@ def store(
         for name, image in slices.items():
             path = partial / Path(name).name
             np.save(path, image)
-            files[f"{part}/{name}"] = size(path)
+            files[f"{split}/{name}"] = size(path)
         for name in slices:
-            place = output_dir / part / name
-            (partial / place.name).replace(place)
-        record = Record(made_with, files)
-        path = partial / f"{subject}.json"
-        path.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-        path.replace(output_dir / RECORDS / path.name)
+            (partial / Path(name).name).replace(output_dir / split / name)
         partial.rmdir()
+        record = Record(made_with, files)
+        write_whole(output_dir / RECORDS / f"{subject}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record

@@ -11,8 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from utils.cli import ArgumentParser, run
 
-LOGDIR = Path("experiments")
-
 
 def main() -> None:
     args = parse_args()
@@ -22,15 +20,18 @@ def main() -> None:
     from ml_collections import ConfigDict
 
     from datasets.brats2021 import BraTS2021Dataset
+    from evaluation.figures import to_grey
     from models.build import create_masked_translator, create_network
     from models.cycle import cyclic_unet
     from models.masks import Band
-    from utils.experiment import load_weights, newest_ema, read_record
-    from utils.figures import to_grey
+    from scoring.chain import newest_ema
+    from scoring.scorer import load_weights
+    from utils.experiment import read_record
+    from utils.storage import Folder
 
-    def load(model_name: str, process: str):
-        checkpoint = newest_ema(LOGDIR, f"{model_name}_{process}_phantom_t2_flair")
-        config = ConfigDict(read_record(checkpoint)["config"])
+    def load(model_name: str, direction: str):
+        checkpoint = newest_ema(Folder(args.logdir), f"{model_name}_{direction}_phantom_t2_flair")
+        config = ConfigDict(read_record(checkpoint.parent)["config"])
         network = create_network(model_name, config.score_model.model)
         load_weights(network, checkpoint)
         return network.eval(), config
@@ -85,6 +86,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--slice", type=int, default=9, help="number of the test slice that is shown")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("docs"), help="where the drawings are written"
+    )
+    parser.add_argument(
+        "--logdir", type=Path, default=Path("experiments"), help="folder of the demo's experiments"
     )
     return parser.parse_args()
 

@@ -5,14 +5,24 @@ and `opt{step}.pt`. The last is written last: where it lies, the other two are w
 """
 
 import contextlib
+import fnmatch
 import io
-import os
+import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from utils.files import write_whole
+
+# What training writes into its folder, in the order in which it may go: no set is taken for whole once this has begun.
+WRITTEN = (
+    *(f"{kind}[0-9]*.pt{end}" for kind in ("opt", "model", "ema_[0-9]*_") for end in ("", ".tmp")),
+    *("progress.csv", "progress.csv.tmp", "log.txt", "events.out.tfevents.*"),
+)
 
 
 class CheckpointError(Exception):
@@ -38,6 +48,23 @@ def saved_steps(directory: Path, prefix: str = "opt") -> list[int]:
     return sorted(int(number) for number in numbers if number.isdecimal())
 
 
+def step_of(name: str) -> int | None:
+    """The training steps that a checkpoint's name tells, or None where it tells none."""
+    found = re.search(r"(\d+)\.pt$", name)
+    return int(found[1]) if found else None
+
+
+def by_step(names: Iterable[str], kind: str) -> list[str]:
+    """Of some names those of one kind of checkpoint, `ema_*_` or `opt`, oldest first."""
+    return sorted(fnmatch.filter(names, f"{kind}*.pt"), key=lambda name: step_of(name) or 0)
+
+
+def needed_to_resume(names: Iterable[str], keep_last: int) -> list[str]:
+    """Patterns of the checkpoints among `names` that training reads, or may remove, when it goes on."""
+    # The set before the newest one, too, in case that one is damaged.
+    return ["*.pt"] if keep_last else [name.replace("opt", "*") for name in by_step(names, "opt")[-2:]]
+
+
 def save(paths: Mapping[str, Path], states: Mapping[str, Any]) -> None:
     """Write a set: states of tensors and plain Python, by the keys of `paths`.
 
@@ -57,29 +84,36 @@ def save(paths: Mapping[str, Path], states: Mapping[str, Any]) -> None:
 
 
 def load(paths: Mapping[str, Path], device: torch.device) -> dict[str, Any]:
-    """Read a set, after a look at the checksums of all its files; no code in them is run.
+    """Read a set by the keys of `paths`; an UnreadableError as from `read_state`."""
+    return {kind: read_state(path, device) for kind, path in paths.items()}
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What a file holds, after a look at its checksums; no code in it is run.
 
     Raises:
-        UnreadableError: a file is missing, damaged, or holds something else than tensors and plain Python.
+        UnreadableError: it is missing, damaged, or holds something else than tensors and plain Python.
     """
-    states = {}
-    for kind, path in paths.items():
-        try:
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"  # what older versions of torch wrote is none
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
                 # Their bits are 0; with that of a folder set, torch would leave memory as it finds it.
                 attributes = any(entry.external_attr for entry in archive.infolist())
             if damaged or attributes:
                 raise zipfile.BadZipFile(f"bad checksum of {damaged}" if damaged else "bad file attributes")
-            states[kind] = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # a flipped byte ends in nearly any
-            raise UnreadableError(f"{path} is damaged ({reason(error)})") from error
-    return states
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a crafted file is made of
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a flipped byte ends in nearly any
+        raise UnreadableError(f"{path} is damaged ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(":")
 
 
 def remove_older(directory: Path, ema_rate: float, newest: int, keep_last: int) -> None:
@@ -93,22 +127,3 @@ def remove_older(directory: Path, ema_rate: float, newest: int, keep_last: int) 
         if step < newest:
             for path in reversed(paths_of(directory, ema_rate, step).values()):  # invalid first, then gone
                 path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that is there as a whole or not at all, whatever ends the process or the machine meanwhile."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, is on the disk now
-    finally:
-        os.close(folder)

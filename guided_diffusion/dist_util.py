@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from utils.cli import UserError
+
 T = TypeVar("T")
 
 # What MPI launchers tell a process of how many there are: MPICH's and its kin, Open MPI's, MVAPICH's.
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
-
-
-class LaunchError(Exception):
-    """Processes were started in a way that they cannot work together; the message says how to."""
 
 
 def setup() -> None:
@@ -30,7 +28,7 @@ def setup() -> None:
     Of several processes only the first is heard on stdout; stderr is everyone's.
 
     Raises:
-        LaunchError: several tasks were started that do not know of each other.
+        UserError: several tasks were started that do not know of each other.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and not _described_by_mpi():
         return
@@ -58,7 +56,7 @@ def _described_by_mpi() -> bool:
 
         size = MPI.COMM_WORLD.size
     if size == 1:
-        raise LaunchError(
+        raise UserError(
             "several tasks were started, and each believes itself alone: start them by torchrun "
             "(under Slurm: srun --ntasks-per-node=1 torchrun …), or by the mpiexec of the MPI that mpi4py uses"
         )

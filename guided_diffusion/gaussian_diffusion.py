@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 Model = Callable[..., Tensor]
 StepNoise = Callable[[int], Tensor]
@@ -87,7 +88,7 @@ class GaussianDiffusion:
             raise ValueError("betas must be a one-dimensional array of values in (0, 1]")
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
-        self.loss_type = loss_type
+        self.loss = {LossType.MSE: mse_loss}[loss_type]
         self.rescale_timesteps = rescale_timesteps
         self.betas = betas
         self.num_timesteps = len(betas)
@@ -167,22 +168,18 @@ class GaussianDiffusion:
         }
 
     def p_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
-        noise: Tensor | None = None,
+        self, model: Model, x: Tensor, t: Tensor, *, noise: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """One ancestral step x_t → x_{t-1} (no noise is added at t = 0).
 
-        Args as in `p_mean_variance`; `noise` is standard normal, shaped like x, or None to draw it.
+        Args:
+            model, x, t, kwargs: as in `p_mean_variance`.
+            noise: what is added, standard normal and shaped like x, or None to draw it.
 
         Returns:
             sample and pred_xstart, [N, …].
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
+        out = self.p_mean_variance(model, x, t, **kwargs)
         if noise is None:
             noise = torch.randn_like(x)
         sample = out["mean"] + _not_first(t, x) * (0.5 * out["log_variance"]).exp() * noise
@@ -193,16 +190,16 @@ class GaussianDiffusion:
         model: Model,
         x: Tensor,
         t: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
+        *,
         eta: float = 0.0,
         noise: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """One DDIM step x_t → x_{t-1} (Song et al. 2021, eq. 12); deterministic for eta 0.
 
         Args and returns as in `p_sample`; eta ≥ 0 scales the noise that is added, 1 being as much as DDPM's.
         """
-        pred_xstart = self.p_mean_variance(model, x, t, clip_denoised, model_kwargs)["pred_xstart"]
+        pred_xstart = self.p_mean_variance(model, x, t, **kwargs)["pred_xstart"]
         alpha_bar = _at(self.alphas_cumprod, t, x)
         alpha_bar_prev = _at(self.alphas_cumprod_prev, t, x)
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
@@ -214,48 +211,46 @@ class GaussianDiffusion:
             sample = sample + sigma * noise  # sigma is 0 at t = 0
         return {"sample": sample, "pred_xstart": pred_xstart}
 
-    def p_sample_loop(
+    def p_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
+        """Sample x_0 by ancestral steps from x_T; args as in `_sample_loop`."""
+        return self._sample_loop(self.p_sample, model, shape, **kwargs)
+
+    def ddim_sample_loop(
+        self, model: Model, shape: Sequence[int], *, eta: float = 0.0, **kwargs: Any
+    ) -> Tensor:
+        """Sample x_0 by DDIM steps from x_T; args as in `_sample_loop`, and eta as in `ddim_sample`."""
+        if eta == 0:
+            kwargs["step_noise"] = None
+        return self._sample_loop(self.ddim_sample, model, shape, eta=eta, **kwargs)
+
+    def _sample_loop(
         self,
+        step: Callable[..., dict[str, Tensor]],
         model: Model,
         shape: Sequence[int],
+        *,
         noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         step_noise: StepNoise | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """Sample x_0 of the given shape by ancestral steps from x_T.
+        """From x_T to x_0.
 
         Args:
-            model, clip_denoised, model_kwargs: as in `p_mean_variance`.
+            step: `p_sample` or `ddim_sample`.
+            model: as in `p_mean_variance`.
             shape: [N, …] of what is sampled.
             noise: x_T, or None to draw it.
             device: where to sample, unless `noise` says it.
             step_noise: `step_noise(t)` gives the noise added in step t, or None to draw it.
+            kwargs: what else a step takes (clip_denoised, model_kwargs, …).
         """
-
-        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
-            return self.p_sample(model, x, t, clip_denoised, model_kwargs, noise=added)
-
-        return self._loop(step, shape, noise, device, step_noise)
-
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        eta: float = 0.0,
-        step_noise: StepNoise | None = None,
-    ) -> Tensor:
-        """Sample x_0 of the given shape by DDIM steps from x_T; args as in `p_sample_loop` and `ddim_sample`."""
-
-        def step(x: Tensor, t: Tensor, added: Tensor | None) -> dict[str, Tensor]:
-            return self.ddim_sample(model, x, t, clip_denoised, model_kwargs, eta=eta, noise=added)
-
-        return self._loop(step, shape, noise, device, step_noise if eta > 0 else None)
+        x = torch.randn(*shape, device=device) if noise is None else noise
+        with torch.no_grad():
+            for i in reversed(range(self.num_timesteps)):
+                t = torch.full((shape[0],), i, device=x.device)
+                x = step(model, x, t, noise=step_noise(i) if step_noise else None, **kwargs)["sample"]
+        return x
 
     def training_losses(
         self,
@@ -275,29 +270,14 @@ class GaussianDiffusion:
             noise: standard normal, shaped like x_start, or None to draw it.
 
         Returns:
-            {"loss": [N]}: the squared error of what the model predicts, averaged over each sample.
+            {"loss": [N]}: the error of what the model predicts, averaged over each sample.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
-        return {"loss": (target - output).square().flatten(1).mean(1)}
-
-    def _loop(
-        self,
-        step: Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]],
-        shape: Sequence[int],
-        noise: Tensor | None,
-        device: torch.device | str | None,
-        step_noise: StepNoise | None,
-    ) -> Tensor:
-        x = torch.randn(*shape, device=device) if noise is None else noise
-        with torch.no_grad():
-            for i in reversed(range(self.num_timesteps)):
-                t = torch.full((shape[0],), i, device=x.device)
-                x = step(x, t, step_noise(i) if step_noise else None)["sample"]
-        return x
+        return {"loss": self.loss(output, target, reduction="none").flatten(1).mean(1)}
 
     def _xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         return (x_t - _at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps) / _at(

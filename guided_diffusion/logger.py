@@ -10,8 +10,9 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.files import write_whole
+
 from . import dist_util
-from .checkpoint import write_whole
 
 
 class Logger:

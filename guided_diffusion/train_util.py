@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.device import autocast
+from utils.random import keyed_seed
+
 from . import checkpoint, dist_util
 from .logger import Logger
 from .nn import update_ema
@@ -59,9 +62,19 @@ class StopSignals:
 class TrainLoop:
     """Minimises a loss over batches, step by step, and saves what it has learnt.
 
-    Of several processes (`dist_util`), each takes its share of every batch; the first one writes and speaks.
+    Of several processes (`dist_util`), each takes its share of every batch, and the first one writes the files.
     Every step depends on its number alone (the batches and the losses are told which step it is), so training that
     goes on from a checkpoint ends where uninterrupted training would have.
+
+    Settings, all of them numbers:
+        iterations: steps in all
+        batch_size: samples a step, of all processes together
+        lr, weight_decay: AdamW's
+        lr_decay_steps, lr_decay_factor: the learning rate is multiplied by the factor once in so many steps
+        ema_rate: the rate that the warm-up ends at
+        log_interval: steps between two rows of progress.csv
+        save_interval: steps between two checkpoints; the last step is always saved
+        keep_last: checkpoints that are kept, older ones are removed; 0 keeps all
     """
 
     def __init__(
@@ -74,19 +87,10 @@ class TrainLoop:
         batches_from: Callable[[int], Iterator[Batch]],  # endless batches from the given step on
         directory: Path,  # where checkpoints are written, and looked for
         logger: Logger,
-        iterations: int,  # steps in all
-        batch_size: int,  # samples a step, of all processes together
-        lr: float,  # AdamW's learning rate at the start
-        weight_decay: float,  # AdamW's
-        lr_decay_steps: int,  # the learning rate is multiplied by lr_decay_factor once in so many steps
-        lr_decay_factor: float,
-        ema_rate: float,  # the rate that the warm-up ends at
+        settings: Any,  # the attributes named above
         precision: torch.dtype,  # of matrix products and convolutions; float16 with a gradient scaler
         seed: int,  # with the step number, it seeds what the network draws itself (dropout)
-        log_interval: int,  # steps between two rows of progress.csv
-        save_interval: int,  # steps between two checkpoints; the last step is always saved
-        keep_last: int,  # checkpoints that are kept, older ones are removed; 0 keeps all
-        remembered: Remembered | None,  # what compute_losses remembers from step to step, if anything
+        remembered: Remembered | None = None,  # what compute_losses remembers from step to step, if anything
         on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
     ):
         self.model = model
@@ -96,21 +100,15 @@ class TrainLoop:
         self.batches_from = batches_from
         self.directory = directory
         self.logger = logger
-        self.iterations = iterations
-        self.batch_size = batch_size
-        self.lr = lr
-        self.lr_decay_steps = lr_decay_steps
-        self.lr_decay_factor = lr_decay_factor
-        self.ema_rate = ema_rate
+        self.settings = settings
         self.precision = precision
         self.seed = seed
-        self.log_interval = log_interval
-        self.save_interval = save_interval
-        self.keep_last = keep_last
         self.remembered = remembered
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
         self.device = self.trained[0].device
         # float16 underflows where gradients are small; the other precisions have the range of float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -127,9 +125,10 @@ class TrainLoop:
             CheckpointError: none can be written.
             Stopped: a signal asked for it, and all is saved.
         """
+        settings = self.settings
         self._resume()
-        if self.step >= self.iterations:
-            self.logger.info(f"finished already: {self.step} of {self.iterations} steps")
+        if self.step >= settings.iterations:
+            self.logger.info(f"finished already: {self.step} of {settings.iterations} steps")
             return
         if dist_util.rank() == 0:
             self._require_space()
@@ -139,20 +138,20 @@ class TrainLoop:
         with (
             StopSignals() as signals,
             tqdm(
-                total=self.iterations,
+                total=settings.iterations,
                 initial=self.step,
                 unit="step",
                 dynamic_ncols=True,
                 disable=dist_util.rank() > 0,
             ) as progress,
         ):
-            while self.step < self.iterations:
+            while self.step < settings.iterations:
                 # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
                 loss_sum = loss_sum + self._train_step(next(batches))
                 progress.update()
                 stops = dist_util.any_of(signals.received is not None)
-                saves = stops or self.step % self.save_interval == 0 or self.step == self.iterations
-                if not saves and self.step % self.log_interval:
+                saves = stops or self.step % settings.save_interval == 0 or self.step == settings.iterations
+                if not saves and self.step % settings.log_interval:
                     continue
                 loss = sum(dist_util.gather(float(loss_sum))) / (self.step - since)
                 seconds = time.monotonic() - started
@@ -161,7 +160,7 @@ class TrainLoop:
                 values = {
                     "loss": loss,
                     "learning_rate": self._learning_rate(self.step - 1),
-                    "images_per_second": (self.step - since) * self.batch_size / seconds,
+                    "images_per_second": (self.step - since) * settings.batch_size / seconds,
                 }
                 self.logger.scalars(self.step, values)
                 progress.set_postfix(loss=f"{loss:.4f}")
@@ -178,24 +177,26 @@ class TrainLoop:
                 loss_sum, since, started = 0.0, self.step, time.monotonic()
 
     def _train_step(self, batch: Batch) -> Tensor:
-        torch.manual_seed(self.seed + self.step + 10**7 * dist_util.rank())
+        torch.manual_seed(keyed_seed("dropout", self.seed, self.step, dist_util.rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             losses = self.compute_losses(self.parallel, batch, self.step)
-            loss = losses.sum() / self.batch_size
+            loss = losses.sum() / self.settings.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         # Gradients are averaged over the processes, and are to be summed.
         self.scaler.scale(loss * dist_util.world_size()).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Warmed up, so that a short run's average is not one of its initialisation.
-        update_ema(self.ema_model, self.model, min(self.ema_rate, (1 + self.step) / (10 + self.step)))
+        update_ema(
+            self.ema_model, self.model, min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
+        )
         self.step += 1
         return loss.detach()
 
     def _learning_rate(self, step: int) -> float:
-        return self.lr * self.lr_decay_factor ** (step // self.lr_decay_steps)
+        return self.settings.lr * self.settings.lr_decay_factor ** (step // self.settings.lr_decay_steps)
 
     def _state(self) -> dict[str, Any]:
         """What the next steps depend on, by file. Random numbers are keyed by the step: they have no state."""
@@ -208,11 +209,15 @@ class TrainLoop:
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
     def _save(self) -> None:
-        paths = checkpoint.paths_of(self.directory, self.ema_rate, self.step)
+        paths = self._paths(self.step)
         checkpoint.save(paths, self._state())
-        if self.keep_last:
-            checkpoint.remove_older(self.directory, self.ema_rate, self.step, self.keep_last)
+        if self.settings.keep_last:
+            keep = self.settings.keep_last
+            checkpoint.remove_older(self.directory, self.settings.ema_rate, self.step, keep)
         self.logger.info(f"saved {paths['ema'].name} after {self.step} steps")
+
+    def _paths(self, step: int) -> dict[str, Path]:
+        return checkpoint.paths_of(self.directory, self.settings.ema_rate, step)
 
     def _resume(self) -> None:
         step = self._find_checkpoint() if dist_util.rank() == 0 else None
@@ -242,7 +247,7 @@ class TrainLoop:
         return None
 
     def _load(self, step: int) -> None:
-        states = checkpoint.load(checkpoint.paths_of(self.directory, self.ema_rate, step), self.device)
+        states = checkpoint.load(self._paths(step), self.device)
         self.model.load_state_dict(states["model"])
         self.ema_model.load_state_dict(states["ema"])
         self.optimizer.load_state_dict(states["opt"]["optimizer"])
@@ -254,12 +259,15 @@ class TrainLoop:
 
     def _require_space(self) -> None:
         """Raise a CheckpointError now rather than after hours, if the checkpoints to come will not fit on the disk."""
+        settings = self.settings
         size = sum(p.nbytes for p in (*self.model.parameters(), *self.ema_model.parameters()))
         size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
-        saves = math.ceil(self.iterations / self.save_interval) - self.step // self.save_interval
-        if self.keep_last:  # and one more while it is written; what lies there already takes no more space
+        saves = math.ceil(settings.iterations / settings.save_interval) - self.step // settings.save_interval
+        if (
+            settings.keep_last
+        ):  # and one more while it is written; what lies there already takes no more space
             there = len(checkpoint.saved_steps(self.directory))
-            saves = min(saves, max(self.keep_last + 1 - there, 1))
+            saves = min(saves, max(settings.keep_last + 1 - there, 1))
         free = shutil.disk_usage(self.directory).free
         if saves * size > free:
             raise checkpoint.CheckpointError(

@@ -97,14 +97,11 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over all positions. Each head's q, k and v lie next to each other in `qkv`."""
 
-    def __init__(self, channels: int, num_heads: int, num_head_channels: int, norm_groups: int):
+    def __init__(self, channels: int, num_heads: int, norm_groups: int):
         super().__init__()
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        if channels % self.num_heads or (num_head_channels != -1 and channels % num_head_channels):
-            raise ValueError(
-                f"{channels} channels do not split into attention heads "
-                f"(num_heads={num_heads}, num_head_channels={num_head_channels})"
-            )
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not split into num_heads={num_heads} attention heads")
+        self.num_heads = num_heads
         self.norm = nn.GroupNorm(norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
@@ -144,8 +141,6 @@ class UNetModel(nn.Module):
         channel_mult: width multiplier of each level; the resolution is halved between levels.
         conv_resample: up- and downsampling learn a convolution (where resblock_updown is not set).
         num_heads: attention heads.
-        num_head_channels: if not -1, the width of a head, and num_heads is ignored.
-        num_heads_upsample: if not -1, attention heads on the way up.
         use_scale_shift_norm: FiLM conditioning on the timestep.
         resblock_updown: residual blocks change the resolution.
         norm_groups: groups of every group norm (the public library has 32).
@@ -165,8 +160,6 @@ class UNetModel(nn.Module):
         channel_mult: Sequence[int] = (1, 2, 4, 8),
         conv_resample: bool = True,
         num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         norm_groups: int = 32,
@@ -178,9 +171,6 @@ class UNetModel(nn.Module):
 
         def resblock(channels: int, out: int, resample: nn.Module | None = None) -> ResBlock:
             return ResBlock(channels, emb_channels, out, dropout, use_scale_shift_norm, norm_groups, resample)
-
-        def attention(channels: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(channels, heads, num_head_channels, norm_groups)
 
         def resampler(kind: type[Upsample] | type[Downsample], channels: int) -> nn.Module:
             if resblock_updown:
@@ -201,7 +191,7 @@ class UNetModel(nn.Module):
                 layers: list[nn.Module] = [resblock(channels, width)]
                 channels = width
                 if rate in attention_resolutions:
-                    layers.append(attention(channels, num_heads))
+                    layers.append(AttentionBlock(channels, num_heads, norm_groups))
                 self.input_blocks.append(EmbedSequential(*layers))
                 skip_channels.append(channels)
             if level < len(channel_mult) - 1:
@@ -210,10 +200,11 @@ class UNetModel(nn.Module):
                 rate *= 2
 
         self.middle_block = EmbedSequential(
-            resblock(channels, channels), attention(channels, num_heads), resblock(channels, channels)
+            resblock(channels, channels),
+            AttentionBlock(channels, num_heads, norm_groups),
+            resblock(channels, channels),
         )
 
-        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for block in range(num_res_blocks + 1):
@@ -221,7 +212,7 @@ class UNetModel(nn.Module):
                 layers = [resblock(channels + skip_channels.pop(), width)]
                 channels = width
                 if rate in attention_resolutions:
-                    layers.append(attention(channels, heads_up))
+                    layers.append(AttentionBlock(channels, num_heads, norm_groups))
                 if level > 0 and block == num_res_blocks:
                     layers.append(resampler(Upsample, channels))
                     rate //= 2

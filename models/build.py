@@ -80,7 +80,6 @@ def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -
         seed=config.seed,
         use_ddim=sampling.use_ddim,
         eta=sampling.eta,
-        clip_denoised=sampling.clip_denoised,
     )
 
 

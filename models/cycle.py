@@ -73,21 +73,21 @@ def mmccd(
             whose mean then has one squared error.
         progress: told after each batch how many samples it had.
     """
-    sums = torch.zeros(3, *image.shape, device=image.device)
-    counts = torch.zeros_like(image)
+    sums = torch.zeros(4, *image.shape, device=image.device)
 
     def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
-        slices, hidden_by = zip(*batch, strict=True)
+        slices, bands_of = zip(*batch, strict=True)
         index = torch.tensor(slices, device=image.device)
-        hidden = forward.mask(hidden_by).to(image.device)
-        translation = forward.sample(image[index], hidden_by)
+        hidden = forward.mask(bands_of).to(image.device)
+        translation = forward.sample(image[index], bands_of)
         reconstruction = backward(translation)
         error = (image[index] - reconstruction).square()
-        sums.index_add_(1, index, torch.stack([error, translation, reconstruction]) * hidden)
-        counts.index_add_(0, index, hidden.float())
+        found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
+        sums.index_add_(1, index, found)  # all at once: a batch that is tried again must not count twice
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
-    score, translation, reconstruction = sums / counts.clamp(min=1)
+    *sums, counts = sums
+    score, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
     translation, reconstruction = (
         torch.where(counts > 0, mean, image) for mean in (translation, reconstruction)
     )

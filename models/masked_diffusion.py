@@ -5,6 +5,7 @@ replaced by noise, so that under the band it has to imagine what healthy tissue 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ class MaskedConditionalUNet(UNetModel):
     def __init__(self, **kwargs):
         super().__init__(in_channels=2, out_channels=1, **kwargs)
 
-    def forward(self, x_t: Tensor, t: Tensor, image: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """Args: x_t, image, noise: [N, 1, H, W]; t: [N]; mask: bool, the hidden band. Returns: [N, 1, H, W]."""
-        return super().forward(torch.cat([x_t, masked_condition(image, mask, noise)], dim=1), t)
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Args: x_t: [N, 1, H, W]; t: [N]; condition: a `masked_condition`, [N, 1, H, W]. Returns: [N, 1, H, W]."""
+        return super().forward(torch.cat([x_t, condition], dim=1), t)
 
 
 def masked_diffusion_losses(
@@ -70,8 +71,8 @@ def masked_diffusion_losses(
     mask = band_masks(bands[share], image_size, band_width).to(device)
     t, weights = (value[share].to(device) for value in schedule_sampler.sample(n, generator))
     condition_noise, noise = torch.randn(2, n, *image.shape[1:], generator=generator)[:, share].to(device)
-    condition = {"image": image, "mask": mask, "noise": condition_noise}
-    losses = diffusion.training_losses(model, target, t, model_kwargs=condition, noise=noise)["loss"]
+    condition = masked_condition(image, mask, condition_noise)
+    losses = diffusion.training_losses(model, target, t, {"condition": condition}, noise)["loss"]
     schedule_sampler.update(t, losses.detach())
     return weights * losses
 
@@ -80,7 +81,7 @@ class MaskedDiffusionTranslator:
     """Samples the translation of an image whose band is hidden.
 
     All noise is keyed by the seed and the band, the same for every slice: x_T, the noise under the band (held over
-    all steps, so that DDIM with eta 0 is deterministic) and what ancestral steps add.
+    all steps, so that DDIM with eta 0 is deterministic) and what ancestral steps add. The predicted x_0 is not clipped.
 
     Args:
         model: a trained `MaskedConditionalUNet`, on its device.
@@ -90,7 +91,6 @@ class MaskedDiffusionTranslator:
         seed: of the noise.
         use_ddim: DDIM steps; else ancestral ones.
         eta: DDIM's, 0 is deterministic.
-        clip_denoised: clip the predicted x_0 to [−1, 1] in every step.
     """
 
     def __init__(
@@ -103,16 +103,15 @@ class MaskedDiffusionTranslator:
         seed: int,
         use_ddim: bool,
         eta: float,
-        clip_denoised: bool,
     ):
         self.model = model
         self.diffusion = diffusion
         self.image_size = image_size
         self.band_width = band_width
         self.seed = seed
-        self.use_ddim = use_ddim
-        self.eta = eta
-        self.clip_denoised = clip_denoised
+        self.sample_loop = diffusion.p_sample_loop
+        if use_ddim:
+            self.sample_loop = partial(diffusion.ddim_sample_loop, eta=eta)
         self._drawn: dict[tuple, Tensor] = {}
 
     def mask(self, bands: Sequence[Band]) -> Tensor:
@@ -122,24 +121,16 @@ class MaskedDiffusionTranslator:
     def sample(self, image: Tensor, bands: Sequence[Band]) -> Tensor:
         """Translate image i with band i hidden: [N, 1, H, W] to [N, 1, H, W], on the image's device."""
         device = image.device
-        condition = {
-            "image": image,
-            "mask": self.mask(bands).to(device),
-            "noise": self._noise_once(bands, "condition").to(device),
-        }
-        loop, options = self.diffusion.p_sample_loop, {}
-        if self.use_ddim:
-            loop, options = self.diffusion.ddim_sample_loop, {"eta": self.eta}
-        return loop(
+        hidden, noise = self.mask(bands).to(device), self._noise_once(bands, "condition").to(device)
+        return self.sample_loop(
             self.model,
             image.shape,
             noise=self._noise_once(bands, "x_T").to(device),
-            clip_denoised=self.clip_denoised,
-            model_kwargs=condition,
+            clip_denoised=False,
+            model_kwargs={"condition": masked_condition(image, hidden, noise)},
             step_noise=lambda step: torch.stack([self._noise(band, "step", step) for band in bands]).to(
                 device
             ),
-            **options,
         )
 
     def _noise(self, band: Band, *use: int | str) -> Tensor:

@@ -62,10 +62,12 @@ FLAGS = {
 # Which rooms a room may import, beside itself.
 MAY_IMPORT = {
     "utils": set(),
-    "guided_diffusion": set(),
+    "guided_diffusion": {"utils"},
     "models": {"guided_diffusion", "utils"},
+    "evaluation": {"utils"},
     "datasets": {"utils"},
     "config": {"utils"},
+    "scoring": {"models", "datasets", "evaluation", "config", "guided_diffusion", "utils"},
 }
 ROOMS = set(MAY_IMPORT)
 

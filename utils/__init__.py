@@ -1,1 +1,1 @@
-"""Metrics, figures, and what the scripts share. Imports no other room."""
+"""What knows neither MRI nor scores: command line, files, device, storage, random numbers. Imports no other room."""

@@ -70,7 +70,10 @@ class Folder:
         """Store what is new, changed or removed since it was pulled or pushed."""
 
     def remove(self, folder: str, *patterns: str) -> None:
-        """Remove the files, where they are stored, of one of its folders whose names fit one of the patterns."""
+        """Remove the files of one of its folders whose names fit one of the patterns, in the patterns' order."""
+        for pattern in patterns:
+            for path in (self.local / folder).glob(pattern):
+                path.unlink()
 
 
 class Mirror(Folder):
@@ -141,6 +144,7 @@ class Mirror(Folder):
                 self._remove(name)
 
     def remove(self, folder: str, *patterns: str) -> None:
+        super().remove(folder, *patterns)
         if not self.writes:
             return
         names = _fitting(self.names(folder), patterns)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import AttentionBlock
 from models.cycle import mmccd, slices_and_bands
-from models.masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
+from models.masked_diffusion import (
+    MaskedConditionalUNet,
+    MaskedDiffusionTranslator,
+    masked_condition,
+    masked_diffusion_losses,
+)
 from models.masks import sweep
 from models.translator import UNetTranslator
 
@@ -64,7 +70,6 @@ def make_translator(make_diffusion):
             seed=0,
             use_ddim=True,
             eta=0.0,
-            clip_denoised=False,
         )
 
     return make
@@ -84,7 +89,7 @@ def network_inputs() -> tuple:
     x_t, image, noise = drawn(3, 5, 1, SIZE, SIZE)
     mask = torch.zeros(5, 1, SIZE, SIZE, dtype=torch.bool)
     mask[:, :, 4:8] = True
-    return x_t, torch.tensor([0, 1, 20, 500, 999]), image, mask, noise
+    return x_t, torch.tensor([0, 1, 20, 500, 999]), masked_condition(image, mask, noise)
 
 
 @torch.no_grad()
@@ -158,7 +163,7 @@ def test_the_plain_translation_is_that_of_the_translator(denoiser, make_translat
         plain_network(denoiser),
         translator.diffusion,
         x_T,
-        {"image": image, "mask": translator.mask([band]), "noise": noise},
+        masked_condition(image, translator.mask([band]), noise),
     )
     assert torch.equal(steps[0], x_T)
     assert len(steps) == len(STEPS) + 1
@@ -204,19 +209,16 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
         batches_from=lambda step: itertools.repeat(batch),
         directory=tmp_path,
         logger=None,
-        iterations=2,
-        batch_size=3,
-        lr=lr,
-        weight_decay=weight_decay,
-        lr_decay_steps=1000,
-        lr_decay_factor=0.5,
-        ema_rate=ema_rate,
+        settings=SimpleNamespace(
+            batch_size=3,
+            lr=lr,
+            weight_decay=weight_decay,
+            lr_decay_steps=1000,
+            lr_decay_factor=0.5,
+            ema_rate=ema_rate,
+        ),
         precision=torch.float32,
         seed=0,
-        log_interval=100,
-        save_interval=100,
-        keep_last=0,
-        remembered=None,
         on_save=lambda network, step: None,
     )
     before = copy.deepcopy(network)

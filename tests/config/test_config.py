@@ -56,7 +56,6 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.sampling.use_ddim": True,
     "score_model.sampling.eta": 0.0,
     "score_model.sampling.timestep_respacing": "100",
-    "score_model.sampling.clip_denoised": False,
 }
 
 

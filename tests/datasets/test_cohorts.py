@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from datasets.brats2021 import find_slices
-from datasets.brats_preprocess import DEPTH, normalise
 from datasets.cohorts import read_brats, read_table, suggest
 from datasets.records import RECORDS, read_grid
-from datasets.split_traintest import LIST_NAMES, read_list, split_subjects
+from datasets.splits import LIST_NAMES, read_list, split_subjects
+from datasets.subject import DEPTH, normalise
 from utils.cli import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "datasets"

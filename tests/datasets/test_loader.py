@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from datasets.brats2021 import BraTS2021Dataset, find_slices
-from datasets.loader import StepSampler, all_slices, training_batches
+from datasets.loader import all_slices, step_indices, training_batches
 from utils.cli import UserError
 
 SIZE = 48  # of the slices on disk
@@ -259,7 +259,7 @@ def test_a_broken_file_on_disk_is_found_at_the_start(data_dir, memory, damage):
 
 
 def indices(n_batches, dataset_size=10, batch_size=4, seed=0, first_step=0):
-    return list(islice(StepSampler(dataset_size, batch_size, seed, first_step), n_batches))
+    return list(islice(step_indices(dataset_size, batch_size, seed, first_step), n_batches))
 
 
 @pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 5), (10, 4), (10, 1), (3, 10), (1, 4), (7, 7)])

@@ -10,6 +10,7 @@ import pytest
 from scipy import ndimage
 
 from datasets import phantom
+from datasets.splits import LIST_NAMES
 
 pytestmark = pytest.mark.xdist_group("phantom")  # one process, so that the cohort is made once
 
@@ -71,7 +72,7 @@ def test_files_are_those_of_brats(cohort, images):
 
 
 def test_split_lists_have_exact_counts_and_share_no_subject(cohort):
-    lists = {s: (cohort / f"brats_split_{p}.txt").read_text().splitlines() for s, p in phantom.SPLITS.items()}
+    lists = {split: (cohort / name).read_text().splitlines() for split, name in LIST_NAMES.items()}
     assert {split: len(names) for split, names in lists.items()} == COUNTS
     everyone = [name for names in lists.values() for name in names]
     assert sorted(everyone) == sorted(folder.name for folder in cohort.iterdir() if folder.is_dir())

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from datasets.brats2021 import find_slices
-from datasets.brats_preprocess import choose_slices, normalise
 from datasets.cohorts import read_brats
 from datasets.records import find_whole, store
-from datasets.split_traintest import (
+from datasets.splits import (
     LIST_NAMES,
     hash_validation_out_of,
     read_list,
     split_subjects,
 )
+from datasets.subject import choose_slices, normalise
 from utils.cli import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "brats_preprocess.py"
@@ -407,7 +407,7 @@ def test_two_runs_at_a_time_are_refused(cohort, output_dir):
     with (output_dir / ".lock").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
-    assert_one_plain_sentence(result, "another run is writing", str(output_dir))
+    assert_one_plain_sentence(result, "another process is writing to", str(output_dir))
 
 
 # Runs a script, and kills it with SIGKILL just before its n-th step that changes the output folder.

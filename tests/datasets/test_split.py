@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datasets.cohorts import read_brats
-from datasets.split_traintest import (
+from datasets.splits import (
     INTERVALS,
     LIST_NAMES,
     hash_validation_out_of,

@@ -1,6 +1,7 @@
 """What the tests of the training loop and of its checkpoints share."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,19 @@ from torch import nn
 
 from guided_diffusion.logger import Logger
 from guided_diffusion.train_util import TrainLoop
+
+SETTINGS = {
+    "iterations": 6,
+    "batch_size": 8,
+    "lr": 0.05,
+    "weight_decay": 0.0,
+    "lr_decay_steps": 1000,
+    "lr_decay_factor": 0.5,
+    "ema_rate": 0.9,
+    "log_interval": 2,
+    "save_interval": 2,
+    "keep_last": 0,
+}
 
 
 @pytest.fixture
@@ -30,22 +44,12 @@ def train(tmp_path) -> Callable[..., TrainLoop]:
             "batches_from": batches_from,
             "directory": directory,
             "logger": logger,
-            "iterations": 6,
-            "batch_size": 8,
-            "lr": 0.05,
-            "weight_decay": 0.0,
-            "lr_decay_steps": 1000,
-            "lr_decay_factor": 0.5,
-            "ema_rate": 0.9,
             "precision": torch.float32,
             "seed": 0,
-            "log_interval": 2,
-            "save_interval": 2,
-            "keep_last": 0,
-            "remembered": None,
             "on_save": (lambda network, step: on_save(logger, network, step)) if on_save else lambda *_: None,
         }
-        loop = TrainLoop(**{**options, **kwargs})
+        settings = SETTINGS | {key: kwargs.pop(key) for key in SETTINGS.keys() & kwargs}
+        loop = TrainLoop(**{**options, **kwargs}, settings=SimpleNamespace(**settings))
         try:
             loop.run()
         finally:

@@ -21,6 +21,7 @@ from torch import nn
 from guided_diffusion import checkpoint
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.train_util import Stopped
+from utils.files import write_whole
 
 CPU = torch.device("cpu")
 KINDS = ("model", "ema", "opt")
@@ -175,7 +176,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", replace)
-    checkpoint.write_whole(tmp_path / "a.pt", b"12345")
+    write_whole(tmp_path / "a.pt", b"12345")
     assert done == [("sync", "a.pt.tmp", 5), ("rename", "a.pt.tmp", "a.pt"), ("sync", tmp_path.name, None)]
     assert (tmp_path / "a.pt").read_bytes() == b"12345"
 

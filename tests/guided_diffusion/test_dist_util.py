@@ -115,7 +115,7 @@ def test_an_mpi_launcher_that_is_not_mpi4pys_is_refused(variable):
         check=False,
     )
     assert done.returncode == 1
-    assert "LaunchError: several tasks were started, and each believes itself alone" in done.stderr
+    assert "UserError: several tasks were started, and each believes itself alone" in done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

@@ -32,7 +32,6 @@ def forward(masked_unet, make_diffusion) -> MaskedDiffusionTranslator:
         seed=0,
         use_ddim=True,
         eta=0.0,
-        clip_denoised=False,
     )
 
 

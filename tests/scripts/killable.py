@@ -153,7 +153,7 @@ def main() -> None:
         "models.build",
     ):
         importlib.import_module(name)
-    importlib.import_module("utils.figures")
+    importlib.import_module("evaluation.figures")
     torch.optim.AdamW([torch.zeros(1)])  # imports more, and that slowly, when it is first made
     torch.set_num_threads(1)  # a fork inherits no threads
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -213,7 +213,7 @@ def test_only_the_first_process_writes_and_speaks(alone, together):
     assert stdout.count(f"saved ema_0.995_{STEPS:06d}.pt") == len(EXPERIMENTS)
     assert "on 2 × cpu in float32" in stdout
     stderr = (together["torchrun"] / "stderr").read_text()
-    assert stderr.count("Loading dataset: 100%") == len(EXPERIMENTS)
+    assert stderr.count("reading train: 100%") == len(EXPERIMENTS)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.report import write_maps
+from evaluation.results import write_maps
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
 

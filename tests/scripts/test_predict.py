@@ -15,17 +15,17 @@ import pytest
 from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from datasets.grid import TrainingGrid
-from modality_cyclic_predict import (
+from datasets.records import NORMALISATION
+from evaluation.metrics import scored_region
+from scoring.scan import (
     LARGEST_BRAIN,
-    NORMALISATION,
     SHOWN,
     axial_axis,
     draw_report,
     pick_slices,
     read_scan,
 )
-from utils.metrics import scored_region
+from utils.grid import SliceGeometry
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
 
@@ -33,7 +33,7 @@ PREDICT, TEST = "modality_cyclic_predict.py", "modality_cyclic_test.py"
 SHAPE = (32, 32, 14)  # in-plane the tiny networks' image size: resizing changes nothing
 SPACING = 5.0  # mm
 AFFINE = from_matvec(np.diag([-SPACING, -SPACING, SPACING]), [80, 90, -30])
-GRID = TrainingGrid("LPS", (SPACING,) * 3, SHAPE[:2])
+GRID = SliceGeometry("LPS", (SPACING,) * 3, SHAPE[:2])
 LESION = apply_affine(AFFINE, [19, 12, 7])  # mm
 
 FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
@@ -466,7 +466,7 @@ def skull_and_brain(litres: float, air: int = 0) -> np.ndarray:
 def test_a_head_with_its_skull_is_warned_about(tmp_path, litres, air, warned):
     affine = np.diag([-4.0, -4, 4, 1])
     path = save(tmp_path / "head.nii.gz", skull_and_brain(litres, air).astype(np.int16), affine)
-    scan = read_scan(path, TrainingGrid("LPS", (4.0,) * 3, (60, 60)), NORMALISATION, None)
+    scan = read_scan(path, SliceGeometry("LPS", (4.0,) * 3, (60, 60)), NORMALISATION, None)
     assert len(scan.warnings) == warned
     if warned:
         (warning,) = scan.warnings

@@ -1,4 +1,4 @@
-"""`python -m utils.report`: one table for several test runs."""
+"""`python -m evaluation.tables`: one table for several test runs."""
 
 import pytest
 
@@ -10,7 +10,7 @@ MASKED = "masked__unet_backward_phantom_t2_flair__ddim5_stride8"
 
 def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subprocess, repository):
     folders = [workspace / "experiments/results" / name for name in (UNETS, MASKED)]
-    done = as_subprocess("-m", "utils.report", *folders, cwd=repository)
+    done = as_subprocess("-m", "evaluation.tables", *folders, cwd=repository)
     assert done.code == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -34,7 +34,7 @@ def test_a_folder_without_results_is_refused(as_subprocess, repository, tmp_path
     folder = tmp_path / "run"
     if state == "no metrics.json":
         folder.mkdir()
-    done = as_subprocess("-m", "utils.report", folder, cwd=repository)
+    done = as_subprocess("-m", "evaluation.tables", folder, cwd=repository)
     assert done.code == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

@@ -245,7 +245,7 @@ def test_two_processes_do_not_share_an_experiment(train, forks, in_process, plac
         before = contents(directory)
         for more in ((), ("--overwrite",)):
             done = in_process(TRAIN, *flags, *more, cwd=place)
-            expect_sentence(done, "another process is training in experiments/shared", "--experiment_name")
+            expect_sentence(done, "another process is writing to experiments/shared", "--experiment_name")
             assert contents(directory) == before
     finally:
         assert forks({"kill": first["pid"]}) == {"code": -signal.SIGKILL}

@@ -8,12 +8,14 @@ from pathlib import Path
 import blobfile
 import pytest
 
+from guided_diffusion.checkpoint import WRITTEN, needed_to_resume
+from scoring.chain import newest_ema
 from utils import storage
 from utils.cli import UserError
-from utils.experiment import newest_ema, pull_to_resume, remove_experiment
 from utils.storage import Folder, Mirror, StorageError, open_folder
 
 REMOTE = "fake://bucket/experiments"
+FIGURES = ("config.json", "log.txt", "progress.csv")  # what training goes on from, beside checkpoints
 
 
 class Blobs:
@@ -185,7 +187,7 @@ def test_going_on_pulls_the_figures_and_the_newest_two_sets(blobs):
     ]
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        pull_to_resume(mirror, "run", keep_last=0)
+        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.names("run"), keep_last=0))
         expected = {*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"}
         assert there(mirror.local / "run") == expected
 
@@ -194,7 +196,7 @@ def test_where_old_sets_are_removed_all_are_pulled(blobs):
     names = {*checkpoints(5, 10, 15), "model000020.pt"}
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        pull_to_resume(mirror, "run", keep_last=1)
+        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.names("run"), keep_last=1))
         assert there(mirror.local / "run") == names
 
 
@@ -218,7 +220,7 @@ def test_overwriting_removes_what_training_wrote_and_nothing_else(blobs):
     written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.tfevents.1"]
     write(blobs.folder, *(f"run/{name}" for name in (*written, "notes.txt")), "other/log.txt")
     with Mirror(REMOTE) as mirror:
-        remove_experiment(mirror, "run")
+        mirror.remove("run", *WRITTEN, "config.json")
         removed = [name for verb, name in blobs.taken() if verb == "remove"]
         assert removed[0] == "run/opt000005.pt"
     assert there(blobs.folder) == {"run/notes.txt", "other/log.txt"}

@@ -1,4 +1,4 @@
-"""Raw NIfTI volumes, read with distrust: a file must have what its header claims before memory is spent on it."""
+"""NIfTI files, read with distrust: a file must have what its header claims before memory is spent on it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import nibabel
 import numpy as np
 
-from utils.cli import UserError
+from .cli import UserError
+from .files import write_whole
+from .grid import VoxelGrid
 
 MAX_BYTES = 2**30 + 2**20  # of a file: a header and 512³ voxels of 8 bytes; BraTS has 240 × 240 × 155
 CHUNK = 2**20  # bytes read at a time
@@ -26,23 +28,7 @@ HEADER_BYTES = max(image.header_class.sizeof_hdr for image in FORMATS)
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 
 
-class Grid(NamedTuple):
-    """Where a volume's voxels lie."""
-
-    path: Path
-    shape: tuple[int, int, int]
-    affine: np.ndarray  # [4, 4], from voxel index to mm
-
-
-class Layout(NamedTuple):
-    """What a header says of its file."""
-
-    image_class: type[nibabel.Nifti1Image]
-    shape: tuple[int, int, int]
-    n_bytes: int  # uncompressed, from the file's beginning to the end of its voxels
-
-
-def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
+def read_volume(path: Path) -> tuple[np.ndarray, VoxelGrid]:
     """A volume's intensities, [H, W, D], in the dtype on disk or floats where the header scales them, and its grid.
 
     Raises:
@@ -50,33 +36,47 @@ def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
     """
     with plain_errors(path):
         with open_volume(path) as file:
-            head = file.read(HEADER_BYTES)
-            layout = parse_header(path, head)
-            content = read_content(path, file, head, layout.n_bytes)
-        image = layout.image_class.from_bytes(content)
+            content = bytearray(file.read(HEADER_BYTES))
+            header, n_bytes = parse_header(path, bytes(content))
+            # In pieces, so that memory grows with what is really there. A byte more than is claimed shows whether the
+            # file goes on, and makes gzip compare its checksum.
+            while chunk := file.read(min(CHUNK, max(n_bytes + 1 - len(content), 0))):
+                content += chunk
+        if len(content) < n_bytes:
+            claim = f"its header claims {n_bytes} bytes, but there are {len(content)}"
+            raise UserError(f"{path} cannot be read, it is cut off: {claim}")
+        if len(content) > n_bytes:
+            claim = f"it goes on after the {n_bytes} bytes that its header claims"
+            raise UserError(f"{path} cannot be read, it is damaged: {claim}")
+        image = image_class_of(header).from_bytes(bytes(content))
         if not np.isfinite(image.affine).all():
             raise UserError(f"{path} lies nowhere in space, its affine is not finite")
-        return np.asarray(image.dataobj), Grid(path, layout.shape, image.affine)
+        return np.asarray(image.dataobj), VoxelGrid(image.shape, image.affine)
 
 
 def read_header(path: Path) -> nibabel.Nifti1Header:
     """The volume's header, NIfTI-1 or -2; a UserError as from `read_volume`."""
     with plain_errors(path), open_volume(path) as file:
-        head = file.read(HEADER_BYTES)
-        header_class = parse_header(path, head).image_class.header_class
-        return header_class(head[: header_class.sizeof_hdr])
+        return parse_header(path, file.read(HEADER_BYTES))[0]
 
 
-def read_shape(path: Path) -> tuple[int, int, int]:
-    """The shape that the volume's header states; a UserError as from `read_volume`."""
-    with plain_errors(path), open_volume(path) as file:
-        return parse_header(path, file.read(HEADER_BYTES)).shape
+def write_volume(image: nibabel.Nifti1Image, path: Path) -> None:
+    """Write a volume, as a whole or not at all, and the same bytes for the same volume.
+
+    Args:
+        image: to be written.
+        path: ending in .nii or .nii.gz.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    data = image.to_bytes()
+    # Not nibabel's own .gz, which holds the time of writing.
+    write_whole(path, gzip.compress(data, compresslevel=1, mtime=0) if path.suffix == ".gz" else data)
 
 
 def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write a volume that lies where another one does: its space, codes and units are those of that one's header.
-
-    It is there as a whole or not at all.
 
     Args:
         header: of a volume of the same shape.
@@ -87,14 +87,11 @@ def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndar
     Raises:
         OSError: the file cannot be written.
     """
-    image_class = next(image for image in FORMATS if image.header_class is type(header))
-    image = image_class(voxels, affine, header, dtype=voxels.dtype)
+    image = image_class_of(header)(voxels, affine, header, dtype=voxels.dtype)
     # The range of grey levels suited the scan, and not this.
     image.header["cal_min"] = image.header["cal_max"] = 0
     image.header.set_intent("none")
-    partial = path.with_name(f".{path.name}")
-    nibabel.save(image, partial)
-    partial.replace(path)
+    write_volume(image, path)
 
 
 def checksum(path: Path) -> int:
@@ -128,45 +125,30 @@ def open_volume(path: Path) -> BinaryIO:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def parse_header(path: Path, head: bytes) -> Layout:
-    """Read and check the header in a file's first bytes.
+def image_class_of(header: nibabel.Nifti1Header) -> type[nibabel.Nifti1Image]:
+    """The kind of image that has such a header."""
+    return next(image for image in FORMATS if image.header_class is type(header))
+
+
+def parse_header(path: Path, head: bytes) -> tuple[nibabel.Nifti1Header, int]:
+    """The checked header in a file's first bytes, and how many bytes the whole file must have, uncompressed.
 
     Raises:
         UserError: no NIfTI header, other than 3 axes, voxels that are not real numbers, or a size beyond MAX_BYTES.
     """
-    image_class = next((image for image in FORMATS if image.header_class.may_contain_header(head)), None)
-    if image_class is None:
+    header_class = next((f.header_class for f in FORMATS if f.header_class.may_contain_header(head)), None)
+    if header_class is None:
         raise UserError(f"{path} cannot be read, it does not begin with a NIfTI header")
-    header = image_class.header_class(head[: image_class.header_class.sizeof_hdr])
+    header = header_class(head[: header_class.sizeof_hdr])
     shape = tuple(int(length) for length in header.get_data_shape())
     dtype = header.get_data_dtype()
-    offset = header.get_data_offset()
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"{path} must hold a volume with 3 axes, but its shape is {shape}")
     if dtype.kind not in "iuf":
         raise UserError(f"{path} must hold real numbers, but its voxels are {dtype}")
-    if offset < header.single_vox_offset:
+    if header.get_data_offset() < header.single_vox_offset:
         raise UserError(f"{path} cannot be read, its voxels would begin inside its header")
-    n_voxels = math.prod(shape)
+    n_voxels, offset = math.prod(shape), header.get_data_offset()
     if offset + n_voxels * max(dtype.itemsize, 8) > MAX_BYTES:  # scaled voxels become floats of 8 bytes
         raise UserError(f"{path} claims to hold {' × '.join(map(str, shape))} voxels, too many to be a scan")
-    return Layout(image_class, shape, offset + n_voxels * dtype.itemsize)
-
-
-def read_content(path: Path, file: BinaryIO, head: bytes, n_bytes: int) -> bytes:
-    """The `n_bytes` that a file must have, of which `head` has been read; memory grows with what is really there.
-
-    Raises:
-        UserError: the file ends before or goes on after.
-    """
-    content = bytearray(head[:n_bytes])
-    while chunk := file.read(min(CHUNK, n_bytes - len(content))):
-        content += chunk
-    if len(content) < n_bytes:
-        claim = f"its header claims {n_bytes} bytes, but there are {len(content)}"
-        raise UserError(f"{path} cannot be read, it is cut off: {claim}")
-    # Looking for one byte more makes gzip compare its checksum, too.
-    if len(head) > n_bytes or file.read(1):
-        claim = f"it goes on after the {n_bytes} bytes that its header claims"
-        raise UserError(f"{path} cannot be read, it is damaged: {claim}")
-    return bytes(content)
+    return header, offset + n_voxels * dtype.itemsize

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from utils.figures import (
+from evaluation.figures import (
     best_median_worst,
     dice_threshold_figure,
     draw_scores,
@@ -13,7 +13,7 @@ from utils.figures import (
     scan_figure,
     write_figures,
 )
-from utils.metrics import best_threshold, by_lesion_size, cut_scores, evaluate, ranked_scores
+from evaluation.metrics import best_threshold, by_lesion_size, cut_scores, evaluate, ranked_scores
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets.brats_preprocess import Settings, cut_subject, normalise
 from datasets.cohorts import read_brats
 from datasets.records import find_whole, store
-from datasets.volumes import (
+from datasets.subject import Settings, cut_subject, normalise
+from utils.cli import UserError
+from utils.nifti import (
     MAX_BYTES,
     checksum,
     plain_errors,
     read_header,
-    read_shape,
     read_volume,
     write_like,
 )
-from utils.cli import UserError
 
 SHAPE = (6, 5, 4)
 MEMORY = 8 * 2**20  # bytes, what reading a volume of some hundred bytes may take: some chunks
@@ -163,7 +162,7 @@ def expect_volume(path: Path) -> np.ndarray | None:
     np.testing.assert_array_equal(voxels, expected)
     np.testing.assert_array_equal(grid.affine, image.affine)
     assert voxels.dtype == expected.dtype
-    assert grid.shape == image.shape == read_shape(path)
+    assert grid.shape == image.shape == read_header(path).get_data_shape()
     assert np.isfinite(grid.affine).all()
     outcomes["read"] += 1
     return expected

@@ -20,7 +20,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from utils import metrics
+from evaluation import metrics
 
 NAN = float("nan")
 

@@ -1,0 +1,170 @@
+"""What a test run leaves behind: error maps, and the scores, figures and TensorBoard events computed from them."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.cli import UserError
+
+ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
+MAPS = ("image", "translation", "reconstruction", "scores", "truth", "brainmask")  # [N, H, W] each
+
+Maps = Mapping[str, Mapping[str, Any]]  # by split: `names` of the slices, and the arrays named in MAPS
+
+
+def write_maps(path: Path, run: Mapping[str, Any], maps: Maps) -> None:
+    """Write error_maps.npz, which is enough to score a test run again without a model.
+
+    Args:
+        path: of the file; its folder is made if it is not there.
+        run: JSON-able, what was chained and how.
+        maps: by split, `names` ("{subject}_{slice}") and arrays [N, H, W]; in the file they are called
+            test_scores, test_truth and so on.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be made ({error.strerror}): check --logdir") from error
+    arrays = {f"{split}_{key}": array for split, group in maps.items() for key, array in group.items()}
+    np.savez_compressed(path, run=json.dumps(run), **arrays)
+
+
+def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
+    """What `write_maps` was given.
+
+    Raises:
+        UserError: the file is not there, or is not what `write_maps` writes.
+    """
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}: run modality_cyclic_test.py first")
+    try:
+        with np.load(path) as file:
+            run = json.loads(str(file["run"]))
+            splits = ("test", "val") if "val_names" in file else ("test",)
+            maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *MAPS)} for split in splits}
+        for group in maps.values():
+            n_slices, height, width = group["scores"].shape
+            shapes = {group[key].shape for key in MAPS} | {(*group["names"].shape, height, width)}
+            if shapes != {(n_slices, height, width)}:
+                raise ValueError(f"arrays of different shapes: {shapes}")
+    except Exception as error:  # whatever NumPy, zip and JSON make of a file that is damaged or another's
+        raise UserError(f"{path} cannot be scored ({error}): run modality_cyclic_test.py again") from error
+    return run, maps
+
+
+def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
+    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
+
+    Args:
+        results: folder of the test run.
+        run: what was chained, for the head of metrics.json.
+        maps: as `write_maps` takes them.
+        address: what to call the folder.
+    """
+    from .figures import draw_scores, write_figures
+    from .metrics import by_lesion_size, evaluate, ranked_scores
+    from .tables import METHODS, size_table, table
+
+    cyclic_error, intensity = (
+        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
+        for key in ("scores", "image")
+    )
+    metrics, baseline = (
+        evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
+        for evaluation in (cyclic_error, intensity)
+    )
+    metrics = {**run, **metrics, "baseline_intensity": baseline}
+    ranked = {
+        METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
+        f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
+    }
+    write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
+    write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
+    write_events(results, metrics, ranked)
+    print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
+
+
+def labelled(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, truth and brain mask as `evaluate` takes them, with the array named `key` as the score."""
+    return maps[key], maps["truth"], maps["brainmask"]
+
+
+def write_scores(
+    results: Path, metrics: Mapping[str, Any], names: Sequence[str], per_slice: Mapping[str, np.ndarray]
+) -> None:
+    """Write per_slice.csv and metrics.json into the folder of a test run.
+
+    Args:
+        results: folder of the test run.
+        metrics: JSON-able.
+        names: "{subject}_{slice}" of the N test slices.
+        per_slice: columns of N values.
+    """
+    with (results / PER_SLICE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subject", "slice", *per_slice])
+        for i, name in enumerate(names):
+            writer.writerow([*name.rsplit("_", 1), *(f"{column[i]:.6g}" for column in per_slice.values())])
+    (results / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The rows of a test run's per_slice.csv by (subject, slice).
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = results / PER_SLICE
+    if not path.is_file():
+        raise UserError(f"no {PER_SLICE} in {results}: run modality_cyclic_test.py first")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        slices = {
+            (row.pop("subject"), row.pop("slice")): {key: float(value) for key, value in row.items()}
+            for row in rows
+        }
+        if not slices or len(slices) < len(rows) or any("lesion_area" not in row for row in rows):
+            raise ValueError("no slices, a slice twice, or no lesion_area")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): score the run again with --rescore") from error
+    return slices
+
+
+def write_events(
+    results: Path, metrics: Mapping[str, Any], ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Write the figures that lie in `results`, precision-recall curves and the run's settings for TensorBoard.
+
+    Args:
+        results: folder of the test run; the events of an earlier scoring are replaced.
+        metrics: contents of metrics.json.
+        ranked: by name of a curve, scores and truth of the pixels, [M] each.
+    """
+    from matplotlib.image import imread
+    from scipy.stats import rankdata
+    from torch.utils.tensorboard import SummaryWriter
+
+    for earlier in results.glob("events.out.tfevents.*"):
+        earlier.unlink()
+    settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
+    trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
+    scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}
+    scores |= {
+        f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]
+    }
+    scores = {f"results/{key}": value for key, value in scores.items() if value is not None}
+    with SummaryWriter(str(results)) as events:
+        for path in sorted((results / "figures").glob("*.png")):
+            events.add_image(path.stem, imread(path), dataformats="HWC")
+        for name, (values, truth) in ranked.items():
+            # TensorBoard takes thresholds evenly from 0 to 1: of ranks, so that the curve is drawn evenly.
+            events.add_pr_curve(f"precision_recall/{name}", truth, rankdata(values) / len(values))
+        events.add_hparams(settings | trained, scores, run_name=".")

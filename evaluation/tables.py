@@ -1,0 +1,154 @@
+"""Tables of test runs, and of how two of them differ.
+
+`python -m evaluation.tables RESULTS …` prints one table for the folders of several runs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.cli import ArgumentParser, UserError, run
+from utils.storage import local_path
+
+from .results import METRICS, read_per_slice
+
+METHODS = {"cyclic_unet": "Cyclic UNet", "mmccd": "MMCCD"}
+CHOICES = ("oracle", "validation")  # of a threshold
+SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table of test runs (contents of metrics.json), the bare intensity first, with 95 % intervals."""
+    rows: dict[tuple[str, ...], None] = {}
+    for one in runs:
+        rows[(f"intensity ({one['input']})", "none", *_scores(one["baseline_intensity"]))] = None
+    for one in runs:
+        steps = " + ".join(_count(one["trained_steps"][direction]) for direction in ("forward", "backward"))
+        rows[(METHODS[one["method"]], steps, *_scores(one))] = None
+    header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
+    lines = _aligned(header, *rows)
+    first = runs[0]
+    lines.append(
+        f"{first['n_slices']} test slices; AUPRC by chance {first['chance']:.3f} (the lesions' share of the scored "
+        f"pixels); lesion pixels outside the scored region {100 * first['lost_lesion_share']:.1f} %"
+    )
+    lines.append(
+        "[95 % bootstrap interval over slices]; oracle: threshold chosen on these test slices, as the literature "
+        "does; validation: chosen on the val slices"
+    )
+    return "\n".join(lines)
+
+
+def size_table(metrics: Mapping[str, Any]) -> str:
+    """A table of one test run (contents of metrics.json) by the size of the lesions."""
+    rows = []
+    methods = {f"intensity ({metrics['input']})": metrics["baseline_intensity"]}
+    methods[METHODS[metrics["method"]]] = metrics
+    for size in metrics["by_lesion_size"]:
+        for method, block in methods.items():
+            third = block["by_lesion_size"][size]
+            bounds = "{} … {} px".format(*third["area_bounds"]) if third["area_bounds"] else "none"
+            values = [_value(third[key]) if key in third else "no val slices" for key in SIZE_COLUMNS]
+            rows.append((size, bounds, str(third["n_slices"]), method, *values))
+    header = ("lesions", "area", "slices", "method", "mean AUPRC", "oracle Dice", "validation Dice")
+    return "\n".join(_aligned(header, *rows))
+
+
+def comparison(run_a: Path, run_b: Path) -> str:
+    """A table of how two test runs differ on the same slices: a paired bootstrap of every metric.
+
+    Args:
+        run_a, run_b: folders of test runs.
+
+    Raises:
+        UserError: a folder has no sound per_slice.csv, or the two are not of the same slices and lesions.
+    """
+    from .metrics import paired_bootstrap
+
+    a, b = read_per_slice(run_a), read_per_slice(run_b)
+    if set(a) != set(b):
+        raise UserError(
+            f"{run_a} and {run_b} hold different slices ({len(set(a) - set(b))} of {len(a)} only in the first, "
+            f"{len(set(b) - set(a))} of {len(b)} only in the second): test both on the same data"
+        )
+    names = sorted(a)
+    if any(a[name]["lesion_area"] != b[name]["lesion_area"] for name in names):
+        raise UserError(f"{run_a} and {run_b} differ in lesion areas: test both at the same image size")
+    rows = []
+    for metric in (key for key in a[names[0]] if key != "lesion_area" and key in b[names[0]]):
+        values = np.array([[one[name][metric] for name in names] for one in (a, b)])
+        difference, interval = paired_bootstrap(*values)
+        n_paired = np.count_nonzero(~np.isnan(values).any(axis=0))
+        low, high = (_value(bound, signed=True) for bound in interval)
+        rows.append((metric, _value(difference, signed=True), f"[{low}, {high}]", str(n_paired)))
+    lines = [f"A: {run_a}", f"B: {run_b}", *_aligned(("metric", "A − B", "95 % interval", "slices"), *rows)]
+    lines.append(
+        "means over the slices where both are defined; paired bootstrap over slices, thresholds frozen; "
+        "assd and hd95 are distances: less is better"
+    )
+    return "\n".join(lines)
+
+
+def _aligned(*rows: Sequence[str]) -> list[str]:
+    """Lines of a table whose first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *body = rows
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, tuple("─" * width for width in widths), *body)
+    ]
+
+
+def _scores(block: Mapping[str, Any]) -> tuple[str, str, str]:
+    chosen = [block[choice] for choice in CHOICES]
+    dice = [
+        with_interval(choice["dice"], choice["dice_interval"]) if choice else "no val slices"
+        for choice in chosen
+    ]
+    return with_interval(block["auprc"], block["auprc_interval"]), *dice
+
+
+def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
+    """`0.585 [0.461, 0.702]`; a value without a defined interval stands alone."""
+    if value is None:
+        return "undefined"
+    if None in interval:  # a single slice has none
+        return f"{value:.3f}"
+    low, high = interval
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _value(value: float | None, signed: bool = False) -> str:
+    if value is None or np.isnan(value):
+        return "undefined"
+    return f"{value:+.3f}" if signed else f"{value:.3f}"
+
+
+def _count(steps: int | None) -> str:
+    return "?" if steps is None else f"{steps:,}"
+
+
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python -m evaluation.tables", description="Print one table for several test runs."
+    )
+    parser.add_argument(
+        "results", nargs="+", type=local_path, help="folders of test runs, below experiments/results"
+    )
+    folders = parser.parse_args().results
+    runs = []
+    for folder in folders:
+        path = folder / METRICS
+        if not path.is_file():
+            raise UserError(f"no {METRICS} in {folder}: run modality_cyclic_test.py first")
+        runs.append(json.loads(path.read_text(encoding="utf-8")))
+    print(table(runs))
+    for folder in folders:
+        print(f"figures: {folder / 'figures'}")
+
+
+if __name__ == "__main__":
+    run(main)

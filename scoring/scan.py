@@ -1,0 +1,215 @@
+"""A scan's way in and out: onto the grid of the training slices, through the cycle, and back to where the scan lies."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+from datasets.brats2021 import resize_image, resize_mask
+from datasets.subject import BRATS_SLICES, normalise
+from evaluation.figures import scan_figure
+from evaluation.metrics import scored_region
+from utils.cli import UserError
+from utils.grid import SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
+from utils.nifti import read_header, read_volume, write_like
+
+from .chain import TrainedTranslator
+from .scorer import Scorer, announce, progress_bar
+
+RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
+# Litres: adults have 1 to 1.9, a head with its skull 3 and more, a field full of noisy air 8.
+LARGEST_BRAIN = 2.2
+SHOWN = 6  # slices in a report
+APART = 6.0  # mm, at least, between two of them
+
+
+class Scan(NamedTuple):
+    """A scan, and what the networks are to see of it."""
+
+    path: Path
+    volume: np.ndarray  # [I, J, K] as in the file
+    grid: VoxelGrid  # of the volume
+    chosen: np.ndarray  # bool [I, J, K]: the brain of the slices asked for
+    slices_grid: VoxelGrid  # where its slices lie for the networks, with the geometry of the training data
+    image: np.ndarray  # float32 [H, W, D] there, normalised
+    brain: np.ndarray  # bool [H, W, D]
+    numbers: np.ndarray  # which of the D slices are to be scored
+    warnings: list[str]
+
+
+def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
+    """The geometry of the slices that a translator was trained on; BraTS's where there is no record of it.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    if not translator.grid:
+        return BRATS_SLICES
+    try:
+        return SliceGeometry.from_json(translator.grid)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{translator.checkpoint.parent / 'config.json'} is not what training writes: restore it"
+        ) from error
+
+
+def read_scan(
+    path: Path, geometry: SliceGeometry, quantiles: dict[str, float], slices: tuple[int, int] | None
+) -> Scan:
+    """Read a scan, put it on slices like those of the training data, and normalise it as these were.
+
+    Args:
+        path: of the volume.
+        geometry: of the training data's slices.
+        quantiles: `percentage_lower` and `percentage_upper`, as preprocessing has them.
+        slices: the scan's own axial slices [start, stop) that are asked for; None: all.
+
+    Raises:
+        UserError: it cannot be read or normalised, has not so many slices, or no brain in them.
+    """
+    volume, grid = read_volume(path)
+    brain = volume != 0
+    try:
+        if not np.isfinite(volume).all():
+            raise ValueError("some voxels are not finite")
+        slices_grid, cut_off = place_grid(geometry, brain, grid.affine)
+        moved = resample_intensities(volume, grid.affine, slices_grid)
+        image = normalise(moved, quantiles["percentage_lower"], quantiles["percentage_upper"])
+    except ValueError as error:
+        raise UserError(f"{path} cannot be scored, {error}") from error
+
+    chosen = brain
+    if slices:
+        axis = axial_axis(grid.affine)
+        if slices[1] > grid.shape[axis]:
+            raise UserError(
+                f"--slices {slices[0]} {slices[1]} exceeds {path}, which has {grid.shape[axis]} axial slices"
+            )
+        index = tuple(slice(*slices) if i == axis else slice(None) for i in range(3))
+        chosen = np.zeros_like(brain)
+        chosen[index] = brain[index]
+        if not chosen.any():
+            raise UserError(f"{path} has no brain in --slices {slices[0]} {slices[1]}")
+    # All slices that the way back interpolates between.
+    wanted = resample(chosen.astype(np.float32), grid.affine, slices_grid) > 0
+    numbers = np.flatnonzero((wanted & (moved != 0)).any(axis=(0, 1)))
+
+    warnings = []
+    litres = np.count_nonzero(brain) * abs(np.linalg.det(grid.affine[:3, :3])) / 1e6
+    if litres > LARGEST_BRAIN:
+        warnings.append(
+            f"{litres:.1f} litres of it are not 0, and no brain is larger than {LARGEST_BRAIN}: it does not look "
+            "skull-stripped, or its background is not 0; the networks have never seen the like"
+        )
+    if cut_off > 0.001:
+        height, width = geometry.shape
+        warnings.append(
+            f"{100 * cut_off:.1f} % of its brain lie outside the {height} × {width} px that the networks see, and "
+            "are not judged"
+        )
+    header = read_header(path)
+    if header["sform_code"] == header["qform_code"] == 0:
+        directions = ", ".join(nibabel.aff2axcodes(grid.affine))
+        warnings.append(f"its header does not say how it lies: its axes are taken to lead to {directions}")
+    return Scan(path, volume, grid, chosen, slices_grid, image, moved != 0, numbers, warnings)
+
+
+def axial_axis(affine: np.ndarray) -> int:
+    """Which axis of a volume leads from feet to head, or back."""
+    return io_orientation(affine)[:, 0].tolist().index(2)
+
+
+def score_scan(scorer: Scorer, scan: Scan) -> np.ndarray:
+    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its eroded brain."""
+    size = scorer.config.data.image_size
+    images, brains = (
+        torch.from_numpy(np.moveaxis(stack[:, :, scan.numbers], 2, 0)[:, None].copy())
+        for stack in (scan.image, scan.brain.view(np.uint8))
+    )
+    images = torch.stack([resize_image(image, size) for image in images])
+    brains = torch.stack([resize_mask(brain, size) for brain in brains])
+
+    taken = [scorer.samples(brains)]
+    announce(scorer, taken)
+    with progress_bar(scorer, taken) as bar:
+        scores = scorer.score(images, brains, bar.update).score
+
+    scores = scores.where(torch.from_numpy(scored_region(brains[:, 0].numpy()))[:, None], 0)
+    scores = F.interpolate(scores, scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
+    on_slices = np.zeros(scan.slices_grid.shape, dtype=np.float32)
+    on_slices[:, :, scan.numbers] = np.moveaxis(scores[:, 0].numpy(), 0, 2)
+    anomaly = resample(on_slices, scan.slices_grid.affine, scan.grid)
+    return np.where(scan.chosen, anomaly, np.float32(0))
+
+
+def write_results(
+    output_dir: Path,
+    name: str,
+    scan: Scan,
+    anomaly: np.ndarray,
+    threshold: float,
+    quantiles: dict[str, float],
+) -> None:
+    """Write the score, the mask and the report of a scan, and say in a line what is in them.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    mask = (anomaly >= threshold).astype(np.uint8)
+    paths = [output_dir / f"{name}{result}" for result in RESULTS]
+    figure = draw_report(scan, anomaly, mask, threshold, quantiles)
+    try:
+        header = read_header(scan.path)
+        for path, voxels in zip(paths, (anomaly, mask), strict=False):
+            write_like(header, voxels, scan.grid.affine, path)
+        figure.savefig(paths[-1], dpi=110)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written to ({error.strerror})") from error
+    millilitres = np.count_nonzero(mask) * abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
+    print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {paths[-1]}")
+
+
+def draw_report(
+    scan: Scan, anomaly: np.ndarray, mask: np.ndarray, threshold: float, quantiles: dict[str, float]
+) -> Figure:
+    """The scan's most anomalous axial slices, as radiologists look at them, numbered as in its file."""
+    image = normalise(scan.volume, quantiles["percentage_lower"], quantiles["percentage_upper"])
+    turn = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
+    sizes = voxel_sizes(scan.grid.affine)[np.argsort(turn[:, 0])]  # mm along the turned axes
+    image, anomaly, mask = (
+        np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (image, anomaly, mask)
+    )
+    picked = pick_slices(mask.sum(axis=(1, 2)), anomaly.sum(axis=(1, 2)), round(APART / sizes[2]))
+    upside_down = turn[axial_axis(scan.grid.affine), 1] < 0
+    labels = [
+        f"slice {len(image) - 1 - i if upside_down else i}\n"
+        f"{mask[i].sum() * sizes[0] * sizes[1] / 100:.1f} cm² marked, score ≤ {anomaly[i].max():.3g}"
+        for i in picked
+    ]
+    return scan_figure(
+        image[picked],
+        anomaly[picked],
+        mask[picked] > 0,
+        labels,
+        threshold=threshold,
+        aspect=sizes[1] / sizes[0],
+        title=f"{scan.path.name}: the slices with the most marked, most first (R: the patient's right)",
+    )
+
+
+def pick_slices(marked: np.ndarray, scores: np.ndarray, apart: int) -> list[int]:
+    """The slices with the most marked voxels [N], or else the highest sum of scores [N], most first.
+
+    At most SHOWN of them, none without any score, and no two fewer than `apart` slices apart.
+    """
+    picked: list[int] = []
+    for i in np.lexsort((scores, marked))[::-1].tolist():
+        if len(picked) < SHOWN and scores[i] > 0 and all(abs(i - other) >= apart for other in picked):
+            picked.append(i)
+    return picked or [len(marked) // 2]

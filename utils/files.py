@@ -1,0 +1,59 @@
+"""Files that are there as a whole or not at all, and folders that one process at a time works in."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .cli import UserError
+
+
+def write_whole(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file that is there as a whole or not at all, whatever ends the process or the machine meanwhile.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of this name stays as it was.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, is on the disk now
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
+    """Make a folder, and keep other processes that lock it out of it for as long as the block runs.
+
+    The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it.
+
+    Args:
+        folder: to be locked.
+        flag: that named the folder.
+        otherwise: what a user can do who finds it locked.
+
+    Raises:
+        UserError: another process has the lock, or the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): check {flag}") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is writing to {folder}: wait for it, or {otherwise}") from error
+        yield
