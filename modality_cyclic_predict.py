@@ -1,11 +1,11 @@
 """Mark what is anomalous in your own scans: skull-stripped NIfTI volumes of the input modality, without any truth."""
 
 import argparse
-import json
 import math
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.cohorts import VOLUME_SUFFIXES
@@ -16,12 +16,10 @@ from scoring.chain import (
     find_chain,
     require_same_preprocessing,
     results_name,
-    sampling_name,
+    sampling_settings,
 )
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
-
-PASSED_OVER = ("_anomaly", "_mask")  # ends of names that are no scans, in a folder
 
 
 def main() -> None:
@@ -45,8 +43,9 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     chain = find_chain(args, overrides, experiments)
     forward, backward = chain.forward, chain.backward
     require_same_preprocessing(chain)
-    geometry = trained_geometry(forward if forward.grid else backward)
-    quantiles = forward.normalisation or backward.normalisation or NORMALISATION
+    geometry = trained_geometry(forward if forward.preprocessing.get("grid") else backward)
+    normalisations = [translator.preprocessing.get("normalisation") for translator in (forward, backward)]
+    quantiles = normalisations[0] or normalisations[1] or NORMALISATION
     threshold, origin = find_threshold(args, overrides, experiments, chain)
     scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
     print(f"forward:   {experiments.address(forward.checkpoint)}")
@@ -84,21 +83,16 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--scan",
         type=local_path,
         required=True,
-        help="a volume of the input modality, .nii or .nii.gz; or a folder: then every volume directly in it, apart "
-        "from *_anomaly and *_mask of an earlier run. The skull must have been stripped, the background be 0; where "
-        "there is too much that is not 0 for a brain, there is a warning",
+        help="a volume of the input modality, .nii or .nii.gz; or a folder, for every volume directly in it except "
+        "*_anomaly and *_mask. Skull-stripped, with a background of 0",
     )
-    add(
-        "--output_dir",
-        type=local_path,
-        required=True,
-        help="where NAME_anomaly.nii.gz, NAME_mask.nii.gz and NAME_report.png go",
-    )
+    results = "NAME_anomaly.nii.gz, NAME_mask.nii.gz and NAME_report.png"
+    add("--output_dir", type=local_path, required=True, help=f"where {results} go")
+    default = "the validation threshold of the same translators' test run"
     add(
         "--threshold",
         type=positive_number,
-        help="score from which on a voxel is marked (default: the validation threshold of the same translators' "
-        "test run)",
+        help=f"score from which on a voxel is marked (default: {default})",
     )
     add(
         "--slices",
@@ -132,35 +126,24 @@ def find_scans(path: Path) -> dict[str, Path]:
     """
     if not path.exists():
         raise UserError(f"--scan {path} is not there")
-    if path.is_dir():
-        paths = sorted(
-            one
-            for one in path.iterdir()
-            if one.name.endswith(VOLUME_SUFFIXES)
-            and not one.name.startswith(".")
-            and not scan_name(one).endswith(PASSED_OVER)
-        )
-    else:
-        paths = [path] if path.name.endswith(VOLUME_SUFFIXES) else []
-    if not paths:
-        raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
-    scans = {}
+    paths = sorted(path.iterdir()) if path.is_dir() else [path]
+    scans: dict[str, Path] = {}
     for one in paths:
-        name = scan_name(one)
+        name = one.name.removesuffix(".gz").removesuffix(".nii")
+        of_results = path.is_dir() and (name.endswith(("_anomaly", "_mask")) or name.startswith("."))
+        if not one.name.endswith(VOLUME_SUFFIXES) or of_results:
+            continue
         if name in scans:
             raise UserError(
                 f"{scans[name]} and {one} have the same name: rename one, their results would mix"
             )
         scans[name] = one
+    if not scans:
+        raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
     return scans
 
 
-def scan_name(path: Path) -> str:
-    """What a scan's results are called after."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def refuse_to_overwrite(output_dir: Path, scans: dict[str, Path]) -> None:
+def refuse_to_overwrite(output_dir: Path, scans: Iterable[str]) -> None:
     """Spare files that only have the names of results: `NAME_mask.nii.gz` is what others call a brain mask.
 
     Raises:
@@ -172,16 +155,12 @@ def refuse_to_overwrite(output_dir: Path, scans: dict[str, Path]) -> None:
         mask = output_dir / f"{name}_mask.nii.gz"
         if mask.exists() and not (output_dir / f"{name}_anomaly.nii.gz").exists():
             raise UserError(
-                f"{mask} is there, and not from an earlier run: name another --output_dir, lest it be overwritten"
+                f"{mask} is not from an earlier run and would be overwritten: name another --output_dir"
             )
 
 
 def make_folder(output_dir: Path) -> None:
-    """Make the folder for results.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+    """Make the folder for results; a UserError if it cannot be made or written to."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()  # so that it fails now, not after hours of scoring
@@ -195,35 +174,30 @@ def find_threshold(
     """The threshold, and where it is from: `--threshold`, or what the same translators' test run chose.
 
     Raises:
-        UserError: there is no such test run, it is of other checkpoints, or it had no validation slices.
+        UserError: there is no such test run, it is of other checkpoints or another sampling, or it had no validation
+            slices.
     """
     if args.threshold is not None:
         return args.threshold, "as --threshold says"
+    from evaluation.results import METRICS, read_metrics
+
     folder = f"results/{results_name(chain)}"
-    experiments.pull(folder, "metrics.json")
-    path = experiments.local / folder / "metrics.json"
+    experiments.pull(folder, METRICS)
+    path = experiments.local / folder / METRICS
     remedy = f"run {test_command(args, overrides)} first, or give --threshold"
-    if not path.is_file():
-        raise UserError(f"no threshold, since there is no {path}: {remedy}")
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        tested = {
-            direction: short(metrics["checkpoints"][direction]) for direction in ("forward", "backward")
-        }
-        sampling, validation = metrics["sampling"], metrics["validation"]
-        threshold = validation and validation["threshold"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-    now = {"forward": short(chain.forward.checkpoint), "backward": short(chain.backward.checkpoint)}
-    if tested != now or sampling != (sampling_name(chain.config) if args.model_name == "diffusion" else None):
-        raise UserError(
-            f"the threshold in {path} is of other weights ({tested['forward']} and {tested['backward']}, not "
-            f"{now['forward']} and {now['backward']}): {remedy}"
-        )
+    metrics = read_metrics(path.parent, remedy)
+    tested, now = (
+        {direction: short(where) for direction, where in checkpoints.items()}
+        for checkpoints in (metrics["checkpoints"], chain.checkpoints)
+    )
+    if tested != now:
+        others = f"of other weights ({' and '.join(tested.values())}, not {' and '.join(now.values())})"
+        raise UserError(f"the threshold in {path} is {others}: {remedy}")
+    if metrics.get("sampling_settings") != sampling_settings(chain):
+        raise UserError(f"the threshold in {path} is of another sampling: {remedy}")
+    threshold = metrics["validation"] and metrics["validation"]["threshold"]
     if not threshold:
-        raise UserError(
-            f"{path} has no validation threshold, for want of validation slices: preprocess some and {remedy}"
-        )
+        raise UserError(f"{path} has no validation threshold: preprocess validation slices and {remedy}")
     return threshold, f"the validation threshold in {experiments.address(path)}"
 
 
@@ -234,9 +208,8 @@ def short(checkpoint: Path | str) -> str:
 
 def test_command(args: argparse.Namespace, overrides: list[str]) -> str:
     """The command that tests the translators of this run."""
-    defaults = vars(chain_parser(__doc__).parse_args([]))
-    given = {key: getattr(args, key, default) for key, default in defaults.items()}
-    flags = [f"--{key}={value}" for key, value in given.items() if value != defaults[key]]
+    defaults, given = vars(chain_parser(__doc__).parse_args([])), vars(args)
+    flags = [f"--{key}={given[key]}" for key in defaults if given.get(key, defaults[key]) != defaults[key]]
     return shlex.join(["python", "modality_cyclic_test.py", *flags, *overrides])
 
 

@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from scoring.chain import chain_parser, find_chain, require_same_preprocessing, results_name, sampling_name
+from scoring.chain import (
+    chain_parser,
+    find_chain,
+    require_same_preprocessing,
+    results_name,
+    sampling_name,
+    sampling_settings,
+)
 from utils.cli import parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
 
@@ -39,10 +46,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     require_same_preprocessing(chain, Path(config.data.data_dir))
     scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
     slices = {split: load_slices(config, split) for split in ("test", "val")}
-    translators = {"forward": chain.forward, "backward": chain.backward}
-    checkpoints = {
-        direction: experiments.address(found.checkpoint) for direction, found in translators.items()
-    }
+    checkpoints = {direction: experiments.address(path) for direction, path in chain.checkpoints.items()}
     print(f"{config}\nforward:  {checkpoints['forward']}\nbackward: {checkpoints['backward']}")
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
@@ -56,19 +60,17 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         "trans": config.data.trans,
         "image_size": config.data.image_size,
         "sampling": sampling_name(config) if args.model_name == "diffusion" else None,
+        "sampling_settings": sampling_settings(chain),
         **cost,
         "checkpoints": checkpoints,
-        "trained_steps": {
-            direction: step_of(found.checkpoint.name) for direction, found in translators.items()
-        },
+        "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
     }
     results = experiments.local / "results" / results_name(chain)
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(config)) for split in maps}
-    write_record(
-        results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)}
-    )
+    about = describe_run(scorer.device)
+    write_record(results, {**run, "config": config.to_dict(), "data": data, "run": about})
     write_maps(results / ERROR_MAPS, run, maps)
-    experiments.remove(f"results/{results.name}", "events.out.tfevents.*")  # as those of a local folder are
+    experiments.remove(f"results/{results.name}", "events.out.tfevents.*")
     score_maps(results, run, maps, experiments.address(results))
 
 
@@ -82,20 +84,16 @@ def score_again(path: Path) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = chain_parser(__doc__)
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
+    add = parser.add_mutually_exclusive_group().add_argument
+    add(
         "--compare",
         nargs=2,
         type=local_path,
         metavar=("RUN_A", "RUN_B"),
         help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
     )
-    instead.add_argument(
-        "--rescore",
-        type=local_path,
-        metavar="RUN",
-        help="only score the error maps in a test run's folder again, without a model",
-    )
+    again = "only score the error maps in a test run's folder again, without a model"
+    add("--rescore", type=local_path, metavar="RUN", help=again)
     return parse_run_args(parser)
 
 

@@ -3,13 +3,12 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError, parse_run_args, run, run_parser
+from utils.cli import UserError, config_fields, parse_run_args, run, run_parser
 from utils.storage import Folder, StorageError, open_folder
 
 
@@ -27,28 +26,16 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import training_batches
+    from evaluation.figures import side_by_side
     from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import Logger
     from guided_diffusion.train_util import TrainLoop
-    from models.build import create_losses, create_masked_translator, create_network
+    from models.build import create_losses, create_masked_translator, create_network, translate_example
+    from utils import experiment
     from utils.device import pick_device, pick_precision, speed_up
-    from utils.experiment import (
-        RECORD,
-        describe_run,
-        experiment_name,
-        refuse_other_settings,
-        require_name,
-        write_record,
-    )
     from utils.files import locked
 
-    flags = {
-        "data.data_dir": args.data_dir,
-        "data.input": args.input,
-        "data.trans": args.trans,
-        "seed": args.seed,
-    }
-    config, _ = configs.resolve(args.dataset, flags, overrides)
+    config, _ = configs.resolve(args.dataset, config_fields(args), overrides)
     configs.check(config)
     dist_util.setup()
     first = dist_util.rank() == 0
@@ -67,42 +54,34 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     try:
         network = create_network(args.model_name, config.score_model.model)
         share = dist_util.share(training.batch_size)
-        losses, remembered = create_losses(args.model_name, config, share)
+        losses, schedule_sampler = create_losses(args.model_name, config, share)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
     except ValueError as error:
         raise UserError(str(error)) from error
 
     kind = {key: getattr(args, key) for key in ("model_name", "training_process", "dataset")}
-    name = args.experiment_name or experiment_name(*kind.values(), data.trans, data.input)
-    directory = experiments.local / require_name("--experiment_name", name)
-    record = {
-        **kind,
-        "config": config.to_dict(),
-        "data": fingerprint(data.data_dir, "train", [image, target]),
-    }
+    name = args.experiment_name or experiment.experiment_name(*kind.values(), data.trans, data.input)
+    directory = experiments.local / experiment.require_name("--experiment_name", name)
+    slices = fingerprint(data.data_dir, "train", [image, target])
+    record = {**kind, "config": config.to_dict(), "data": slices}
     if not args.overwrite:
         needed = checkpoint.needed_to_resume(experiments.names(name), training.keep_last)
-        experiments.pull(name, RECORD, "log.txt", "progress.csv", *needed)
+        experiments.pull(name, experiment.RECORD, "log.txt", "progress.csv", *needed)
         if checkpoint.saved_steps(directory):
-            refuse_other_settings(directory, record)
+            experiment.refuse_other_settings(directory, record)
 
-    dataset = BraTS2021Dataset(
-        data.data_dir,
-        "train",
-        [image, target],
-        data.image_size,
-        processes=dist_util.local_world_size(),
-        progress=first,
-    )
+    where = (data.data_dir, "train", [image, target], data.image_size)
+    dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
     alone = locked(directory, "--logdir", "give another --experiment_name") if first else nullcontext()
     with alone:
         if first:
             if args.overwrite:
-                experiments.remove(name, *checkpoint.WRITTEN, RECORD)
+                experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
             # The record of a finished run stays.
             if max(checkpoint.saved_steps(directory), default=0) < training.iterations:
-                write_record(directory, record | {"run": describe_run(device)})
+                about = {"run": experiment.describe_run(device)}
+                experiment.write_record(directory, record | about)
             experiments.push()  # so that it fails now, not at the first save
         dist_util.barrier()
         logger = Logger(directory)
@@ -114,10 +93,13 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
         logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
-        preview = translation_preview(args.model_name, config, dataset, image, target, logger, device)
+        example = dataset[len(dataset) // 2]
 
         def show_and_store(network: Any, step: int) -> None:
-            preview(network, step)
+            source = example[image][None].to(device)
+            row = (*translate_example(args.model_name, network, source, config), example[target][None])
+            shown, translation, truth = (picture[0, 0].float().cpu().numpy() for picture in row)
+            logger.image(step, "input | target | translation", side_by_side(shown, truth, translation))
             try:
                 experiments.push()
             except StorageError as error:
@@ -128,20 +110,15 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
             compute_losses=lambda model, batch, step: losses(
                 model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
             ),
-            batches_from=partial(
-                training_batches,
-                dataset,
-                training.batch_size,
-                config.seed,
-                share=share,
-                workers=dataset.workers,
+            batches_from=lambda step: training_batches(
+                dataset, training.batch_size, config.seed, step, share=share, workers=dataset.workers
             ),
             directory=directory,
             logger=logger,
             settings=training,
             precision=precision,
             seed=config.seed,
-            remembered=remembered,
+            schedule_sampler=schedule_sampler,
             on_save=show_and_store,
         )
         try:
@@ -160,15 +137,16 @@ def plain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
     from guided_diffusion.checkpoint import CheckpointError, UnreadableError
     from guided_diffusion.train_util import Stopped
 
+    room = f"make room in {tempfile.gettempdir()} (or set TMPDIR)" if experiments.remote else "make room"
+    remedies = {
+        FloatingPointError: "try a lower --config.score_model.training.lr",
+        UnreadableError: "restore one, or start over with --overwrite",
+        CheckpointError: f"{room}, or see --config.score_model.training.keep_last",
+    }
     try:
         yield
-    except FloatingPointError as error:
-        raise UserError(f"{error}: try a lower --config.score_model.training.lr") from error
-    except UnreadableError as error:
-        raise UserError(f"{error}: restore one, or start over with --overwrite") from error
-    except CheckpointError as error:
-        room = f"make room in {tempfile.gettempdir()} (or set TMPDIR)" if experiments.remote else "make room"
-        raise UserError(f"{error}: {room}, or see --config.score_model.training.keep_last") from error
+    except tuple(remedies) as error:
+        raise UserError(f"{error}: {remedies[type(error)]}") from error
     except OSError as error:  # what is logged, to a disk that has become full
         raise UserError(
             f"{directory} cannot be written to ({error.strerror or error}): make room, and the same command "
@@ -182,21 +160,12 @@ def plain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = run_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--training_process",
-        choices=["forward", "backward"],
-        default="forward",
-        help="input → trans, or back",
-    )
-    add(
-        "--model_name",
-        choices=["unet", "diffusion"],
-        default="unet",
-        help="diffusion: MMCCD's forward translator",
-    )
-    add(
-        "--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})"
-    )
+    directions = {"choices": ["forward", "backward"], "help": "input → trans, or back"}
+    add("--training_process", default="forward", **directions)
+    models = {"choices": ["unet", "diffusion"], "help": "diffusion: MMCCD's forward translator"}
+    add("--model_name", default="unet", **models)
+    default = "(default: {model}_{process}_{dataset}_{trans}_{input})"
+    add("--experiment_name", help=f"folder below logdir {default}")
     add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
     if args.model_name == "diffusion" and args.training_process == "backward":
@@ -204,34 +173,6 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
             "in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward"
         )
     return args, overrides
-
-
-def translation_preview(
-    model_name: str, config: Any, dataset: Any, image: str, target: str, logger: Any, device: Any
-) -> Callable[[Any, int], None]:
-    """What is shown of one slice at every save: input | target | translation, in TensorBoard.
-
-    Of a diffusion model it is the translation with the middle of the input hidden, which is drawn as a grey band.
-    """
-    from evaluation.figures import side_by_side
-    from models.build import create_masked_translator
-    from models.masks import Band
-
-    example = dataset[len(dataset) // 2]
-    source = example[image][None].to(device)
-    middle = Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)
-
-    def show(network: Any, step: int) -> None:
-        if model_name == "diffusion":
-            translator = create_masked_translator(network, config)
-            shown = source.masked_fill(translator.mask([middle]).to(device), 0.0)
-            translation = translator.sample(source, [middle])
-        else:
-            shown, translation = source, network(source)
-        row = (picture[0, 0].float().cpu().numpy() for picture in (shown, example[target][None], translation))
-        logger.image(step, "input | target | translation", side_by_side(*row))
-
-    return show
 
 
 if __name__ == "__main__":

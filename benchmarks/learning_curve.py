@@ -225,7 +225,7 @@ def anomaly_scores(
 
     Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
     """
-    from scoring.scorer import Scorer, load_slices, progress_bar
+    from scoring.scorer import Scorer, load_slices
 
     flags = [
         *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--seed={forward.seed}"),
@@ -244,8 +244,7 @@ def anomaly_scores(
             raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
         image, brainmask = of_split[config.data.input], of_split["brainmask"]
         name = f"{split}: seed {forward.seed}, {checkpoint_forward.name}"
-        with progress_bar(scorer, [scorer.samples(brainmask)], name) as bar:
-            cycle = scorer.score(image, brainmask, bar.update)
+        cycle = scorer.score(image, brainmask, name)
         # One sweep serves both averages.
         maps = ((image - cycle.reconstruction).square(), cycle.score)
         maps = (cycle.score, image) if forward.model_name == "unet" else maps

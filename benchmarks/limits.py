@@ -64,7 +64,7 @@ def cycle_errors(chain: Chain, slices: dict, device: Any) -> dict[str, Any]:
     """
     import torch
 
-    from scoring.scorer import Scorer, progress_bar
+    from scoring.scorer import Scorer
 
     config = chain.config.copy_and_resolve_references()
     config.score_model.sampling.average = "errors"
@@ -73,13 +73,10 @@ def cycle_errors(chain: Chain, slices: dict, device: Any) -> dict[str, Any]:
     for draw in range(DRAWS):
         config.seed = chain.config.seed + draw
         scorer = Scorer(chain._replace(forward=chain.forward._replace(config=config)), device)
-        with progress_bar(
-            scorer, [scorer.samples(slices["brainmask"])], f"draw {draw + 1} of {DRAWS}"
-        ) as bar:
-            draws.append(scorer.score(image, slices["brainmask"], bar.update))
+        draws.append(scorer.score(image, slices["brainmask"], f"draw {draw + 1} of {DRAWS}"))
     backward = scorer.networks[1]
     scorer.networks[1] = torch.nn.Identity()  # the half of the cycle: its "reconstruction" is B
-    half = scorer.score(image, slices["brainmask"], lambda passes: None)
+    half = scorer.score(image, slices["brainmask"], "the half of it")
     with torch.inference_mode():
         from_truth = backward(target.to(device)).float().cpu()
 

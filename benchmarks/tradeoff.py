@@ -89,7 +89,7 @@ def measure(
     One sweep serves both averages, that of the errors and that of the reconstructions.
     """
     from config import sampling_keys
-    from scoring.scorer import Scorer, load_slices, progress_bar
+    from scoring.scorer import Scorer, load_slices
 
     config = chain.config.copy_and_resolve_references()
     config.seed = seed
@@ -100,14 +100,12 @@ def measure(
     if slices is None:
         raise UserError("the trade-off is measured on validation slices")
     image = slices[config.data.input]
-    samples = scorer.samples(slices["brainmask"])
     name = f"{split}: steps {timesteps}, {bands_a_width} bands a width, seed {seed}"
-    with progress_bar(scorer, [samples], name) as bar:
-        cycle = scorer.score(image, slices["brainmask"], bar.update)
+    cycle = scorer.score(image, slices["brainmask"], name)
     scores = {"errors": cycle.score, "reconstructions": (image - cycle.reconstruction).square()}
     rows = {}
     for average, score in scores.items():
-        measured = (sum(samples) * scorer.passes_a_sample / len(image), *accuracy(score, slices))
+        measured = (scorer.passes(slices["brainmask"]) / len(image), *accuracy(score, slices))
         point = Point(split, timesteps, bands_a_width, average, seed)
         rows[point] = dict(zip(COLUMNS, measured, strict=True))
     return rows

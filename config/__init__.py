@@ -109,61 +109,57 @@ def check(config: ConfigDict) -> None:
         UserError: the first value that is out of range.
     """
     data, score_model = config.data, config.score_model
+    model, width = score_model.model, score_model.mask.width
     for flag, modality in (("--input", data.input), ("--trans", data.trans)):
         require_name(flag, modality)
     if data.input == data.trans:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed} must lie in 0 … {2**32 - 1}")
-    if config.precision not in ("auto", *PRECISIONS):
-        raise UserError(f"precision={config.precision!r} is not known: choose auto, {', '.join(PRECISIONS)}")
-    for section, keys in _AT_LEAST_ONE.items():
-        for key in keys:
-            if not score_model[section][key] >= 1:
-                raise UserError(f"score_model.{section}.{key}={score_model[section][key]} must be at least 1")
-    for section, highest in _AT_LEAST_ZERO.items():
-        for key, top in highest.items():
-            if not 0 <= score_model[section][key] <= top:
-                value = score_model[section][key]
-                raise UserError(f"score_model.{section}.{key}={value} must lie in 0 … {top}")
-    if not score_model.model.channel_mult:
+    if not model.channel_mult:
         raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
-    for mult in score_model.model.channel_mult:
+    names = {"precision": ("auto", *PRECISIONS), "score_model.sampling.average": AVERAGES}
+    values = dict(leaves(config))
+    for key, known in names.items():
+        if values[key] not in known:
+            raise UserError(f"{key}={values[key]!r} is not known: choose one of {', '.join(known)}")
+    bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)}
+    for key, (least, most) in bounds.items():
+        if not least <= values[key] <= most:
+            allowed = f"be at least {least}" if most == inf else f"lie in {least} … {most}"
+            raise UserError(f"{key}={values[key]} must {allowed}")
+    for mult in model.channel_mult:
         if not isinstance(mult, int) or mult < 1:
             raise UserError(f"score_model.model.channel_mult holds {mult!r}: use whole numbers from 1 on")
-        if mult * score_model.model.model_channels % score_model.model.norm_groups:
+        if mult * model.model_channels % model.norm_groups:
             raise UserError(
-                f"score_model.model.norm_groups={score_model.model.norm_groups} does not divide the "
-                f"{mult * score_model.model.model_channels} channels of a level (model_channels × channel_mult)"
+                f"score_model.model.norm_groups={model.norm_groups} does not divide the "
+                f"{mult * model.model_channels} channels of a level (model_channels × channel_mult)"
             )
-    halvings = len(score_model.model.channel_mult) - 1
-    if data.image_size < 1 or data.image_size % 2**halvings:
+    halvings = len(model.channel_mult) - 1
+    if data.image_size % 2**halvings:
         raise UserError(
-            f"data.image_size={data.image_size} cannot be halved {halvings} times, as the "
-            f"{halvings + 1} levels of score_model.model.channel_mult ask: use a multiple of {2**halvings}"
+            f"data.image_size={data.image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"score_model.model.channel_mult ask: use a multiple of {2**halvings}"
         )
-    if score_model.sampling.average not in AVERAGES:
-        raise UserError(
-            f"score_model.sampling.average={score_model.sampling.average!r} is not known: "
-            f"choose {' or '.join(AVERAGES)}"
-        )
-    if not 1 <= score_model.mask.width <= data.image_size:
-        raise UserError(f"score_model.mask.width={score_model.mask.width} must lie in 1 … {data.image_size}")
     for section in ("mask", "sampling"):
         stride = score_model[section].stride
-        if not 1 <= stride <= score_model.mask.width:
+        if not 1 <= stride <= width:
             raise UserError(
                 f"score_model.{section}.stride={stride} must lie in 1 … mask.width, or pixels go unseen"
             )
 
 
-_AT_LEAST_ONE = {
-    "model": ["model_channels", "num_res_blocks", "num_heads", "norm_groups"],
-    "diffusion": ["steps"],
-    "training": ["iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval"],
-    "sampling": ["batch_size"],
-}
-_AT_LEAST_ZERO = {  # and at most
-    "training": {"lr": inf, "weight_decay": inf, "lr_decay_factor": inf, "ema_rate": 1, "keep_last": inf},
-    "sampling": {"eta": 1},
+# The least and the most that a number may be.
+_BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
+    f"score_model.{section}.{key}": bounds
+    for section, bounds, keys in (
+        ("model", (1, inf), ("model_channels", "num_res_blocks", "num_heads", "norm_groups")),
+        ("diffusion", (1, inf), ("steps",)),
+        ("training", (1, inf), ("iterations", "batch_size", "lr_decay_steps")),
+        ("training", (1, inf), ("log_interval", "save_interval")),
+        ("training", (0, inf), ("lr", "weight_decay", "lr_decay_factor", "keep_last")),
+        ("training", (0, 1), ("ema_rate",)),
+        ("sampling", (1, inf), ("batch_size",)),
+        ("sampling", (0, 1), ("eta",)),
+    )
+    for key in keys
 }

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.contrib.concurrent import thread_map
 
 from datasets.cohorts import MASKS, suggest
-from datasets.records import read_grid, read_normalisation
+from datasets.records import read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
@@ -115,8 +115,7 @@ def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[
     return {
         "slices": len(slices),
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
-        "normalisation": read_normalisation(Path(data_dir)),
-        "grid": read_grid(Path(data_dir)),
+        **read_preprocessing(Path(data_dir)),
     }
 
 

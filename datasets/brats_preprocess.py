@@ -51,47 +51,41 @@ Job = tuple[str, Subject]  # with its split
 
 def main() -> None:
     args = parse_args()
-    from datasets.subject import Settings, check_subjects, describe
+    from datasets.subject import Settings, check_subjects
 
     cohort = read_table(args.csv) if args.csv else read_brats(args.data_dir or BRATS_DIR)
     modalities = args.modality or (cohort.modalities if args.csv else BRATS_MODALITIES)
     require_known(modalities, cohort)
-    settings = Settings(
-        args.output_dir,
-        modalities,
-        args.percentage_lower,
-        args.percentage_upper,
-        *args.slices,
-        cohort.highest_label,
-        cohort.on_one_grid,
-    )
+    quantiles = (args.percentage_lower, args.percentage_upper)
+    data = (cohort.highest_label, cohort.on_one_grid)
+    settings = Settings(args.output_dir, modalities, *quantiles, *args.slices, *data)
 
-    list_paths = find_lists(cohort.list_folders) | explicit_lists(args)
+    named = {split: getattr(args, f"{split}_split") for split in LIST_NAMES if f"{split}_split" in args}
+    list_paths = find_lists(cohort.list_folders) | named
     splits = choose_splits(cohort, list_paths)
     split_of = {name: split for split, names in splits.items() for name in names}
     check_subjects(settings, cohort, split_of)
 
     def description(name: str) -> dict | None:
-        return describe(settings, split_of[name], cohort.subjects[name]) if name in split_of else None
+        return settings.describe(split_of[name], cohort.subjects[name]) if name in split_of else None
 
-    with locked(settings.output_dir, "--output_dir", "name another --output_dir"):
-        finished = {} if args.overwrite else find_finished(settings.output_dir, description)
-        leftovers = find_leftovers(settings.output_dir, splits, settings.kinds, finished, args.overwrite)
-        clear(settings.output_dir, finished, leftovers)
-        make_folders(settings.output_dir, splits, settings.kinds)
+    with locked(args.output_dir, "--output_dir", "name another --output_dir"):
+        finished = {} if args.overwrite else find_finished(args.output_dir, description)
+        leftovers = find_leftovers(args.output_dir, splits, settings.kinds, finished, args.overwrite)
+        clear(args.output_dir, finished, leftovers)
+        make_folders(args.output_dir, splits, settings.kinds)
         if not list_paths and not cohort.splits:
-            write_lists(splits, settings.output_dir)
-        print_plan(settings, cohort, splits, list_paths, len(finished))
+            write_lists(splits, args.output_dir)
+        print_plan(args.output_dir, cohort, splits, list_paths, len(finished))
         jobs = [(split, cohort.subjects[name]) for name, split in split_of.items() if name not in finished]
         made, failures = preprocess(settings, jobs, args.workers)
     print_summary(settings, splits, finished, made, failures)
     if cohort.excluded:
         told = f"{len(cohort.excluded)} ({name_a_few(cohort.excluded)})"
         print(f"left out, neither a seg nor healthy=yes: {told}")
-    if failures:
-        for reason in sorted(failures.values()):
-            print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-        sys.exit(1)
+    for reason in sorted(failures.values()):
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,15 +93,12 @@ def parse_args() -> argparse.Namespace:
         description="Turn the raw volumes of BraTS, or of any data set, into normalised 2D slices."
     )
     add = parser.add_argument
-    add(
-        "--modality",
-        type=comma_list,
-        help=f"modalities, separated by commas (default: {','.join(BRATS_MODALITIES)}; with --csv all of the table)",
-    )
+    of_brats = f"(default: {','.join(BRATS_MODALITIES)}; with --csv all of the table)"
+    add("--modality", type=comma_list, help=f"modalities, separated by commas {of_brats}")
     add(
         "--data_dir",
         type=Path,
-        help=f"folder of BraTS, with one folder for each subject (default: {BRATS_DIR})",
+        help=f"folder of BraTS, a folder for each subject in it (default: {BRATS_DIR})",
     )
     add("--csv", type=Path, help="table of any other data set, a row for each subject, instead of --data_dir")
     add("--output_dir", type=Path, default=Path("datasets/data"), help="where the slices go")
@@ -116,13 +107,9 @@ def parse_args() -> argparse.Namespace:
         add(f"--{name}", type=float, default=quantile, help=help_text)
     for split, name in LIST_NAMES.items():
         otherwise = "hashed out of training" if split == "val" else "made by split_traintest.py"
-        add(
-            f"--{split}_split",
-            type=Path,
-            default=argparse.SUPPRESS,
-            help="list of subjects, one a line "
-            f"(default: {name} in data_dir or ./datasets; the column split of --csv; else {otherwise})",
-        )
+        places = f"(default: {name} in data_dir or ./datasets; the column split of --csv; else {otherwise})"
+        help_text = f"list of subjects, one a line {places}"
+        add(f"--{split}_split", type=Path, default=argparse.SUPPRESS, help=help_text)
     add(
         "--slices",
         type=int,
@@ -156,11 +143,6 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def explicit_lists(args: argparse.Namespace) -> dict[str, Path]:
-    """The split lists named on the command line, by split."""
-    return {split: getattr(args, f"{split}_split") for split in LIST_NAMES if hasattr(args, f"{split}_split")}
-
-
 def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[str, Record], dict[str, str]]:
     """Make subjects, `workers` at a time; returns the records of those made, and why the others were not.
 
@@ -186,19 +168,16 @@ def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[
 
 
 def print_plan(
-    settings: Settings, cohort: Cohort, splits: Splits, list_paths: Mapping[str, Path], n_finished: int
+    output_dir: Path, cohort: Cohort, splits: Splits, list_paths: Mapping[str, Path], n_finished: int
 ) -> None:
     """Say what is about to happen, in a few lines."""
-    n_subjects = sum(len(subjects) for subjects in splits.values())
+    n_subjects = sum(map(len, splits.values()))
     n_on_disk = len(cohort.subjects) + len(cohort.excluded)
-    if cohort.splits:
-        origin = f"column split of {cohort.source}"
-    elif not list_paths:
-        origin = f"made and written to {settings.output_dir}"
-    else:
-        origin = ", ".join(str(path) for path in list_paths.values())
+    origin = f"column split of {cohort.source}" if cohort.splits else f"made and written to {output_dir}"
+    if list_paths:
+        origin = ", ".join(map(str, list_paths.values()))
         origin += "" if "val" in list_paths else "; validation hashed out of training"
-    print(f"{n_subjects} of {n_on_disk} subjects in {cohort.source}, slices to {settings.output_dir}")
+    print(f"{n_subjects} of {n_on_disk} subjects in {cohort.source}, slices to {output_dir}")
     print(f"split lists: {origin}", flush=True)
     if n_finished:
         print(f"there already: {n_finished} of {n_subjects} subjects", flush=True)
@@ -221,13 +200,10 @@ def print_summary(
     records = finished | made
     for split, subjects in splits.items():
         lacking = "no tumour-free slice" if split == "train" else "no tumour"
-        reasons = {
-            f"{lacking} in slices {settings.start} to {settings.stop - 1}": [
-                subject for subject in subjects if subject in records and not records[subject].files
-            ],
-            "bad volumes": [subject for subject in subjects if subject in failures],
-        }
-        for reason, left_out in reasons.items():
+        empty = [subject for subject in subjects if subject in records and not records[subject].files]
+        bad = [subject for subject in subjects if subject in failures]
+        where = f"{lacking} in slices {settings.start} to {settings.stop - 1}"
+        for reason, left_out in ((where, empty), ("bad volumes", bad)):
             if left_out:
                 print(f"{split}: left out, {reason}: {len(left_out)} ({name_a_few(left_out)})")
 

@@ -64,10 +64,6 @@ class Cohort:
     on_one_grid: bool = True  # its volumes have one orientation, voxel size and shape, as those of BraTS have
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Folders of BraTS
-
-
 def read_brats(data_dir: Path) -> Cohort:
     """The cohort of the folders NAME in `data_dir` that hold volumes of their name, in any of NAMINGS.
 
@@ -76,54 +72,40 @@ def read_brats(data_dir: Path) -> Cohort:
     """
     if not data_dir.is_dir():
         raise UserError(f"there is no folder {data_dir}: unpack BraTS there or name another --data_dir")
-    namings = {folder: find_naming(folder) for folder in sorted(data_dir.iterdir()) if folder.is_dir()}
-    found = {
-        folder: (naming, find_words(folder, naming))
-        for folder, naming in namings.items()
-        if naming is not None
-    }
+    folders = (folder for folder in sorted(data_dir.iterdir()) if folder.is_dir())
+    found = {folder: there for folder in folders if (there := find_volumes(folder))}
     if not found:
         examples = [f"NAME{naming.separator}{next(iter(naming.kinds))}.nii.gz" for naming in NAMINGS.values()]
         raise UserError(
             f"no subject in {data_dir}: expected folders like NAME with {' or '.join(examples)} in them"
         )
-    kinds = {naming.kinds.get(word, word) for naming, words in found.values() for word in words}
-    modalities = tuple(sorted(kinds - set(MASKS)))
+    modalities = sorted({kind for _, volumes in found.values() for kind in volumes}.difference(MASKS))
     subjects = {}
-    for folder, (naming, words) in found.items():
-        words_of = {kind: word for word, kind in naming.kinds.items()}
-        volumes = {}
-        for kind in (*modalities, "seg"):
-            word = words_of.get(kind, kind)
-            volumes[kind] = (
-                folder / f"{folder.name}{naming.separator}{word}{words.get(word, VOLUME_SUFFIXES[0])}"
-            )
+    for folder, (naming, there) in found.items():
+        words = {kind: word for word, kind in naming.kinds.items()}
+        stem = folder / f"{folder.name}{naming.separator}"
+        volumes = {
+            kind: there.get(kind, Path(f"{stem}{words.get(kind, kind)}{VOLUME_SUFFIXES[0]}"))
+            for kind in (*modalities, "seg")
+        }
         subjects[folder.name] = Subject(folder.name, volumes)
-    return Cohort(
-        data_dir,
-        subjects,
-        modalities,
-        highest_label=4,  # BraTS 2021 uses all but 3, other years do not
-        list_folders=(data_dir, Path("datasets")),
-    )
+    highest_label = 4  # BraTS 2021 uses all but 3, other years do not
+    lists = (data_dir, Path("datasets"))
+    return Cohort(data_dir, subjects, tuple(modalities), highest_label, list_folders=lists)
 
 
-def find_naming(folder: Path) -> Naming | None:
-    """The first of NAMINGS that one of the folder's files fits."""
-    fitting = (naming for naming in NAMINGS.values() if set(naming.kinds) & set(find_words(folder, naming)))
-    return next(fitting, None)
-
-
-def find_words(folder: Path, naming: Naming) -> dict[str, str]:
-    """What a subject's folder holds volumes of, with their suffixes: {"t1": ".nii"} for NAME_t1.nii in NAME."""
-    prefix = folder.name + naming.separator
-    names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
-    return {
-        name.removeprefix(prefix).removesuffix(suffix): suffix
-        for suffix in reversed(VOLUME_SUFFIXES)  # of a volume that is there twice, the first suffix counts
-        for name in names
-        if name.endswith(suffix)
-    }
+def find_volumes(folder: Path) -> tuple[Naming, dict[str, Path]] | None:
+    """How a subject's folder names its volumes, and these by kind; None if it is no subject's."""
+    for naming in NAMINGS.values():
+        prefix, volumes = folder.name + naming.separator, {}
+        for suffix in reversed(VOLUME_SUFFIXES):  # of a volume that is there twice, the first suffix counts
+            for path in folder.iterdir():
+                if path.name.startswith(prefix) and path.name.endswith(suffix):
+                    word = path.name.removeprefix(prefix).removesuffix(suffix)
+                    volumes[naming.kinds.get(word, word)] = path
+        if volumes.keys() & set(naming.kinds.values()):
+            return naming, volumes
+    return None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -133,10 +115,6 @@ def suggest(word: str, known: Iterable[str]) -> str:
         if naming.kinds.get(word) in known:
             return f", the {word} of {year} is called {naming.kinds[word]} here"
     return did_you_mean(word, known)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Tables
 
 
 def read_table(path: Path) -> Cohort:
@@ -164,21 +142,13 @@ def read_table(path: Path) -> Cohort:
         else:
             excluded.append(name)
     if not subjects:
-        raise UserError(
-            f"{path} says of no subject where it is healthy: give a seg, or healthy=yes, of at least one"
-        )
+        remedy = "give a seg, or healthy=yes, of at least one"
+        raise UserError(f"{path} says of no subject where it is healthy: {remedy}")
     splits = None
     if "split" in columns:
         splits = {split: [name for name in sorted(subjects) if split_of[name] == split] for split in SPLITS}
-    return Cohort(
-        path,
-        dict(sorted(subjects.items())),
-        modalities,
-        highest_label=255,
-        splits=splits,
-        excluded=tuple(sorted(excluded)),
-        on_one_grid=False,
-    )
+    more = {"splits": splits, "excluded": tuple(sorted(excluded)), "on_one_grid": False}
+    return Cohort(path, dict(sorted(subjects.items())), modalities, highest_label=255, **more)
 
 
 def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -213,11 +183,9 @@ def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
 def check_columns(path: Path, columns: list[str]) -> None:
     """Raise a UserError unless there are a subject and a modality, and each column has a usable name of its own."""
     if "subject" not in columns:
-        hint = did_you_mean("subject", columns)
-        raise UserError(
-            f"{path} has no column subject{hint} (it has {', '.join(columns)}): "
-            "name the columns in its first row, separated by commas"
-        )
+        hint = f"{did_you_mean('subject', columns)} (it has {', '.join(columns)})"
+        remedy = "name the columns in its first row, separated by commas"
+        raise UserError(f"{path} has no column subject{hint}: {remedy}")
     for column in columns:
         require_file_name(f"{path}: column", column)
         if columns.count(column) > 1:
@@ -230,22 +198,18 @@ def check_columns(path: Path, columns: list[str]) -> None:
 
 def require_word(where: str, row: dict[str, str], column: str, words: tuple[str, ...]) -> str:
     """What a row says in a column, in lower case, empty if there is none; a UserError where it is none of the words."""
-    word = row.get(column, "").lower()
+    word, known = row.get(column, "").lower(), list(filter(None, words))
     if column in row and word not in words:
-        known = [known for known in words if known]
-        raise UserError(
-            f"{where}: {column} is {row[column]!r}{did_you_mean(word, known)} (write {' or '.join(known)})"
-        )
+        hint = f"{did_you_mean(word, known)} (write {' or '.join(known)})"
+        raise UserError(f"{where}: {column} is {row[column]!r}{hint}")
     return word
 
 
 def require_file_name(what: str, name: str) -> None:
     """Raise a UserError unless files can bear this name on every system, and lists and flags can hold it."""
     if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 100:
-        raise UserError(
-            f"{what} {name!r} cannot be part of a file's name: use up to 100 letters, digits, and . _ + - "
-            "after the first"
-        )
+        allowed = "use up to 100 letters, digits, and . _ + - after the first"
+        raise UserError(f"{what} {name!r} cannot be part of a file's name: {allowed}")
 
 
 def require_known(modalities: Iterable[str], cohort: Cohort) -> None:

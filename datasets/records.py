@@ -45,54 +45,43 @@ def writing(output_dir: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {output_dir} cannot be written to: {error}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What earlier runs left
-
-
 def load_records(output_dir: Path) -> dict[str, Record | None]:
     """The record of each subject; None where the file is not what `store` writes, as though there were none."""
-    return {path.stem: load_record(path) for path in sorted(output_dir.glob(f"{RECORDS}/*.json"))}
-
-
-def load_record(path: Path) -> Record | None:
-    try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return record if isinstance(record.made_with, dict) and isinstance(record.files, dict) else None
+    records: dict[str, Record | None] = {}
+    for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
+        try:
+            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            record = None
+        sound = record and isinstance(record.made_with, dict) and isinstance(record.files, dict)
+        records[path.stem] = record if sound else None
+    return records
 
 
 def find_whole(output_dir: Path) -> dict[str, Record]:
     """The records of all whole subjects, by subject."""
-    return {
-        subject: record
-        for subject, record in load_records(output_dir).items()
-        if record and all(n_bytes == size(output_dir / name) for name, n_bytes in record.files.items())
-    }
+
+    def is_whole(record: Record) -> bool:
+        files = {output_dir / name: n_bytes for name, n_bytes in record.files.items()}
+        return all(path.is_file() and path.stat().st_size == n_bytes for path, n_bytes in files.items())
+
+    records = load_records(output_dir)
+    return {subject: record for subject, record in records.items() if record and is_whole(record)}
 
 
-def size(path: Path) -> int:
-    """In bytes; -1 where there is no such file."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
+    """What all slices in a folder have in common, for config.json.
 
-
-def read_normalisation(output_dir: Path) -> dict[str, float] | None:
-    """The quantiles that the folder's slices were normalised by, all alike; None where there is no record of them."""
-    made_with = next((record.made_with for record in load_records(output_dir).values() if record), {})
-    return {key: made_with[key] for key in NORMALISATION} if made_with.keys() >= set(NORMALISATION) else None
-
-
-def read_grid(output_dir: Path) -> dict[str, Any] | None:
-    """The grid that all the folder's slices lie on: {"axcodes": "LPS", "spacing": [1, 1, 1], "shape": [240, 240]}, say.
-
-    The spacing is in mm, the shape that of a slice. None where the records do not agree on one, or where one of an
-    earlier version says nothing of it.
+    Returns:
+        `normalisation`, the quantiles as in NORMALISATION; and `grid`, the JSON of a `utils.grid.SliceGeometry`. None
+        where there is no record of it, or where the records do not agree on a grid.
     """
-    grids = [record and record.made_with.get("grid") for record in load_records(output_dir).values()]
-    return grids[0] if grids and all(grid == grids[0] for grid in grids) else None
+    made_with = [record.made_with if record else {} for record in load_records(output_dir).values()]
+    first = next(filter(None, made_with), {})
+    quantiles = {key: first[key] for key in NORMALISATION} if first.keys() >= NORMALISATION.keys() else None
+    grids = [one.get("grid") for one in made_with]
+    agreed = grids and all(grid == grids[0] for grid in grids)
+    return {"normalisation": quantiles, "grid": grids[0] if agreed else None}
 
 
 def find_finished(output_dir: Path, describe: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Record]:
@@ -170,10 +159,6 @@ def find_leftovers(
     return leftovers
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def clear(output_dir: Path, whole: Iterable[str], leftovers: Iterable[Path]) -> None:
     """Remove what earlier runs left beside the whole subjects: other records, other slices, what is half written.
 
@@ -221,7 +206,7 @@ def store(
         for name, image in slices.items():
             path = partial / Path(name).name
             np.save(path, image)
-            files[f"{split}/{name}"] = size(path)
+            files[f"{split}/{name}"] = path.stat().st_size
         for name in slices:
             (partial / Path(name).name).replace(output_dir / split / name)
         partial.rmdir()

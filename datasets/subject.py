@@ -40,9 +40,25 @@ class Settings:
         """All kinds of slices that are written."""
         return (*self.modalities, *MASKS)
 
+    def kinds_read(self, subject: Subject) -> tuple[str, ...]:
+        """The kinds of volumes that a subject's slices depend on: sorted modalities, and the masks it has."""
+        return (*sorted(self.modalities), *(kind for kind in MASKS if kind in subject.volumes))
 
-# ----------------------------------------------------------------------------------------------------------
-# Checks before anything is written
+    def describe(self, split: str, subject: Subject) -> dict:
+        """All that a subject's slices depend on, in JSON's types."""
+        return {
+            "split": split,
+            "modality": ",".join(sorted(self.modalities)),  # their order changes nothing
+            "slices": f"{self.start} {self.stop}",
+            "percentage_lower": self.percentage_lower,
+            "percentage_upper": self.percentage_upper,
+            "volumes": {kind: checksum(subject.volumes[kind]) for kind in self.kinds_read(subject)},
+        }
+
+    def require_depth(self, where: Path | str, depth: int) -> None:
+        """Raise a UserError if something has not all the slices asked for."""
+        if depth < self.stop:
+            raise UserError(f"--slices {self.start} {self.stop} exceeds {where}, which has {depth} slices")
 
 
 def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -> None:
@@ -53,22 +69,15 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
             too few slices, they are reported in their turn.
     """
     for subject in (cohort.subjects[name] for name in names):
-        for kind in kinds_read(settings, subject):
+        for kind in settings.kinds_read(subject):
             path = subject.volumes.get(kind)
             if path is None:
-                raise UserError(
-                    f"{cohort.source} names no {kind} of {subject.name}: fill it in, or leave {kind} out with "
-                    "--modality"
-                )
+                remedy = f"fill it in, or leave {kind} out with --modality"
+                raise UserError(f"{cohort.source} names no {kind} of {subject.name}: {remedy}")
             if not path.is_file():
                 raise UserError(f"{path} is missing: restore it or take {subject.name} out of the data")
     if not settings.on_one_grid:
-        if settings.stop > DEPTH:
-            raise UserError(
-                f"--slices {settings.start} {settings.stop} exceeds the {DEPTH} slices of the grid that every "
-                "subject is put on"
-            )
-        return
+        return settings.require_depth("the grid of BraTS", DEPTH)
     shallow = None
     for name in names:
         path = cohort.subjects[name].volumes[settings.modalities[0]]
@@ -77,53 +86,24 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
         except UserError:  # reported in its turn, too
             continue
         if depth >= settings.stop:
-            return
+            return None
         shallow = shallow or (path, depth)
-    if shallow:
-        require_depth(settings, *shallow)
-
-
-def require_depth(settings: Settings, path: Path, depth: int) -> None:
-    """Raise a UserError if a volume has not all the slices asked for."""
-    if depth < settings.stop:
-        raise UserError(f"--slices {settings.start} {settings.stop} exceeds {path}, which has {depth} slices")
-
-
-def kinds_read(settings: Settings, subject: Subject) -> tuple[str, ...]:
-    """The kinds of volumes that a subject's slices depend on: modalities, in whatever order, and the masks it has."""
-    return (*sorted(settings.modalities), *(kind for kind in MASKS if kind in subject.volumes))
-
-
-def describe(settings: Settings, split: str, subject: Subject) -> dict:
-    """All that a subject's slices depend on, in JSON's types."""
-    return {
-        "split": split,
-        "modality": ",".join(sorted(settings.modalities)),  # their order changes nothing
-        "slices": f"{settings.start} {settings.stop}",
-        "percentage_lower": settings.percentage_lower,
-        "percentage_upper": settings.percentage_upper,
-        "volumes": {kind: checksum(subject.volumes[kind]) for kind in kinds_read(settings, subject)},
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Cutting
+    return settings.require_depth(*shallow) if shallow else None
 
 
 def cut_subject(settings: Settings, split: str, subject: Subject) -> tuple[dict, dict[str, np.ndarray]]:
     """Normalise the subject's volumes and choose its slices.
 
     Returns:
-        What the slices depend on, as in `describe`, with the grid that they lie on; and images [H, W] by
+        What the slices depend on, as in `Settings.describe`, with the grid that they lie on; and images [H, W] by
         `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: float32 for modalities, uint8 for seg and
         brainmask.
 
     Raises:
         UserError: a volume cannot be read or normalised, or does not fit the others; the message names the file.
     """
-    made_with = describe(settings, split, subject)
+    made_with, volumes = settings.describe(split, subject), SubjectVolumes(settings)
     window = slice(settings.start, settings.stop)
-    volumes = SubjectVolumes(settings)
     stacks = {}  # by kind: [H, W, stop - start]
     brainmask = None  # [H, W, D], where the data have one
     if "brainmask" in subject.volumes:
@@ -166,11 +146,7 @@ class SubjectVolumes:
         self.grid: VoxelGrid | None = None
 
     def read(self, path: Path) -> tuple[np.ndarray, VoxelGrid]:
-        """A volume as it lies in its file, and its own grid.
-
-        Raises:
-            UserError: it cannot be read, or put on the subject's grid.
-        """
+        """A volume as it lies in its file, and its own grid; a UserError if it does not fit the subject's grid."""
         volume, grid = read_volume(path)
         if self.grid is None:
             self.path = path
@@ -180,7 +156,7 @@ class SubjectVolumes:
                 raise UserError(f"{path} has shape {grid.shape}, but {self.path.name} has {self.grid.shape}")
             if not np.allclose(grid.affine, self.grid.affine, atol=1e-3):  # mm; headers round to float32
                 raise UserError(f"{path} lies elsewhere in space than {self.path.name}, their affines differ")
-            require_depth(self.settings, path, grid.shape[2])
+            self.settings.require_depth(path, grid.shape[2])
         return volume, grid
 
     def read_intensities(self, path: Path) -> np.ndarray:
@@ -195,13 +171,11 @@ class SubjectVolumes:
             UserError: as `read`; or there are other labels than the data set knows, or none on the grid.
         """
         labels, grid = self.read(path)
-        marked = labels[labels != 0]  # few of all voxels, which makes the search among them quick
-        highest = self.settings.highest_label
+        highest, marked = self.settings.highest_label, labels[labels != 0]  # few voxels: searched quickly
         unknown = marked[~np.isin(marked, range(highest + 1))]
         if unknown.size:
-            raise UserError(
-                f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}"
-            )
+            allowed = f"labels, whole numbers from 0 to {highest}"
+            raise UserError(f"{path} must hold {allowed}, but holds {unknown[0]:g}")
         labels = labels.astype(np.uint8)
         if self.settings.on_one_grid:
             return labels
@@ -278,8 +252,8 @@ def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
         low, high = np.quantile(voxels, [lower, upper]).astype(np.float64)
         if low == high:
             raise ValueError(f"its {lower:g} and {upper:g} quantiles are both {low:g}")
-        scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
         image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
+        scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
         image[brain] = np.maximum(scaled, BACKGROUND)
     if not np.isfinite(image).all():
         raise ValueError("its intensities differ by too many orders of magnitude")
@@ -287,20 +261,17 @@ def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
 
 
 def choose_slices(split: str, seg: np.ndarray, brainmask: np.ndarray) -> list[int]:
-    """Which of N slices go into `split`; those without brain never do.
+    """Which of N slices go into `split`, ascending; those without brain never do.
 
     Args:
         split: "train" for every slice without tumour; "val" or "test" for the one with the largest tumour (the
             first of equals), or none where there is no tumour.
         seg: labels, [H, W, N]; tumour is > 0.
         brainmask: [H, W, N]; brain is > 0.
-
-    Returns:
-        Ascending indices on the last axis.
     """
     tumour_area = (seg > 0).sum(axis=(0, 1))  # pixels
     has_brain = brainmask.any(axis=(0, 1))
     if split == "train":
-        return [int(index) for index in (has_brain & (tumour_area == 0)).nonzero()[0]]
+        return (has_brain & (tumour_area == 0)).nonzero()[0].tolist()
     tumour_area[~has_brain] = 0
     return [int(tumour_area.argmax())] if tumour_area.any() else []

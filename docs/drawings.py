@@ -52,7 +52,7 @@ def main() -> None:
     def errors(score: torch.Tensor, where: torch.Tensor) -> np.ndarray:
         return np.where(where[0, 0], score[0, 0], 0)[crop].T
 
-    cycle = cyclic_unet(image, load("unet", "forward")[0], backward)
+    cycle = cyclic_unet(image, load("unet", "forward")[0], backward, batch_size=1)
     top = float(cycle.score[brain].quantile(0.99))
     draw_cycle(
         args.output_dir / "cycle.png",

@@ -20,6 +20,7 @@ from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices
 # Normalised intensities shown as black and white. A tenth of the brain, and most tumours, lie above 3.
 WINDOW = (-3.0, 5.0)
 
+GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
 TRUTH_STYLE = {"color": SKY_BLUE, "linestyle": "-", "linewidth": 1.6}
 PREDICTION_STYLE = {"color": ORANGE, "linestyle": "-", "linewidth": 1.2}
@@ -61,22 +62,17 @@ def draw_scores(
         ranked: by label, scores and truth of the ranked pixels, [M] each.
     """
     scores = cut_scores(maps["scores"], maps["brainmask"])
-    blocks = {choice: metrics[choice] for choice in THRESHOLD_STYLES if metrics[choice]}
     # Without a single score above -inf there is no threshold, and nothing is predicted.
     thresholds = {
-        choice: np.inf if block["threshold"] is None else block["threshold"]
-        for choice, block in blocks.items()
+        choice: np.inf if metrics[choice]["threshold"] is None else metrics[choice]["threshold"]
+        for choice in THRESHOLD_STYLES
+        if metrics[choice]
     }
     choice = "validation" if "validation" in thresholds else "oracle"
+    prediction, dice = scores >= thresholds[choice], per_slice[f"{choice}_dice"]
+    modalities = metrics["input"], metrics["trans"]
     return {
-        "slices": slices_figure(
-            maps,
-            scores >= thresholds[choice],
-            per_slice[f"{choice}_dice"],
-            f"prediction ({choice} threshold)",
-            metrics["input"],
-            metrics["trans"],
-        ),
+        "slices": slices_figure(maps, prediction, dice, f"prediction ({choice} threshold)", *modalities),
         "precision_recall": precision_recall_figure(ranked),
         "dice_threshold": dice_threshold_figure(scores, maps["truth"], thresholds),
         "histograms": histograms_figure(scores, maps["truth"], thresholds),
@@ -112,39 +108,31 @@ def slices_figure(
     groups = best_median_worst(dice)
     crop = _bounding_box(maps["brainmask"][list(groups)])
     error_maps = np.where(maps["brainmask"], np.nan_to_num(maps["scores"]), 0)
-    # One scale for all slices, as a threshold is one number for all of them; its square root shows faint errors.
-    norm = PowerNorm(0.5, vmin=0, vmax=np.quantile(error_maps[maps["brainmask"]], 0.995))
-
-    titles = [
-        f"input ({input})",
-        f"translation ({trans})",
-        f"reconstruction ({input})",
-        "error map",
-        "segmentation",
-    ]
-    figure = Figure(figsize=(10, 2.1 * len(groups) + 0.6), layout="compressed")
-    axes = figure.subplots(len(groups), len(titles), squeeze=False)
+    norm = _error_norm(np.quantile(error_maps[maps["brainmask"]], 0.995))
+    columns = {
+        f"input ({input})": maps["image"],
+        f"translation ({trans})": maps["translation"],
+        f"reconstruction ({input})": maps["reconstruction"],
+        "error map": error_maps,
+        "segmentation": maps["image"],
+    }
+    figure, axes = _panels(len(groups), len(columns), (10, 2.1 * len(groups) + 0.6))
     for row, (i, group) in zip(axes, groups.items(), strict=True):
-        for ax, key in zip(row, ("image", "translation", "reconstruction", "scores", "image"), strict=True):
-            if key == "scores":
-                colours = ax.imshow(error_maps[i][crop].T, cmap="inferno", norm=norm)
+        for ax, images in zip(row, columns.values(), strict=True):
+            if images is error_maps:
+                colours = ax.imshow(images[i][crop].T, cmap="inferno", norm=norm)
             else:
-                ax.imshow(to_grey(maps[key][i][crop]), cmap="gray", vmin=0, vmax=1)
+                ax.imshow(to_grey(images[i][crop]), **GREY)
         _outline(row[-1], prediction[i][crop], PREDICTION_STYLE)
         _outline(row[-1], maps["truth"][i][crop], TRUTH_STYLE)
         row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{maps['names'][i]}", fontsize=9)
-    for ax, title in zip(axes[0], titles, strict=True):
+    for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title, fontsize=11)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
     figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="squared cyclic error")
-    handles = [
-        Line2D([], [], label=prediction_label, **PREDICTION_STYLE),
-        Line2D([], [], label="truth", **TRUTH_STYLE),
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower right", ncols=2, fontsize=10, facecolor="0.3", labelcolor="white"
-    )
+    marks = {prediction_label: PREDICTION_STYLE, "truth": TRUTH_STYLE}
+    handles = [Line2D([], [], label=label, **style) for label, style in marks.items()]
+    on_grey = {"facecolor": "0.3", "labelcolor": "white"}
+    figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=10, **on_grey)
     return figure
 
 
@@ -173,27 +161,21 @@ def scan_figure(
     """
     crop = _bounding_box(images > WINDOW[0])
     scored = anomaly[anomaly > 0]
-    vmax = max(threshold, np.quantile(scored, 0.995)) if scored.size else threshold
-    norm = PowerNorm(0.5, vmin=0, vmax=vmax)  # as in `slices_figure`
-
+    norm = _error_norm(max(threshold, np.quantile(scored, 0.995)) if scored.size else threshold)
     height, width = images[0][crop].shape
-    figure = Figure(
-        figsize=(2.1 * len(images) + 1.2, 6.3 * width * aspect / height + 1.1), layout="compressed"
-    )
-    axes = figure.subplots(3, len(images), squeeze=False)
+    size = (2.1 * len(images) + 1.2, 6.3 * width * aspect / height + 1.1)
+    figure, axes = _panels(3, len(images), size)
     for column, image, scores, mask, label in zip(axes.T, images, anomaly, marked, labels, strict=True):
         for ax in (column[0], column[2]):
-            ax.imshow(to_grey(image[crop]), cmap="gray", vmin=0, vmax=1, aspect=aspect)
+            ax.imshow(to_grey(image[crop]), aspect=aspect, **GREY)
         colours = column[1].imshow(scores[crop].T, cmap="inferno", norm=norm, aspect=aspect)
         _outline(column[2], mask[crop], PREDICTION_STYLE)
         column[0].set_title(label, fontsize=9)
     for ax, name in zip(axes[:, 0], ("scan", "anomaly score", "marked"), strict=True):
         ax.set_ylabel(name, fontsize=11)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    for x, side in ((0.03, "R"), (0.97, "L")):
-        where = {"x": x, "y": 0.97, "ha": "left" if side == "R" else "right", "va": "top"}
-        axes[0, 0].text(s=side, transform=axes[0, 0].transAxes, color="white", fontsize=9, **where)
+    for x, side, ha in ((0.03, "R", "left"), (0.97, "L", "right")):
+        where = {"transform": axes[0, 0].transAxes, "ha": ha, "va": "top"}
+        axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="anomaly score (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
     figure.suptitle(title, fontsize=11)
@@ -242,12 +224,8 @@ def dice_threshold_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Map
     """
     figure, ax = _chart("threshold (squared cyclic error)", "mean Dice over slices")
     ax.plot(*dice_curve(scores, truth), color=BLUE, label="mean Dice")
-    dice = {
-        choice: mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
-        for choice, threshold in thresholds.items()
-    }
-    _mark_thresholds(ax, thresholds, {choice: f"Dice {value:.3f}" for choice, value in dice.items()})
-    _set_error_axis(ax, scores)
+    dice = {name: mean_over_slices(overlap_at(scores, truth, t)["dice"]) for name, t in thresholds.items()}
+    _mark_thresholds(ax, scores, thresholds, {name: f", Dice {value:.3f}" for name, value in dice.items()})
     ax.set_ylim(0, 1)
     ax.legend()
     return figure
@@ -258,15 +236,19 @@ def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping
     figure, ax = _chart("squared cyclic error", "pixels")
     finite = np.isfinite(scores)
     root_edges = np.linspace(0, np.sqrt(np.max(scores, where=finite, initial=1e-6)), 61)
-    for label, pixels, style in zip(
-        ("healthy", "lesion"), (finite & ~truth, finite & truth), HISTOGRAM_STYLES, strict=True
-    ):
+    kinds = {"healthy": finite & ~truth, "lesion": finite & truth}
+    for (label, pixels), style in zip(kinds.items(), HISTOGRAM_STYLES, strict=True):
         ax.hist(scores[pixels], root_edges**2, label=label, **style)
-    _mark_thresholds(ax, thresholds, {})
-    _set_error_axis(ax, scores)
+    _mark_thresholds(ax, scores, thresholds, {})
     ax.set_yscale("log")
     ax.legend()
     return figure
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of pictures without ticks, and its axes [rows, columns]."""
+    figure = Figure(figsize=size, layout="compressed")
+    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
 
 
 def _chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -278,16 +260,22 @@ def _chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _mark_thresholds(ax: Axes, thresholds: Mapping[str, float], notes: Mapping[str, str]) -> None:
-    """A vertical line at each threshold that is finite."""
+def _error_norm(highest: float) -> PowerNorm:
+    """One scale for all slices, as a threshold is one number for all of them; its square root shows faint errors."""
+    return PowerNorm(0.5, vmin=0, vmax=highest)
+
+
+def _mark_thresholds(
+    ax: Axes, scores: np.ndarray, thresholds: Mapping[str, float], notes: Mapping[str, str]
+) -> None:
+    """A vertical line at each threshold that is finite, on a square-root axis from 0 to the highest score.
+
+    Such an axis is even in the error itself, and opens up small ones.
+    """
     for choice, threshold in thresholds.items():
         if np.isfinite(threshold):
-            label = ", ".join([f"{choice} threshold {threshold:.3g}", *filter(None, [notes.get(choice)])])
+            label = f"{choice} threshold {threshold:.3g}{notes.get(choice, '')}"
             ax.axvline(threshold, label=label, **THRESHOLD_STYLES[choice])
-
-
-def _set_error_axis(ax: Axes, scores: np.ndarray) -> None:
-    """A square-root axis from 0 to the highest score: it is even in the error itself, and opens up small ones."""
     highest = np.max(scores, where=np.isfinite(scores), initial=1e-6)
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     ax.set_xticks(MaxNLocator(8).tick_values(0, np.sqrt(highest)) ** 2)

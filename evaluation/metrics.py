@@ -61,11 +61,8 @@ def erosion_radius(height: int, width: int) -> int:
 def scored_region(brainmask: ArrayLike) -> BoolArray:
     """The brain mask without its rim, where skull stripping and partial volume make any method err.
 
-    Args:
-        brainmask: [N, H, W] bool.
-
-    Returns:
-        [N, H, W] bool, the mask eroded by a disk. What lies beyond the image counts as background.
+    `brainmask` is [N, H, W] bool, and so is the result: the mask eroded by a disk. What lies beyond the image counts
+    as background.
     """
     mask = _as_slices("brainmask", brainmask, bool)
     radius = erosion_radius(*mask.shape[1:])
@@ -78,12 +75,7 @@ def scored_region(brainmask: ArrayLike) -> BoolArray:
 def cut_scores(scores: ArrayLike, brainmask: ArrayLike) -> FloatArray:
     """The scores with -inf, the lowest there is, outside the scored region and where a score is NaN.
 
-    Args:
-        scores: [N, H, W] float, any range.
-        brainmask: [N, H, W] bool.
-
-    Returns:
-        [N, H, W] float64.
+    Args and result: scores [N, H, W] of any range, brain mask [N, H, W] bool; float64 [N, H, W].
     """
     scores = _as_slices("scores", scores, np.float64)
     region = scored_region(brainmask)
@@ -114,39 +106,25 @@ def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Ranking
+# Ranking: scores are floats of any shape and range, infinite ones included, NaN is ranked last; truth is bool
 
 
 def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
-    """AUPRC as average precision, over all pixels given.
-
-    Args:
-        scores: floats of any shape and range; infinite ones are ranked, NaN is ranked last.
-        truth: bool, the same shape.
-
-    Returns:
-        A value in [0, 1]; NaN if no pixel is lesion. If all are, it is 1.
-    """
+    """AUPRC as average precision over all pixels given, in [0, 1]; NaN if no pixel is lesion, 1 if all are."""
     ranks, truth = _as_ranks(scores, truth)
     return float(average_precision_score(truth, ranks)) if truth.any() else float("nan")
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Area under the ROC curve over all pixels given; arguments as in `average_precision`.
-
-    Returns:
-        A value in [0, 1]; NaN if no pixel is lesion, or if all are.
-    """
+    """Area under the ROC curve over all pixels given, in [0, 1]; NaN if no pixel is lesion, or if all are."""
     ranks, truth = _as_ranks(scores, truth)
     return float(roc_auc_score(truth, ranks)) if truth.any() and not truth.all() else float("nan")
 
 
 def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """The curve that AUPRC is the area under; arguments as in `average_precision`.
+    """The curve that AUPRC is the area under: precision and recall, [K] each, from the lowest threshold up.
 
-    Returns:
-        Precision and recall, [K] float64 each, from the lowest threshold to one above all scores; a precision
-        holds from its own recall down to the next. Without any lesion pixel recall is NaN.
+    A precision holds from its own recall down to the next. Without any lesion pixel recall is NaN.
     """
     ranks, truth = _as_ranks(scores, truth)
     if not truth.any():
@@ -164,24 +142,19 @@ def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArra
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Segmentation at a threshold
+# Segmentation at a threshold: scores [N, H, W] float (-inf where they do not count), truth [N, H, W] bool
 
 
 def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
-    """Overlap of `scores >= threshold` with the truth, for each slice.
-
-    Args:
-        scores: [N, H, W] float. To score only a region, put the rest at -inf first (`cut_scores`).
-        truth: [N, H, W] bool.
-        threshold: above -inf.
+    """Overlap of `scores >= threshold` with the truth, for a threshold above -inf.
 
     Returns:
         `dice`, `jaccard`, `sensitivity`, `precision`: each [N] float64 in [0, 1], or NaN (table at the top).
     """
     prediction, truth = _predict(scores, truth, threshold)
-    hits = np.count_nonzero(prediction & truth, axis=(1, 2))
-    predicted = np.count_nonzero(prediction, axis=(1, 2))
-    lesion = np.count_nonzero(truth, axis=(1, 2))
+    hits, predicted, lesion = (
+        np.count_nonzero(pixels, axis=(1, 2)) for pixels in (prediction & truth, prediction, truth)
+    )
     return {
         "dice": _ratio(2 * hits, predicted + lesion),
         "jaccard": _ratio(hits, predicted + lesion - hits),
@@ -195,9 +168,6 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
 
     The edge of a mask is those of its pixels with at least one of their four neighbours outside it; what lies
     beyond the image is outside. Every edge pixel has a distance to the nearest edge pixel of the other mask.
-
-    Args:
-        scores, truth, threshold: as in `overlap_at`.
 
     Returns:
         `assd`: the mean of these distances over the pixels of both edges together. `hd95`: the 95th
@@ -231,19 +201,16 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
 def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """⌈Dice⌉: the one threshold for all slices with the highest mean over slices of Dice, found exactly.
 
-    Args:
-        scores: [N, H, W] float; pixels at -inf or NaN are never predicted.
-        truth: [N, H, W] bool.
-
     Returns:
         The threshold (of equally good ones the highest; inf if every score is -inf or NaN), and the mean Dice
         there, which is that of `overlap_at`: slices with no lesion count once anything is predicted in them.
     """
     thresholds, mean_dice = dice_curve(scores, truth)
-    if not thresholds.size:
-        return float("inf"), mean_over_slices(overlap_at(scores, truth, np.inf)["dice"])
-    # The first that is as good as the best but for the rounding errors of the running sum.
-    threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
+    threshold = np.inf
+    if (
+        thresholds.size
+    ):  # the first that is as good as the best but for the rounding errors of the running sum
+        threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
     return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
 
 
@@ -252,9 +219,6 @@ def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatAr
 
     It takes one pass down the sorted pixels: a pixel that crosses the threshold changes only its own slice's
     Dice, so the sum over slices is a running sum of such changes.
-
-    Args:
-        scores, truth: as in `best_threshold`.
 
     Returns:
         The distinct scores above -inf, descending, and the mean Dice at each: [K] float64 both.
@@ -314,7 +278,7 @@ def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Boo
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Means over slices and their uncertainty
+# Means over slices and their uncertainty: 95 % percentile intervals of the bootstrap over slices, thresholds frozen
 
 
 def mean_over_slices(per_slice_values: ArrayLike) -> float:
@@ -327,42 +291,23 @@ def mean_over_slices(per_slice_values: ArrayLike) -> float:
 def bootstrap_interval(
     per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean over slices: the slices are resampled, any threshold is frozen.
-
-    Args:
-        per_slice_values: [N] float; NaN is left out before the resampling.
-        n_resamples: number of bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        Low and high end; both NaN for fewer than two values that are not NaN.
-    """
+    """The interval of the mean of values [N] that are not NaN; both ends NaN for fewer than two of them."""
     values = np.asarray(per_slice_values, dtype=np.float64)
     defined = values[~np.isnan(values)]
     if defined.size < 2:
         return float("nan"), float("nan")
-    result = bootstrap(
-        (defined,),
-        np.mean,
-        n_resamples=n_resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    how = {"n_resamples": n_resamples, "confidence_level": CONFIDENCE, "method": "percentile"}
+    interval = bootstrap((defined,), np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def paired_bootstrap(
     values_a: ArrayLike, values_b: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """How much better a is than b on the same slices: the difference of their means and its 95 % interval.
+    """How much better a is than b on the same slices: mean(a) - mean(b), and its interval.
 
-    Args:
-        values_a, values_b: [N] float, in the same order of slices. A slice that is NaN in either is left out.
-        n_resamples, seed: as in `bootstrap_interval`. A resample takes the same slices of a and of b.
-
-    Returns:
-        mean(a) - mean(b), and (low, high).
+    Both are [N], in the same order of slices. A slice that is NaN in either is left out. A resample takes the same
+    slices of a and of b.
     """
     values_a, values_b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     _require_same_shape("values_b", values_b, values_a)
@@ -373,17 +318,9 @@ def paired_bootstrap(
 def auprc_bootstrap_interval(
     scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile interval of the pooled AUPRC: the slices are resampled, then their pixels pooled.
+    """The interval of the pooled AUPRC: the slices are resampled, then their ranked pixels pooled; args [N, H, W].
 
-    Args:
-        scores: [N, H, W] float.
-        truth: [N, H, W] bool.
-        ranked: [N, H, W] bool, the pixels that are ranked.
-        n_resamples, seed: as in `bootstrap_interval`.
-
-    Returns:
-        Low and high end. Resamples with no lesion are left out; both ends are NaN for fewer than two slices,
-        and if no slice has a lesion.
+    Resamples with no lesion are left out; both ends are NaN for fewer than two slices, and if no slice has a lesion.
     """
     truth = _as_slices("truth", truth, bool)
     n_slices = len(truth)
@@ -489,7 +426,11 @@ def evaluate(
     for choice, threshold in thresholds.items():
         segmentation = overlap_at(cut, truth, threshold) | surface_distances_at(cut, truth, threshold)
         columns |= {f"{choice}_{name}": values for name, values in segmentation.items()}
-        summary[choice] = {"threshold": _number(threshold)} | _summarise(segmentation, n_resamples, seed)
+        summary[choice] = {"threshold": _number(threshold)}
+        for name, values in segmentation.items():
+            summary[choice][name] = _number(mean_over_slices(values))
+            summary[choice][f"{name}_interval"] = _numbers(bootstrap_interval(values, n_resamples, seed))
+        summary[choice]["undefined"] = _count_undefined(segmentation)
     return Evaluation(summary, columns)
 
 
@@ -507,9 +448,8 @@ def by_lesion_size(per_slice: Mapping[str, np.ndarray]) -> dict[str, dict]:
     area = np.asarray(per_slice["lesion_area"])
     with_lesion = area[area > 0]
     small, medium = np.quantile(with_lesion, [1 / 3, 2 / 3]) if with_lesion.size else (0, 0)
-    bounds = {"small": (0, small), "medium": (small, medium), "large": (medium, np.inf)}
     thirds = {}
-    for name, (above, up_to) in bounds.items():
+    for name, above, up_to in (("small", 0, small), ("medium", small, medium), ("large", medium, np.inf)):
         members = (area > above) & (area <= up_to)
         columns = {key: values[members] for key, values in per_slice.items() if key != "lesion_area"}
         thirds[name] = {
@@ -521,20 +461,8 @@ def by_lesion_size(per_slice: Mapping[str, np.ndarray]) -> dict[str, dict]:
     return thirds
 
 
-def _summarise(columns: Mapping[str, FloatArray], n_resamples: int, seed: int) -> dict:
-    summary = {}
-    for name, values in columns.items():
-        summary[name] = _number(mean_over_slices(values))
-        summary[f"{name}_interval"] = _numbers(bootstrap_interval(values, n_resamples, seed))
-    return summary | {"undefined": _count_undefined(columns)}
-
-
 def _count_undefined(columns: Mapping[str, FloatArray]) -> dict[str, int]:
     return {name: int(np.isnan(values).sum()) for name, values in columns.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Small helpers
 
 
 def _as_slices(name: str, array: ArrayLike, dtype: type) -> np.ndarray:

@@ -37,11 +37,7 @@ def write_maps(path: Path, run: Mapping[str, Any], maps: Maps) -> None:
 
 
 def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
-    """What `write_maps` was given.
-
-    Raises:
-        UserError: the file is not there, or is not what `write_maps` writes.
-    """
+    """What `write_maps` was given; a UserError if the file is not there, or is not what `write_maps` writes."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}: run modality_cyclic_test.py first")
     try:
@@ -115,12 +111,30 @@ def write_scores(
     (results / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
-    """The rows of a test run's per_slice.csv by (subject, slice).
+def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first") -> dict[str, Any]:
+    """The contents of a test run's metrics.json.
+
+    Args:
+        results: folder of the test run.
+        remedy: what a user can do where it cannot be read.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
+    path = results / METRICS
+    if not path.is_file():
+        raise UserError(f"no {METRICS} in {results}: {remedy}")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics["checkpoints"]["forward"] + metrics["checkpoints"]["backward"]  # both are names
+        metrics["validation"] and metrics["validation"]["threshold"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    return metrics
+
+
+def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The rows of a test run's per_slice.csv by (subject, slice); a UserError if there is none, or it is damaged."""
     path = results / PER_SLICE
     if not path.is_file():
         raise UserError(f"no {PER_SLICE} in {results}: run modality_cyclic_test.py first")

@@ -3,7 +3,6 @@
 `python -m evaluation.tables RESULTS …` prints one table for the folders of several runs.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import METRICS, read_per_slice
+from .results import read_metrics, read_per_slice
 
 METHODS = {"cyclic_unet": "Cyclic UNet", "mmccd": "MMCCD"}
 CHOICES = ("oracle", "validation")  # of a threshold
@@ -32,7 +31,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = _aligned(header, *rows)
     first = runs[0]
     lines.append(
-        f"{first['n_slices']} test slices; AUPRC by chance {first['chance']:.3f} (the lesions' share of the scored "
+        f"{first['n_slices']} test slices; AUPRC by chance {first['chance']:.3f} (the lesions' share of the ranked "
         f"pixels); lesion pixels outside the scored region {100 * first['lost_lesion_share']:.1f} %"
     )
     lines.append(
@@ -139,13 +138,7 @@ def main() -> None:
         "results", nargs="+", type=local_path, help="folders of test runs, below experiments/results"
     )
     folders = parser.parse_args().results
-    runs = []
-    for folder in folders:
-        path = folder / METRICS
-        if not path.is_file():
-            raise UserError(f"no {METRICS} in {folder}: run modality_cyclic_test.py first")
-        runs.append(json.loads(path.read_text(encoding="utf-8")))
-    print(table(runs))
+    print(table([read_metrics(folder) for folder in folders]))
     for folder in folders:
         print(f"figures: {folder / 'figures'}")
 

@@ -5,7 +5,6 @@ and `opt{step}.pt`. The last is written last: where it lies, the other two are w
 """
 
 import contextlib
-import fnmatch
 import io
 import re
 import warnings
@@ -25,6 +24,9 @@ WRITTEN = (
 )
 
 
+EMA = r"ema_[0-9.e-]+_"  # the prefix of averages of any rate
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the message says which and why."""
 
@@ -42,27 +44,31 @@ def paths_of(directory: Path, ema_rate: float, step: int) -> dict[str, Path]:
     }
 
 
+def saved(where: Path | Iterable[str], prefix: str = "opt") -> dict[int, str]:
+    """The files in a folder, or of some names, that are a prefix (a regular expression), a step and .pt.
+
+    By step, oldest first. With the default prefix they stand for complete sets.
+    """
+    names = (path.name for path in where.glob("*.pt")) if isinstance(where, Path) else where
+    found = (re.fullmatch(rf"{prefix}(\d+)\.pt", name) for name in names)
+    return dict(sorted((int(match[1]), match[0]) for match in found if match))
+
+
 def saved_steps(directory: Path, prefix: str = "opt") -> list[int]:
-    """The steps of all complete sets, or of all files that begin with another `prefix`, oldest first."""
-    numbers = (path.stem.removeprefix(prefix) for path in directory.glob(f"{prefix}*.pt"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    """The steps of `saved`."""
+    return list(saved(directory, prefix))
 
 
 def step_of(name: str) -> int | None:
     """The training steps that a checkpoint's name tells, or None where it tells none."""
-    found = re.search(r"(\d+)\.pt$", name)
-    return int(found[1]) if found else None
-
-
-def by_step(names: Iterable[str], kind: str) -> list[str]:
-    """Of some names those of one kind of checkpoint, `ema_*_` or `opt`, oldest first."""
-    return sorted(fnmatch.filter(names, f"{kind}*.pt"), key=lambda name: step_of(name) or 0)
+    return next(iter(saved([name], ".*?")), None)
 
 
 def needed_to_resume(names: Iterable[str], keep_last: int) -> list[str]:
     """Patterns of the checkpoints among `names` that training reads, or may remove, when it goes on."""
     # The set before the newest one, too, in case that one is damaged.
-    return ["*.pt"] if keep_last else [name.replace("opt", "*") for name in by_step(names, "opt")[-2:]]
+    newest = list(saved(names).values())[-2:]
+    return ["*.pt"] if keep_last else [name.replace("opt", "*") for name in newest]
 
 
 def save(paths: Mapping[str, Path], states: Mapping[str, Any]) -> None:

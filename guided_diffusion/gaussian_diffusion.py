@@ -42,15 +42,11 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """The β of every step, float64 [num_diffusion_timesteps].
 
     `linear`: Ho et al. 2020, 1e-4 … 0.02 over 1000 steps, scaled so that fewer steps end at the same noise.
-    `cosine`: Nichol & Dhariwal 2021, eq. 17, each β at most 0.999.
-
-    Raises:
-        ValueError: an unknown name.
+    `cosine`: Nichol & Dhariwal 2021, eq. 17, each β at most 0.999. A ValueError for any other name.
     """
     n = num_diffusion_timesteps
     if schedule_name == "linear":
-        scale = 1000 / n
-        return np.linspace(scale * 1e-4, scale * 0.02, n, dtype=np.float64)
+        return np.linspace(1000 / n * 1e-4, 1000 / n * 0.02, n, dtype=np.float64)
     if schedule_name == "cosine":
         alpha_bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
         return np.array([min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(n)])
@@ -116,10 +112,8 @@ class GaussianDiffusion:
         """Draw x_t ~ q(x_t | x_0) for x_start [N, …] and t [N], from the given standard normal noise or a new one."""
         if noise is None:
             noise = torch.randn_like(x_start)
-        return (
-            _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-            + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
-        )
+        signal, scale = self._signal_and_noise(t, x_start)
+        return signal * x_start + scale * noise
 
     def q_posterior_mean_variance(
         self, x_start: Tensor, x_t: Tensor, t: Tensor
@@ -150,22 +144,16 @@ class GaussianDiffusion:
             mean and pred_xstart [N, …]; variance and log_variance, shaped so that they broadcast to these.
         """
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
-        if self.model_mean_type is ModelMeanType.START_X:
-            pred_xstart = output
-        else:
-            pred_xstart = self._xstart_from_eps(x, t, output)
+        predicts_xstart = self.model_mean_type is ModelMeanType.START_X
+        pred_xstart = output if predicts_xstart else self._xstart_from_eps(x, t, output)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior_mean_variance(pred_xstart, x, t)
         if self.model_var_type is ModelVarType.FIXED_LARGE:
             variance = _at(self.large_variance, t, x)
             log_variance = variance.log()
-        return {
-            "mean": mean,
-            "variance": variance,
-            "log_variance": log_variance,
-            "pred_xstart": pred_xstart,
-        }
+        distribution = {"mean": mean, "variance": variance, "log_variance": log_variance}
+        return distribution | {"pred_xstart": pred_xstart}
 
     def p_sample(
         self, model: Model, x: Tensor, t: Tensor, *, noise: Tensor | None = None, **kwargs: Any
@@ -279,15 +267,17 @@ class GaussianDiffusion:
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
         return {"loss": self.loss(output, target, reduction="none").flatten(1).mean(1)}
 
+    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1 − ᾱ_t): the shares of x_0 and of the noise in x_t."""
+        return _at(self.sqrt_alphas_cumprod, t, like), _at(self.sqrt_one_minus_alphas_cumprod, t, like)
+
     def _xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return (x_t - _at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps) / _at(
-            self.sqrt_alphas_cumprod, t, x_t
-        )
+        signal, scale = self._signal_and_noise(t, x_t)
+        return (x_t - scale * eps) / signal
 
     def _eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        return (x_t - _at(self.sqrt_alphas_cumprod, t, x_t) * x_start) / _at(
-            self.sqrt_one_minus_alphas_cumprod, t, x_t
-        )
+        signal, scale = self._signal_and_noise(t, x_t)
+        return (x_t - signal * x_start) / scale
 
 
 def _at(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from . import dist_util
 class Logger:
     """Writes into `directory`, which is made if it is not there; what an earlier run left in it is appended to.
 
-    Of several processes only the first writes and speaks.
+    Of several processes only the first writes files and prints.
 
     Args:
         directory: the experiment's folder.

@@ -1,5 +1,6 @@
 """Sampling with fewer steps than were trained (Nichol & Dhariwal 2021, section 4)."""
 
+import re
 from collections.abc import Collection
 from itertools import accumulate
 
@@ -25,50 +26,32 @@ def space_timesteps(num_timesteps: int, section_counts: str | Collection[int]) -
     Raises:
         ValueError: what is asked for cannot be had.
     """
+    kind, counts = "sections", section_counts
     if isinstance(section_counts, str):
-        if section_counts.startswith("ddim"):
-            return _evenly_strided(
-                num_timesteps, _number(section_counts.removeprefix("ddim"), section_counts)
+        kind, numbers = re.fullmatch(r"(ddim|trailing|)(.*)", section_counts).groups()
+        counts = numbers.split(",") if numbers else []
+        if not all(re.fullmatch("[0-9]+", count) for count in counts) or (kind and len(counts) != 1):
+            raise ValueError(
+                f"timestep respacing {section_counts!r} is not a number, numbers with commas, ddimN, or trailingN"
             )
-        if section_counts.startswith("trailing"):
-            return _trailing(num_timesteps, _number(section_counts.removeprefix("trailing"), section_counts))
-        counts = [_number(part, section_counts) for part in section_counts.split(",") if section_counts]
-    else:
-        counts = list(section_counts)
-    counts = counts or [num_timesteps]
+    counts = [int(count) for count in counts] or [num_timesteps]
+    if kind == "ddim":
+        for stride in range(1, num_timesteps + 1):
+            if len(range(0, num_timesteps, stride)) == counts[0]:
+                return set(range(0, num_timesteps, stride))
+        raise ValueError(f"no whole stride keeps exactly {counts[0]} of {num_timesteps} timesteps")
     size, longer = divmod(num_timesteps, len(counts))
+    lengths = [size + (section < longer) for section in range(len(counts))]
     kept: set[int] = set()
-    start = 0
-    for section, count in enumerate(counts):
-        length = size + (section < longer)
+    for start, length, count in zip(accumulate([0, *lengths]), lengths, counts, strict=False):
         if not 1 <= count <= length:
             raise ValueError(f"cannot keep {count} of {length} timesteps: choose 1 to {length}")
+        if kind == "trailing":
+            return {round(length - i * length / count) - 1 for i in range(count)}
         stride = (length - 1) / (count - 1) if count > 1 else 1
         # Added up, not multiplied: where a sum lies halfway, it then rounds as in the public library.
         kept.update(start + round(position) for position in accumulate([0.0] + [stride] * (count - 1)))
-        start += length
     return kept
-
-
-def _evenly_strided(num_timesteps: int, count: int) -> set[int]:
-    for stride in range(1, num_timesteps + 1):
-        if len(range(0, num_timesteps, stride)) == count:
-            return set(range(0, num_timesteps, stride))
-    raise ValueError(f"no whole stride keeps exactly {count} of {num_timesteps} timesteps")
-
-
-def _trailing(num_timesteps: int, count: int) -> set[int]:
-    if not 1 <= count <= num_timesteps:
-        raise ValueError(f"cannot keep {count} of {num_timesteps} timesteps: choose 1 to {num_timesteps}")
-    return {round(num_timesteps - i * num_timesteps / count) - 1 for i in range(count)}
-
-
-def _number(text: str, whole: str) -> int:
-    if not text.isdigit():
-        raise ValueError(
-            f"timestep respacing {whole!r} is not a number, numbers with commas, ddimN, or trailingN"
-        )
-    return int(text)
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,9 @@ from utils.random import keyed_seed
 from . import checkpoint, dist_util
 from .logger import Logger
 from .nn import update_ema
+from .resample import ScheduleSampler
 
 Batch = Any
-
-
-class Remembered(Protocol):
-    """Something with a state of tensors and plain Python."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Stopped(Exception):
@@ -90,7 +83,7 @@ class TrainLoop:
         settings: Any,  # the attributes named above
         precision: torch.dtype,  # of matrix products and convolutions; float16 with a gradient scaler
         seed: int,  # with the step number, it seeds what the network draws itself (dropout)
-        remembered: Remembered | None = None,  # what compute_losses remembers from step to step, if anything
+        schedule_sampler: ScheduleSampler | None = None,  # whose state is saved, where compute_losses has one
         on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
     ):
         self.model = model
@@ -103,7 +96,7 @@ class TrainLoop:
         self.settings = settings
         self.precision = precision
         self.seed = seed
-        self.remembered = remembered
+        self.schedule_sampler = schedule_sampler
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -135,15 +128,10 @@ class TrainLoop:
         self.model.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
+        shown = {"unit": "step", "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with (
             StopSignals() as signals,
-            tqdm(
-                total=settings.iterations,
-                initial=self.step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=dist_util.rank() > 0,
-            ) as progress,
+            tqdm(total=settings.iterations, initial=self.step, **shown) as progress,
         ):
             while self.step < settings.iterations:
                 # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
@@ -189,9 +177,8 @@ class TrainLoop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Warmed up, so that a short run's average is not one of its initialisation.
-        update_ema(
-            self.ema_model, self.model, min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
-        )
+        rate = min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
+        update_ema(self.ema_model, self.model, rate)
         self.step += 1
         return loss.detach()
 
@@ -202,26 +189,23 @@ class TrainLoop:
         """What the next steps depend on, by file. Random numbers are keyed by the step: they have no state."""
         rest = {
             "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {},
         }
-        rest["schedule"] = self.remembered.state_dict() if self.remembered else {}
+        rest |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
     def _save(self) -> None:
-        paths = self._paths(self.step)
+        paths, keep_last = self._paths(self.step), self.settings.keep_last
         checkpoint.save(paths, self._state())
-        if self.settings.keep_last:
-            keep = self.settings.keep_last
-            checkpoint.remove_older(self.directory, self.settings.ema_rate, self.step, keep)
+        if keep_last:
+            checkpoint.remove_older(self.directory, self.settings.ema_rate, self.step, keep_last)
         self.logger.info(f"saved {paths['ema'].name} after {self.step} steps")
 
     def _paths(self, step: int) -> dict[str, Path]:
         return checkpoint.paths_of(self.directory, self.settings.ema_rate, step)
 
     def _resume(self) -> None:
-        step = self._find_checkpoint() if dist_util.rank() == 0 else None
-        step = dist_util.broadcast(step)
+        step = dist_util.broadcast(self._find_checkpoint() if dist_util.rank() == 0 else None)
         if step and dist_util.rank() > 0:
             self._load(step)
         self.logger.rewind(self.step)
@@ -235,13 +219,13 @@ class TrainLoop:
             try:
                 self._load(step)
             except Exception as error:  # damaged, or a state of something else
-                reason = checkpoint.reason(error)
-                self.logger.info(
-                    f"warning: checkpoint {step} cannot be used, trying the one before it: {reason}"
+                said = (
+                    f"checkpoint {step} cannot be used, trying the one before it: {checkpoint.reason(error)}"
                 )
-                continue
-            self.logger.info(f"going on from opt{step:06d}.pt")
-            return step
+                self.logger.info(f"warning: {said}")
+            else:
+                self.logger.info(f"going on from opt{step:06d}.pt")
+                return step
         if steps:
             raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")
         return None
@@ -253,8 +237,8 @@ class TrainLoop:
         self.optimizer.load_state_dict(states["opt"]["optimizer"])
         if states["opt"]["scaler"]:  # saved in float16
             self.scaler.load_state_dict(states["opt"]["scaler"])
-        if self.remembered:
-            self.remembered.load_state_dict(states["opt"]["schedule"])
+        if self.schedule_sampler:
+            self.schedule_sampler.load_state_dict(states["opt"]["schedule"])
         self.step = states["opt"]["step"]
 
     def _require_space(self) -> None:
@@ -263,9 +247,7 @@ class TrainLoop:
         size = sum(p.nbytes for p in (*self.model.parameters(), *self.ema_model.parameters()))
         size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
         saves = math.ceil(settings.iterations / settings.save_interval) - self.step // settings.save_interval
-        if (
-            settings.keep_last
-        ):  # and one more while it is written; what lies there already takes no more space
+        if settings.keep_last:  # and one more while it is written; what lies there takes no more space
             there = len(checkpoint.saved_steps(self.directory))
             saves = min(saves, max(settings.keep_last + 1 - there, 1))
         free = shutil.disk_usage(self.directory).free

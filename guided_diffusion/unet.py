@@ -37,14 +37,8 @@ class Downsample(nn.Module):
 class ResBlock(nn.Module):
     """Residual block with an optional timestep embedding and an optional change of resolution.
 
-    Args:
-        channels: channels that come in.
-        emb_channels: width of the timestep embedding.
-        out_channels: channels that go out.
-        dropout: probability in [0, 1).
-        use_scale_shift_norm: the embedding scales and shifts the second norm (FiLM) instead of being added.
-        norm_groups: groups of every group norm.
-        resample: a parameterless `Upsample` or `Downsample` applied to both branches, or None.
+    Args as for `UNetModel`. With use_scale_shift_norm, the embedding scales and shifts the second norm (FiLM) instead
+    of being added; `resample` is a parameterless `Upsample` or `Downsample` applied to both branches, or None.
     """
 
     def __init__(
@@ -225,12 +219,9 @@ class UNetModel(nn.Module):
         )
 
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Args: x: [N, in_channels, H, W]; timesteps: [N], or None for a UNet that knows no time.
+        """From x [N, in_channels, H, W] and timesteps [N], or None for a UNet that knows no time.
 
-        Returns: [N, out_channels, H, W].
-
-        Raises:
-            ValueError: H or W cannot be halved once between any two levels.
+        Returns [N, out_channels, H, W]. A ValueError if H or W cannot be halved between all levels.
         """
         if any(size % self.downsampling for size in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.downsampling}")

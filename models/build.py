@@ -4,6 +4,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
+import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sam
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 from .masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
+from .masks import Band
 from .translator import UNetTranslator, translation_losses
 
 NETWORKS = {"unet": UNetTranslator, "diffusion": MaskedConditionalUNet}
@@ -66,11 +68,7 @@ def create_losses(
 
 
 def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:
-    """A trained masked diffusion, ready to sample as the config says.
-
-    Raises:
-        ValueError: as `create_diffusion`.
-    """
+    """A trained masked diffusion, ready to sample as the config says; a ValueError as `create_diffusion`."""
     sampling = config.score_model.sampling
     return MaskedDiffusionTranslator(
         model,
@@ -81,6 +79,21 @@ def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -
         use_ddim=sampling.use_ddim,
         eta=sampling.eta,
     )
+
+
+@torch.no_grad()
+def translate_example(
+    model_name: str, network: nn.Module, image: Tensor, config: ConfigDict
+) -> tuple[Tensor, Tensor]:
+    """What a network in training is shown of `image`, and its translation: [1, 1, H, W] all.
+
+    For a diffusion model a band in the middle is hidden, and shown as grey.
+    """
+    if model_name == "unet":
+        return image, network(image)
+    translator = create_masked_translator(network, config)
+    middle = [Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)]
+    return image.masked_fill(translator.mask(middle).to(image.device), 0.0), translator.sample(image, middle)
 
 
 def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "") -> SpacedDiffusion:

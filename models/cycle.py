@@ -24,10 +24,25 @@ class Cycle(NamedTuple):
 
 
 @torch.inference_mode()
-def cyclic_unet(image: Tensor, forward: nn.Module, backward: nn.Module) -> Cycle:
-    """Cyclic UNet: (A − backward(forward(A)))² of every pixel, for image A [N, 1, H, W]."""
-    translation = forward(image)
-    reconstruction = backward(translation)
+def cyclic_unet(
+    image: Tensor,
+    forward: nn.Module,
+    backward: nn.Module,
+    *,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Cycle:
+    """Cyclic UNet: (A − backward(forward(A)))² of every pixel, for image A [N, 1, H, W].
+
+    `batch_size` slices at a time; `progress` is told after each batch how many it had.
+    """
+    translation, reconstruction = torch.empty_like(image), torch.empty_like(image)
+
+    def pass_over(batch: Sequence[int]) -> None:
+        translation[batch] = forward(image[batch])
+        reconstruction[batch] = backward(translation[batch])
+
+    in_batches(pass_over, list(range(len(image))), batch_size, progress)
     return Cycle((image - reconstruction).square(), translation, reconstruction)
 
 
@@ -53,7 +68,7 @@ def mmccd(
     bands: Sequence[Band],
     batch_size: int,
     average: str = "errors",
-    progress: Callable[[int], None] = lambda samples: None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> Cycle:
     """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
 

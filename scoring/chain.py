@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import ArgumentParser, UserError, did_you_mean, run_parser
+from utils.cli import ArgumentParser, UserError, config_fields, did_you_mean, run_parser
 from utils.storage import Folder, local_path
 
 
@@ -14,8 +14,7 @@ class TrainedTranslator(NamedTuple):
     name: str  # of its experiment, or of a checkpoint without one
     checkpoint: Path
     config: Any  # ConfigDict
-    normalisation: dict[str, float] | None  # of the slices that it was trained on, where that is known
-    grid: dict[str, Any] | None  # that they lie on, likewise; the JSON of a `utils.grid.SliceGeometry`
+    preprocessing: dict[str, Any]  # of the slices that it was trained on, as in `read_preprocessing`
 
 
 class Chain(NamedTuple):
@@ -29,34 +28,24 @@ class Chain(NamedTuple):
     def config(self) -> Any:
         return self.forward.config
 
+    @property
+    def checkpoints(self) -> dict[str, Path]:
+        return {"forward": self.forward.checkpoint, "backward": self.backward.checkpoint}
+
 
 def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     """A parser with the flags that say which translators are chained, and how MMCCD samples."""
     parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
-    add(
-        "--model_name",
-        "--model",
-        choices=["unet", "diffusion"],
-        default="unet",
-        help="unet: Cyclic UNet; diffusion: MMCCD",
-    )
+    methods = {"choices": ["unet", "diffusion"], "help": "unet: Cyclic UNet; diffusion: MMCCD"}
+    add("--model_name", "--model", default="unet", **methods)
     for direction, model in (("forward", "{model}"), ("backward", "unet")):
-        default = f"{model}_{direction}_{{dataset}}_{{trans}}_{{input}}"
-        add(
-            f"--experiment_name_{direction}",
-            help=f"experiment of the {direction} translator (default: {default})",
-        )
-        add(
-            f"--checkpoint_{direction}",
-            type=local_path,
-            help="state dict to use (default: the experiment's newest EMA)",
-        )
-    add(
-        "--use_ddim",
-        choices=["True", "False"],
-        help="DDIM or ancestral sampling (default: the config's, True)",
-    )
+        default = f"(default: {model}_{direction}_{{dataset}}_{{trans}}_{{input}})"
+        add(f"--experiment_name_{direction}", help=f"experiment of the {direction} translator {default}")
+        newest = "state dict to use (default: the experiment's newest EMA)"
+        add(f"--checkpoint_{direction}", type=local_path, help=newest)
+    ways = "DDIM or ancestral sampling (default: the config's, True)"
+    add("--use_ddim", choices=["True", "False"], help=ways)
     add(
         "--sampling",
         choices=["paper", "fast"],
@@ -67,18 +56,6 @@ def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
         help="sampling steps; 1000 or empty: all; trailing2 and so on: few, well placed (default: the config's, 100)",
     )
     return parser
-
-
-def config_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that stand for fields of the config; None where they were not given."""
-    return {
-        "data.data_dir": getattr(args, "data_dir", None),
-        "data.input": args.input,
-        "data.trans": args.trans,
-        "seed": args.seed,
-        "score_model.sampling.use_ddim": None if args.use_ddim is None else args.use_ddim == "True",
-        "score_model.sampling.timestep_respacing": args.timestep_respacing,
-    }
 
 
 # What the training of a translator fixes, by the beginning of its key in the config.
@@ -97,7 +74,11 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
     """
     import config as configs
 
-    config, given = configs.resolve(args.dataset, config_fields(args), overrides)
+    sampling = {
+        "score_model.sampling.use_ddim": None if args.use_ddim is None else args.use_ddim == "True",
+        "score_model.sampling.timestep_respacing": args.timestep_respacing,
+    }
+    config, given = configs.resolve(args.dataset, config_fields(args) | sampling, overrides)
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
     if args.sampling:
@@ -119,21 +100,20 @@ def find_translator(
         UserError: nothing is there, it is a translator of another kind, or it was trained with settings that
             contradict a `given` key.
     """
+    from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD, experiment_name, leaves, read_record, require_name
 
     model_name = args.model_name if direction == "forward" else "unet"
-    checkpoint = getattr(args, f"checkpoint_{direction}")
+    flag, checkpoint = f"experiment_name_{direction}", getattr(args, f"checkpoint_{direction}")
     if checkpoint is None:
-        flag = f"experiment_name_{direction}"
-        name = getattr(args, flag) or experiment_name(
-            model_name, direction, args.dataset, config.data.trans, config.data.input
-        )
-        checkpoint = newest_ema(experiments, require_name(f"--{flag}", name))
+        kind = (model_name, direction, args.dataset, config.data.trans, config.data.input)
+        name = require_name(f"--{flag}", getattr(args, flag) or experiment_name(*kind))
+        checkpoint = newest_ema(experiments, name)
     elif not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{direction}")
     record = read_record(checkpoint.parent)
     if record is None:
-        return TrainedTranslator(checkpoint.stem, checkpoint, config, None, None)
+        return TrainedTranslator(checkpoint.stem, checkpoint, config, {})
     if not {"model_name", "training_process", "config"} <= set(record):
         raise UserError(f"{checkpoint.parent / RECORD} is not what training writes: restore it")
     if (record["model_name"], record["training_process"]) != (model_name, direction):
@@ -151,9 +131,10 @@ def find_translator(
                 f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}"
             )
         fixed.update_from_flattened_dict({key: value})
-    data = record.get("data", {})
     name = checkpoint.absolute().parent.name
-    return TrainedTranslator(name, checkpoint, fixed, data.get("normalisation"), data.get("grid"))
+    if checkpoint.name not in list(saved(checkpoint.parent, EMA).values())[-1:]:
+        name += f"_{checkpoint.stem}"  # two checkpoints of an experiment have results of their own
+    return TrainedTranslator(name, checkpoint, fixed, record.get("data", {}))
 
 
 def newest_ema(experiments: Folder, name: str) -> Path:
@@ -162,18 +143,18 @@ def newest_ema(experiments: Folder, name: str) -> Path:
     Raises:
         UserError: there is no such experiment, or it has saved nothing yet.
     """
-    from guided_diffusion.checkpoint import by_step
+    from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD
 
     logdir, directory = experiments.local, experiments.local / name
-    experiments.pull(name, RECORD, *by_step(experiments.names(name), "ema_*_")[-1:])
+    experiments.pull(name, RECORD, *list(saved(experiments.names(name), EMA).values())[-1:])
     if not directory.is_dir():
         there = [path.name for path in logdir.iterdir() if path.is_dir()] if logdir.is_dir() else []
         raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, there)}; train it first")
-    saved = by_step((path.name for path in directory.iterdir()), "ema_*_")
-    if not saved:
+    averages = saved(directory, EMA)
+    if not averages:
         raise UserError(f"experiment {name!r} has no EMA checkpoint in {directory}; train it first")
-    return directory / saved[-1]
+    return directory / averages[max(averages)]
 
 
 def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> None:
@@ -183,18 +164,19 @@ def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> No
         UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise, or lie
             on another grid. What nobody recorded is taken to be right.
     """
-    from datasets.records import read_grid, read_normalisation
+    from datasets.records import read_preprocessing
 
-    for what, read, remedy in (
-        ("normalisation", read_normalisation, "with the same --percentage_lower and --percentage_upper"),
-        ("grid", read_grid, "volumes of the same orientation, voxel size and shape, or all of them by --csv"),
-    ):
-        known = {str(found.checkpoint): getattr(found, what) for found in (chain.forward, chain.backward)}
-        if data_dir:
-            known[str(data_dir)] = read(data_dir)
-        known = {where: value for where, value in known.items() if value}
-        (first, expected), *others = known.items() or [("", None)]
-        for where, value in others:
+    found = {str(one.checkpoint): one.preprocessing for one in (chain.forward, chain.backward)}
+    if data_dir:
+        found[str(data_dir)] = read_preprocessing(data_dir)
+    remedies = {
+        "normalisation": "with the same --percentage_lower and --percentage_upper",
+        "grid": "volumes of the same orientation, voxel size and shape, or all of them by --csv",
+    }
+    for what, remedy in remedies.items():
+        known = [(where, made_with[what]) for where, made_with in found.items() if made_with.get(what)]
+        for where, value in known[1:]:
+            first, expected = known[0]
             if value != expected:
                 raise UserError(
                     f"{first} and {where} do not fit: the {what} of their slices is {expected} and {value}; "
@@ -208,22 +190,38 @@ def results_name(chain: Chain) -> str:
     return name if chain.model_name == "unet" else f"{name}__{sampling_name(chain.config)}"
 
 
+def sampling_settings(chain: Chain) -> dict[str, Any] | None:
+    """All that MMCCD's samples depend on besides its weights, in JSON's types; None for Cyclic UNet."""
+    if chain.model_name == "unet":
+        return None
+    settings = {"seed": chain.config.seed, **chain.config.score_model.sampling.to_dict()}
+    del settings["batch_size"]  # changes the memory needed, not the samples
+    return settings
+
+
 def sampling_name(config: Any) -> str:
-    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`, …"""
-    from config import sampling_preset
+    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`, …
+
+    It says what differs from the paper's settings, so that two samplings that differ have results of their own.
+    """
+    from config import get_config, sampling_preset
     from guided_diffusion.respace import space_timesteps
     from utils.experiment import leaves
 
-    sampling = config.score_model.sampling
-    paper, fast = (sampling_preset(name, config.score_model.mask.width) for name in ("paper", "fast"))
+    sampling, width = config.score_model.sampling, config.score_model.mask.width
+    paper, fast = (sampling_preset(name, width) for name in ("paper", "fast"))
+    differences = [f"eta{sampling.eta:g}"] if sampling.use_ddim and sampling.eta else []
+    if config.seed != get_config("brats").seed:
+        differences.append(f"seed{config.seed}")
     if sampling.use_ddim and fast.items() <= dict(leaves(config)).items():
-        return "fast"
-    steps = space_timesteps(config.score_model.diffusion.steps, sampling.timestep_respacing)
-    name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{len(steps)}"
-    if sampling.timestep_respacing.startswith("trailing"):
-        name += "_trailing"
+        return "_".join(["fast", *differences])
+    respacing = sampling.timestep_respacing
+    steps = len(space_timesteps(config.score_model.diffusion.steps, respacing))
+    name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{steps}"
+    if respacing not in ("", str(steps)):  # ddim50, trailing2, or 10,15,25 in three sections
+        differences.insert(0, respacing.removesuffix(str(steps)).replace(",", "-").replace("ddim", "strided"))
     if sampling.stride != paper["score_model.sampling.stride"]:
-        name += f"_stride{sampling.stride}"
+        differences.append(f"stride{sampling.stride}")
     if sampling.average != paper["score_model.sampling.average"]:
-        name += f"_{sampling.average}"
-    return name
+        differences.append(sampling.average)
+    return "_".join([name, *differences])

@@ -16,11 +16,12 @@ from datasets.subject import BRATS_SLICES, normalise
 from evaluation.figures import scan_figure
 from evaluation.metrics import scored_region
 from utils.cli import UserError
+from utils.experiment import RECORD
 from utils.grid import SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
 from utils.nifti import read_header, read_volume, write_like
 
 from .chain import TrainedTranslator
-from .scorer import Scorer, announce, progress_bar
+from .scorer import Scorer, announce
 
 RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
 # Litres: adults have 1 to 1.9, a head with its skull 3 and more, a field full of noisy air 8.
@@ -49,14 +50,12 @@ def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
     Raises:
         UserError: the record is damaged.
     """
-    if not translator.grid:
-        return BRATS_SLICES
+    recorded = translator.preprocessing.get("grid")
     try:
-        return SliceGeometry.from_json(translator.grid)
+        return SliceGeometry.from_json(recorded) if recorded else BRATS_SLICES
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{translator.checkpoint.parent / 'config.json'} is not what training writes: restore it"
-        ) from error
+        record = translator.checkpoint.parent / RECORD
+        raise UserError(f"{record} is not what training writes: restore it") from error
 
 
 def read_scan(
@@ -135,11 +134,8 @@ def score_scan(scorer: Scorer, scan: Scan) -> np.ndarray:
     images = torch.stack([resize_image(image, size) for image in images])
     brains = torch.stack([resize_mask(brain, size) for brain in brains])
 
-    taken = [scorer.samples(brains)]
-    announce(scorer, taken)
-    with progress_bar(scorer, taken) as bar:
-        scores = scorer.score(images, brains, bar.update).score
-
+    announce(scorer, brains)
+    scores = scorer.score(images, brains).score
     scores = scores.where(torch.from_numpy(scored_region(brains[:, 0].numpy()))[:, None], 0)
     scores = F.interpolate(scores, scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
     on_slices = np.zeros(scan.slices_grid.shape, dtype=np.float32)

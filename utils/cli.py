@@ -8,7 +8,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -46,20 +46,21 @@ def run_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add("--dataset", default="brats", help="whose config is used: brats (the paper) or phantom (the demo)")
     if on_slices:
-        add(
-            "--data_dir",
-            help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)",
-        )
+        of_config = "(default: the config's, ./datasets/data for brats)"
+        add("--data_dir", help=f"folder of preprocessed slices {of_config}")
     add("--input", help="modality at hand at test time (default: the config's, flair)")
     add("--trans", help="modality it is translated to (default: the config's, t2)")
-    add(
-        "--logdir",
-        default="./experiments",
-        help="folder of all experiments; or on object storage, gs://bucket/path or az://account/container/path",
-    )
+    remote = "or on object storage, gs://bucket/path or az://account/container/path"
+    add("--logdir", default="./experiments", help=f"folder of all experiments; {remote}")
     add("--seed", type=int, help="seed of everything random (default: the config's, 0)")
     add("--config.KEY", metavar="VALUE", help="override any field of the config, as --config.KEY=VALUE")
     return parser
+
+
+def config_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `run_parser` that stand for fields of the config; None where they were not given."""
+    fields = {f"data.{name}": getattr(args, name, None) for name in ("data_dir", "input", "trans")}
+    return fields | {"seed": args.seed}
 
 
 def parse_run_args(parser: ArgumentParser) -> tuple[argparse.Namespace, list[str]]:

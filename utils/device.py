@@ -23,8 +23,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def pick_device(gpu_id: str) -> torch.device:
     """The device that `--gpu_id` names; the CPU, said in one line, where there is no CUDA device.
 
-    Raises:
-        UserError: neither `cpu` nor the number of a device that is there.
+    A UserError if it is neither `cpu` nor the number of a device that is there.
     """
     if gpu_id == "cpu":
         return torch.device("cpu")
@@ -34,9 +33,8 @@ def pick_device(gpu_id: str) -> torch.device:
         print("no CUDA device found: running on the CPU")
         return torch.device("cpu")
     if int(gpu_id) >= torch.cuda.device_count():
-        raise UserError(
-            f"--gpu_id {gpu_id} is not there: the devices are 0 … {torch.cuda.device_count() - 1}"
-        )
+        there = f"the devices are 0 … {torch.cuda.device_count() - 1}"
+        raise UserError(f"--gpu_id {gpu_id} is not there: {there}")
     return torch.device("cuda", int(gpu_id))
 
 
@@ -101,17 +99,12 @@ def speed_up(network: Network, device: torch.device, *, training: bool) -> Netwo
 
 
 def in_batches(
-    work: Callable[[Sequence[Item]], None],
-    items: Sequence[Item],
-    batch_size: int,
-    progress: Callable[[int], None],
+    work: Callable[[Sequence[Item]], None], items: Sequence[Item], batch_size: int, progress: Callable
 ) -> None:
     """Call `work` with all items in order, `batch_size` at a time, and `progress` with how many were done.
 
-    A batch that does not fit into the memory of a GPU is halved, with a warning, and tried again.
-
-    Raises:
-        UserError: not even a single item fits.
+    A batch that does not fit into the memory of a GPU is halved, with a warning, and tried again. A UserError if not
+    even a single item fits.
     """
     done = 0
     while done < len(items):
@@ -120,9 +113,8 @@ def in_batches(
             work(batch)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
-                raise UserError(
-                    "not even a batch of 1 fits into the GPU's memory: use a smaller model"
-                ) from error
+                remedy = "use a smaller model"
+                raise UserError(f"not even a batch of 1 fits into the GPU's memory: {remedy}") from error
             batch_size = len(batch) // 2
         else:
             done += len(batch)
@@ -130,10 +122,8 @@ def in_batches(
             continue
         # outside the except clause, whose error still holds the batch's tensors
         torch.cuda.empty_cache()
-        warnings.warn(
-            f"a batch of {len(batch)} does not fit into the GPU's memory: going on with {batch_size}",
-            stacklevel=2,
-        )
+        message = f"a batch of {len(batch)} does not fit into the GPU's memory: going on with {batch_size}"
+        warnings.warn(message, stacklevel=2)
 
 
 def _keep_memory() -> None:

@@ -19,12 +19,11 @@ from .files import write_whole
 RECORD = "config.json"
 # What may change while an experiment goes on: where its data lie, how long it trains, what it shows on the way.
 _FREE = (
-    "config.data.data_dir",
-    "config.score_model.sampling.",
-    "config.score_model.training.iterations",
-    "config.score_model.training.log_interval",
-    "config.score_model.training.save_interval",
-    "config.score_model.training.keep_last",
+    *("config.data.data_dir", "config.score_model.sampling."),
+    *(
+        f"config.score_model.training.{key}"
+        for key in ("iterations", "log_interval", "save_interval", "keep_last")
+    ),
 )
 # What earlier versions did not record: an experiment that says nothing of it goes on with any.
 _NOT_ALWAYS_KNOWN = ("data.grid.",)
@@ -36,11 +35,7 @@ def experiment_name(model_name: str, direction: str, dataset: str, trans: str, i
 
 
 def require_name(flag: str, name: str) -> str:
-    """`name`, if it is that of something in a folder and not a way out of it.
-
-    Raises:
-        UserError: it is not.
-    """
+    """`name`, if it is that of something in a folder and not a way out of it; a UserError if it is not."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UserError(
             f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere"
@@ -103,16 +98,15 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
 
 def describe_run(device: torch.device) -> dict[str, Any]:
     """What a run was, for config.json: its command line, code, versions, device and start."""
-    packages = ("torch", "monai", "numpy")
+    packages = {name: version(name) for name in ("torch", "monai", "numpy")}
     changes = _git("status", "--porcelain", "--untracked-files=no")
+    on_cpu = f"cpu, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), **packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

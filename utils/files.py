@@ -12,8 +12,7 @@ from .cli import UserError
 def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     """Write a file that is there as a whole or not at all, whatever ends the process or the machine meanwhile.
 
-    Raises:
-        OSError: it cannot be written; an earlier file of this name stays as it was.
+    After an OSError, an earlier file of this name is as it was.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -38,13 +37,8 @@ def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
 
     The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it.
 
-    Args:
-        folder: to be locked.
-        flag: that named the folder.
-        otherwise: what a user can do who finds it locked.
-
-    Raises:
-        UserError: another process has the lock, or the folder cannot be made or written to.
+    A UserError if another process has the lock, or the folder, which `flag` has named, cannot be made or written to;
+    `otherwise` is what a user can do who finds it locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,8 @@ def place_grid(
     # From a voxel index of the volume to steps along these axes from the turned volume's first voxel. Steps are
     # whole, so that coarser voxels, too, meet some of the grid's.
     steps = np.linalg.inv(nibabel.affines.from_matvec(axes, turned[:3, 3])) @ affine
-    low, high = _bounds(steps, _ends_of_columns(_largest_part(mask)))
+    parts, _ = label(mask)  # skull stripping leaves specks behind, far from the brain
+    low, high = _bounds(steps, np.argwhere(parts == np.bincount(parts[mask]).argmax()))
     keeps_slices = fits and turned_shape[:2] == geometry.shape
     first = [0 if keeps_slices else _centred(low[i], high[i], geometry.shape[i]) for i in (0, 1)]
     if depth is None:
@@ -110,10 +111,11 @@ def place_grid(
         depth = int(np.ceil(top - SAME)) - first[2] + 1
     else:
         first.append(_centred(low[2], high[2], depth))
-    grid = VoxelGrid(
-        (*geometry.shape, depth), nibabel.affines.from_matvec(axes, turned[:3, 3] + axes @ first)
-    )
-    return grid, _share_outside(mask, affine, grid)
+    shape, origin = (*geometry.shape, depth), turned[:3, 3] + axes @ first
+    grid = VoxelGrid(shape, nibabel.affines.from_matvec(axes, origin))
+    voxels = _apply(np.linalg.inv(grid.affine) @ affine, np.argwhere(mask))
+    outside = (voxels < -0.5 - SAME) | (voxels > np.array(shape) - 0.5 + SAME)
+    return grid, float(outside.any(axis=1).mean())
 
 
 def resample(volume: np.ndarray, affine: np.ndarray, grid: VoxelGrid, order: int = 1) -> np.ndarray:
@@ -171,20 +173,6 @@ def _corners(shape: tuple[int, int, int]) -> np.ndarray:
     return np.array(list(itertools.product(*((0, length - 1) for length in shape))))
 
 
-def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest part that hangs together: skull stripping leaves specks behind, far from the brain."""
-    parts, _ = label(mask)
-    return parts == np.bincount(parts[mask]).argmax()
-
-
-def _ends_of_columns(mask: np.ndarray) -> np.ndarray:
-    """The indices [N, 3] of the first and last voxel of the mask along the third axis: no others lie further out."""
-    i, j = np.nonzero(mask.any(axis=2))
-    columns = mask[i, j]
-    last = mask.shape[2] - 1 - columns[:, ::-1].argmax(axis=1)
-    return np.concatenate([np.stack([i, j, k], axis=1) for k in (columns.argmax(axis=1), last)])
-
-
 def _bounds(affine: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     moved = _apply(affine, points)
     return moved.min(axis=0), moved.max(axis=0)
@@ -193,16 +181,6 @@ def _bounds(affine: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _centred(low: float, high: float, length: int) -> int:
     """Where a window of so many voxels begins around the middle of low … high."""
     return int(np.floor((low + high - (length - 1)) / 2 + SAME))
-
-
-def _share_outside(mask: np.ndarray, affine: np.ndarray, grid: VoxelGrid) -> float:
-    to_grid = np.linalg.inv(grid.affine) @ affine
-    low, high = -0.5 - SAME, np.array(grid.shape) - 0.5 + SAME
-    corners = _apply(to_grid, _corners(mask.shape))
-    if (corners >= low).all() and (corners <= high).all():  # of most volumes there is nothing to count
-        return 0.0
-    voxels = _apply(to_grid, np.argwhere(mask))
-    return float(((voxels < low) | (voxels > high)).any(axis=1).mean())
 
 
 def _move_whole_voxels(volume: np.ndarray, to_volume: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -18,20 +18,10 @@ Job = TypeVar("Job", bound=tuple)
 def in_processes(
     work: Callable, jobs: Sequence[Job], workers: int, **progress: str
 ) -> Iterator[tuple[Job, Future]]:
-    """Call `work` with the arguments of each job, `workers` at a time, behind a progress bar.
+    """Call `work` with the arguments of each job, `workers` at a time, behind a progress bar (tqdm's arguments).
 
-    Args:
-        work: a function of a module.
-        jobs: tuples of arguments.
-        workers: number of processes.
-        progress: what tqdm is told of the bar.
-
-    Yields:
-        Each job with its future, once it is done. Twice as many as there are workers are under way at most, so that
-        results do not pile up in memory.
-
-    Raises:
-        UserError: a worker was killed.
+    Yields each job with its future, once it is done. At most twice as many as there are workers are under way, so that
+    results do not pile up in memory. A UserError if a worker is killed.
     """
     from tqdm import tqdm
 

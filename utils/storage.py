@@ -8,8 +8,8 @@ import argparse
 import fnmatch
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from .cli import UserError
@@ -36,12 +36,8 @@ def open_folder(path: str) -> "Folder":
     return Mirror(path) if is_remote(path) else Folder(Path(path))
 
 
-class Folder:
-    """A folder on a file system: there is nothing to pull or to push.
-
-    Args:
-        local: its path.
-    """
+class Folder(AbstractContextManager):
+    """A folder on a file system: there is nothing to pull or to push."""
 
     remote: str | None = None  # its address on object storage
     writes = True  # of several processes only one does, to object storage
@@ -49,10 +45,7 @@ class Folder:
     def __init__(self, local: Path):
         self.local = local
 
-    def __enter__(self) -> "Folder":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def address(self, path: Path) -> str:
@@ -60,7 +53,7 @@ class Folder:
         return str(path)
 
     def names(self, folder: str) -> list[str]:
-        """The files to be pulled from one of its folders: none."""
+        """The files to be pulled from one of its folders."""
         return []
 
     def pull(self, folder: str, *patterns: str) -> None:
@@ -71,19 +64,15 @@ class Folder:
 
     def remove(self, folder: str, *patterns: str) -> None:
         """Remove the files of one of its folders whose names fit one of the patterns, in the patterns' order."""
-        for pattern in patterns:
-            for path in (self.local / folder).glob(pattern):
-                path.unlink()
+        for path in (path for pattern in patterns for path in (self.local / folder).glob(pattern)):
+            path.unlink()
 
 
 class Mirror(Folder):
     """A folder on object storage, and a temporary local one that stands for it.
 
     At the end of a `with` statement, however it comes about, it is pushed and the local folder removed, unless the push
-    fails. What `UserError`s say of the local folder is said of the address.
-
-    Args:
-        remote: its address, as blobfile understands it.
+    fails. What `UserError`s say of the local folder is said of the address, `remote`, as blobfile understands it.
     """
 
     def __init__(self, remote: str):
@@ -93,9 +82,8 @@ class Mirror(Folder):
         self.remote = f"{scheme}://{rest.strip('/')}"
         super().__init__(Path(tempfile.mkdtemp(prefix="mmccd-")))
         # It would try for ever, speak of each try, and leave keys in the home folder.
-        self._blobs = blobfile.create_context(
-            retry_limit=8, log_callback=lambda message: None, save_access_token_to_disk=False
-        )
+        manners = {"log_callback": lambda message: None, "save_access_token_to_disk": False}
+        self._blobs = blobfile.create_context(retry_limit=8, **manners)
         self._stored: dict[str, tuple[int, int]] = {}  # state of each local file when it was pulled or pushed
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -106,9 +94,9 @@ class Mirror(Folder):
                 raise StorageError(f"{failure}; what is missing there lies in {self.local}") from failure
         shutil.rmtree(self.local)
         if isinstance(error, UserError) and not isinstance(error, StorageError):
-            raise UserError(str(error).replace(str(self.local), self.remote)) from error
+            raise UserError(self.address(error)) from error
 
-    def address(self, path: Path) -> str:
+    def address(self, path: object) -> str:
         return str(path).replace(str(self.local), self.remote)
 
     def names(self, folder: str) -> list[str]:
@@ -129,33 +117,30 @@ class Mirror(Folder):
         """As in `Folder`; the opt*.pt, which make a set of checkpoints valid, come last, and are removed first."""
         if not self.writes:
             return
-        paths = (path for path in self.local.rglob("*") if path.is_file())
         here = {
             path.relative_to(self.local).as_posix(): _state(path)
-            for path in paths
-            if not path.name.startswith(".") and path.suffix != ".tmp"
+            for path in self.local.rglob("*")
+            if path.is_file() and not path.name.startswith(".") and path.suffix != ".tmp"
         }
         with self._plain_errors("written to"):
             for name in sorted(here, key=lambda name: (_validates(name), name)):
                 if here[name] != self._stored.get(name):
                     self._blobs.copy(str(self.local / name), f"{self.remote}/{name}", overwrite=True)
                     self._stored[name] = here[name]
-            for name in sorted(self._stored.keys() - here, key=lambda name: (not _validates(name), name)):
-                self._remove(name)
+            self._remove(self._stored.keys() - here)
 
     def remove(self, folder: str, *patterns: str) -> None:
         super().remove(folder, *patterns)
-        if not self.writes:
-            return
-        names = _fitting(self.names(folder), patterns)
-        with self._plain_errors("written to"):
-            for name in sorted(names, key=lambda name: (not _validates(name), name)):
-                self._remove(f"{folder}/{name}")
+        if self.writes:
+            names = _fitting(self.names(folder), patterns)
+            with self._plain_errors("written to"):
+                self._remove(f"{folder}/{name}" for name in names)
 
-    def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            self._blobs.remove(f"{self.remote}/{name}")
-        self._stored.pop(name, None)
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in sorted(names, key=lambda name: (not _validates(name), name)):
+            with suppress(FileNotFoundError):
+                self._blobs.remove(f"{self.remote}/{name}")
+            self._stored.pop(name, None)
 
     @contextmanager
     def _plain_errors(self, what: str) -> Iterator[None]:
@@ -163,9 +148,8 @@ class Mirror(Folder):
             yield
         except Exception as error:  # whatever credentials, addresses and the network have to offer
             reason = next(iter(str(getattr(error, "message", error)).splitlines()), type(error).__name__)
-            raise StorageError(
-                f"{self.remote} cannot be {what} ({reason}): check --logdir, credentials and network"
-            ) from error
+            remedy = "check --logdir, credentials and network"
+            raise StorageError(f"{self.remote} cannot be {what} ({reason}): {remedy}") from error
 
 
 def _fitting(names: list[str], patterns: tuple[str, ...]) -> list[str]:
@@ -174,8 +158,7 @@ def _fitting(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 
 def _state(path: Path) -> tuple[int, int]:
     """What tells a file from its earlier self."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _validates(name: str) -> bool:

@@ -239,7 +239,7 @@ def test_flags_go_before_overrides():
         ("score_model.sampling.batch_size=0", "sampling.batch_size=0 must be at least 1"),
         (
             "score_model.sampling.average=scores",
-            "average='scores' is not known: choose errors or reconstructions",
+            "average='scores' is not known: choose one of errors, reconstructions",
         ),
     ],
 )

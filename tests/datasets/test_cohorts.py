@@ -11,7 +11,7 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats, read_table, suggest
-from datasets.records import RECORDS, read_grid
+from datasets.records import RECORDS, read_preprocessing
 from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
 from utils.cli import UserError
@@ -85,7 +85,11 @@ def test_both_namings_give_the_same_bytes(tmp_path):
             for number, name in enumerate(names)
             if name in path
         }
-        assert read_grid(out) == {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [24, 20]}
+        assert read_preprocessing(out)["grid"] == {
+            "axcodes": "LPS",
+            "spacing": [1.0, 1.0, 1.0],
+            "shape": [24, 20],
+        }
     assert slices[True] == slices[False]
     assert len(slices[True]) == 6 * (2 + 1 + 1)
 
@@ -242,7 +246,10 @@ GOOD = "subject,a,seg\nA,a,s\nB,a,s\nC,a,s"
         (("--csv", "nowhere.csv"), ("nowhere.csv cannot be read", "--csv")),
         (("--csv", "."), ("cannot be read",)),
         (("--csv", "cohort.csv", "--data_dir", "."), ("--csv and --data_dir both",)),
-        (("--csv", "cohort.csv", "--slices", "100", "156"), ("--slices 100 156 exceeds the 155 slices",)),
+        (
+            ("--csv", "cohort.csv", "--slices", "100", "156"),
+            ("--slices 100 156 exceeds the grid of BraTS, which has 155 slices",),
+        ),
         (("--csv", "cohort.csv", "--modality", "b"), ("unknown modality 'b', the data have a",)),
         (("--csv", "cohort.csv", "--modality", "seg"), ("unknown modality 'seg', the data have a",)),
         (("--csv", "cohort.csv", "--test_split", "list.txt"), ("no brats_split_training.txt",)),
@@ -440,7 +447,7 @@ def test_bad_subjects_are_left_out_and_the_others_made(sliced):
 
 def test_the_grid_is_recorded_for_every_subject(sliced):
     out, _ = sliced
-    assert read_grid(out) == BRATS_GRID
+    assert read_preprocessing(out)["grid"] == BRATS_GRID
     record = json.loads((out / RECORDS / "well.json").read_text())
     assert record["made_with"]["grid"] == BRATS_GRID
     record["made_with"].pop("grid")
@@ -457,13 +464,13 @@ def test_the_grid_is_recorded_for_every_subject(sliced):
 )
 def test_the_grid_of_a_folder_is_known_where_all_subjects_agree(tmp_path, edit, expected):
     (tmp_path / RECORDS).mkdir()
-    assert read_grid(tmp_path) is None
+    assert read_preprocessing(tmp_path)["grid"] is None
     for name in "AB":
         made_with = {"grid": BRATS_GRID}
         if name == "B":
             edit(made_with)
         (tmp_path / RECORDS / f"{name}.json").write_text(json.dumps({"made_with": made_with, "files": {}}))
-    assert read_grid(tmp_path) == expected
+    assert read_preprocessing(tmp_path)["grid"] == expected
 
 
 def test_run_again_makes_nothing_and_another_table_is_refused(scans, sliced, tmp_path):
@@ -513,7 +520,7 @@ def test_a_scan_of_brats_is_cut_as_it_is_whatever_its_orientation(tmp_path):
     outs = {name: tmp_path / name for name in sources}
     for name, source in sources.items():
         preprocess(*source, "--output_dir", outs[name])
-        assert read_grid(outs[name]) == BRATS_GRID
+        assert read_preprocessing(outs[name])["grid"] == BRATS_GRID
     image = np.load(outs["brats"] / "test/t2/A_t2_84.npy")
     np.testing.assert_array_equal(image, normalise(volume, 0.02, 0.9)[:, :, 84])
     assert written(outs["brats"]) == written(outs["as_is"]) == written(outs["turned"])

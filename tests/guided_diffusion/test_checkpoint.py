@@ -442,7 +442,7 @@ def test_the_schedule_samplers_history_is_resumed(train, make_diffusion):
             return weights * losses
 
         loop = train(
-            with_dropout(0), folder, iterations=12, compute_losses=losses, remembered=sampler, **kwargs
+            with_dropout(0), folder, iterations=12, compute_losses=losses, schedule_sampler=sampler, **kwargs
         )
         return loop, sampler.state_dict(), drawn
 
