@@ -10,14 +10,7 @@ from pathlib import Path
 
 from datasets.cohorts import VOLUME_SUFFIXES
 from datasets.records import NORMALISATION
-from scoring.chain import (
-    Chain,
-    chain_parser,
-    find_chain,
-    require_same_preprocessing,
-    results_name,
-    sampling_settings,
-)
+from scoring.chain import Chain, chain_parser, find_chain, require_same_preprocessing, results_name, sampling_settings
 from utils.cli import UserError, parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
 
@@ -32,7 +25,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     """Score the scans one after another, and write what came out of each."""
     # Only now what takes seconds to import.
     from guided_diffusion import dist_util
-    from scoring.scan import read_scan, score_scan, trained_geometry, write_results
+    from scoring.scan import draw_report, read_scan, score_scan, trained_geometry, write_results
     from scoring.scorer import Scorer
     from utils.device import pick_device
 
@@ -67,7 +60,8 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         make_folder(args.output_dir)
         anomaly = score_scan(scorer, scan)
         if dist_util.rank() == 0:
-            write_results(args.output_dir, name, scan, anomaly, threshold, quantiles)
+            report = draw_report(scan, anomaly, threshold, quantiles)
+            write_results(args.output_dir / name, scan, anomaly, threshold, report)
     speaks = dist_util.rank() == 0
     dist_util.shut_down()
     if failures:
@@ -89,11 +83,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     results = "NAME_anomaly.nii.gz, NAME_mask.nii.gz and NAME_report.png"
     add("--output_dir", type=local_path, required=True, help=f"where {results} go")
     default = "the validation threshold of the same translators' test run"
-    add(
-        "--threshold",
-        type=positive_number,
-        help=f"score from which on a voxel is marked (default: {default})",
-    )
+    add("--threshold", type=positive_number, help=f"score from which on a voxel is marked (default: {default})")
     add(
         "--slices",
         type=int,
@@ -121,8 +111,7 @@ def positive_number(text: str) -> float:
 def find_scans(path: Path) -> dict[str, Path]:
     """The scans that `--scan` names, by their names without suffix.
 
-    Raises:
-        UserError: nothing is there, nothing that is called a volume, or two of the same name.
+    A UserError if nothing is there, nothing that is called a volume, or two of the same name.
     """
     if not path.exists():
         raise UserError(f"--scan {path} is not there")
@@ -134,9 +123,7 @@ def find_scans(path: Path) -> dict[str, Path]:
         if not one.name.endswith(VOLUME_SUFFIXES) or of_results:
             continue
         if name in scans:
-            raise UserError(
-                f"{scans[name]} and {one} have the same name: rename one, their results would mix"
-            )
+            raise UserError(f"{scans[name]} and {one} have the same name: rename one, their results would mix")
         scans[name] = one
     if not scans:
         raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
@@ -146,17 +133,14 @@ def find_scans(path: Path) -> dict[str, Path]:
 def refuse_to_overwrite(output_dir: Path, scans: Iterable[str]) -> None:
     """Spare files that only have the names of results: `NAME_mask.nii.gz` is what others call a brain mask.
 
-    Raises:
-        UserError: there is one, or no folder can be there.
+    A UserError if there is one, or no folder can be there.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     for name in scans:
         mask = output_dir / f"{name}_mask.nii.gz"
         if mask.exists() and not (output_dir / f"{name}_anomaly.nii.gz").exists():
-            raise UserError(
-                f"{mask} is not from an earlier run and would be overwritten: name another --output_dir"
-            )
+            raise UserError(f"{mask} is not from an earlier run and would be overwritten: name another --output_dir")
 
 
 def make_folder(output_dir: Path) -> None:
@@ -173,9 +157,8 @@ def find_threshold(
 ) -> tuple[float, str]:
     """The threshold, and where it is from: `--threshold`, or what the same translators' test run chose.
 
-    Raises:
-        UserError: there is no such test run, it is of other checkpoints or another sampling, or it had no validation
-            slices.
+    A UserError if there is no such test run, it is of other checkpoints or another sampling, or it had no validation
+    slices.
     """
     if args.threshold is not None:
         return args.threshold, "as --threshold says"

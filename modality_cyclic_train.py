@@ -28,7 +28,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     from datasets.loader import training_batches
     from evaluation.figures import side_by_side
     from guided_diffusion import checkpoint, dist_util
-    from guided_diffusion.logger import Logger
+    from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
     from models.build import create_losses, create_masked_translator, create_network, translate_example
     from utils import experiment
@@ -84,12 +84,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                 experiment.write_record(directory, record | about)
             experiments.push()  # so that it fails now, not at the first save
         dist_util.barrier()
-        logger = Logger(directory)
+        logger = create_logger(directory)
         logger.info(f"{name}\n{config}")
         if experiments.remote:
-            logger.info(
-                f"there are no locks on {experiments.remote}: see that nothing else trains {name} there"
-            )
+            logger.info(f"there are no locks on {experiments.remote}: see that nothing else trains {name} there")
         where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
         logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
@@ -169,9 +167,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
     if args.model_name == "diffusion" and args.training_process == "backward":
-        raise UserError(
-            "in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward"
-        )
+        raise UserError("in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward")
     return args, overrides
 
 

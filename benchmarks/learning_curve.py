@@ -103,9 +103,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--unet_iterations", type=int, default=3600, help="training steps of either UNet")
     add("--diffusion_iterations", type=int, default=7200, help="training steps of the masked diffusion")
-    add(
-        "--saves", type=int, default=6, help="checkpoints of each training, evenly spaced, all of them scored"
-    )
+    add("--saves", type=int, default=6, help="checkpoints of each training, evenly spaced, all of them scored")
     add(
         "--workers",
         type=int,
@@ -156,9 +154,7 @@ def train_one(args: argparse.Namespace, training: Training) -> None:
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.workers > 1 else {})
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise UserError(
-            f"{training.folder.name} of seed {training.seed}: {ended.stderr.strip().splitlines()[-1]}"
-        )
+        raise UserError(f"{training.folder.name} of seed {training.seed}: {ended.stderr.strip().splitlines()[-1]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -295,9 +291,7 @@ def draw(rows: dict[Point, Row], path: Path) -> None:
                 ]
                 scores = [[row[score] for row in group] for group in by_steps.values()]
                 ax.plot(x, [mean(group) for group in scores], ".-", color=color, label=label)
-                ax.fill_between(
-                    x, *([end(group) for group in scores] for end in (min, max)), color=color, alpha=0.2
-                )
+                ax.fill_between(x, *([end(group) for group in scores] for end in (min, max)), color=color, alpha=0.2)
             ax.set(xlabel=xlabel, ylabel=f"{name}, validation slices")
             ax.grid(color="0.9")
             ax.spines[["top", "right"]].set_visible(False)
@@ -316,9 +310,7 @@ def show(rows: dict[Point, Row]) -> None:
             if point[:2] == ("test", method):
                 cells = (with_interval(row[s], (row[f"{s}_low"], row[f"{s}_high"])) for s in SCORES)
                 trained = (
-                    [str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}"]
-                    if point.steps
-                    else ["none"] * 3
+                    [str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}"] if point.steps else ["none"] * 3
                 )
                 lines.append((label, *trained, *cells))
     print_table(

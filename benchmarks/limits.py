@@ -42,9 +42,7 @@ def main() -> None:
         ["mean squared error", "healthy", "lesion", "lesion / healthy", "AUPRC", "oracle Dice"],
         [[name, *describe(error, slices)] for name, error in errors.items()],
     )
-    print(
-        "\nof the scored region; AUPRC and Dice take the error as the score, those of B need both modalities"
-    )
+    print("\nof the scored region; AUPRC and Dice take the error as the score, those of B need both modalities")
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:

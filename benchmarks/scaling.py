@@ -62,9 +62,7 @@ def main() -> None:
             "scoring": partial(time_scoring, folder),
         }
         rows = [row(name, seconds, args.repeats) for name, seconds in work.items()]
-        print(
-            f"{args.subjects} subjects, {args.steps} steps of {BATCH_SIZE}; medians of {args.repeats} turns"
-        )
+        print(f"{args.subjects} subjects, {args.steps} steps of {BATCH_SIZE}; medians of {args.repeats} turns")
         print_table(["seconds", "1 process", "2 processes", "ratio"], rows)
         print("\nPeak memory of preprocessing with 2 workers, all its processes together")
         for n_subjects in args.memory_subjects:
@@ -79,15 +77,11 @@ def parse_args() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="turns of each side that the medians are taken over")
     add("--subjects", type=int, default=18, help="subjects that are preprocessed; all but two are scored")
     add("--steps", type=int, default=20, help="training steps of a turn")
-    add(
-        "--memory_subjects", type=int, nargs=2, default=[10, 40], help="subjects that memory is measured over"
-    )
+    add("--memory_subjects", type=int, nargs=2, default=[10, 40], help="subjects that memory is measured over")
     args = parser.parse_args()
     check_at_least_one(args, "repeats")
     if min(args.subjects, *args.memory_subjects) < 3:
-        raise UserError(
-            "give at least 3 subjects: one for training, one for validation, the others for testing"
-        )
+        raise UserError("give at least 3 subjects: one for training, one for validation, the others for testing")
     if args.steps < 2:
         raise UserError("--steps must be at least 2, since the first one warms up")
     return args

@@ -42,9 +42,7 @@ def main() -> None:
 
     config = configs.get_config(args.dataset)
     device = pick_device(args.gpu_id)
-    print(
-        f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns"
-    )
+    print(f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns")
     compare_network_passes(args, config, device)
     compare_slices(args, config, device)
 
@@ -53,9 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="samples of the network pass")
-    parser.add_argument(
-        "--slices", type=int, default=139, help="slices of the test set that a GPU is timed on"
-    )
+    parser.add_argument("--slices", type=int, default=139, help="slices of the test set that a GPU is timed on")
     args = parser.parse_args()
     check_at_least_one(args, "repeats", "batch_size", "slices")
     return args
@@ -176,13 +172,13 @@ def compare_slices(args: argparse.Namespace, config: Any, device: Any) -> None:
 
 def whole_sweep(config: Any, preset: str) -> Sweep:
     """How a preset of the config scores the synthetic slice."""
-    from config import sampling_preset
+    from config import SAMPLING, sampling_keys
     from models.build import create_diffusion
     from models.masks import band_masks, sweep
 
     config = config.copy_and_resolve_references()
     size, width, sampling = config.data.image_size, config.score_model.mask.width, config.score_model.sampling
-    config.update_from_flattened_dict(sampling_preset(preset, width))
+    config.update_from_flattened_dict(sampling_keys(*SAMPLING[preset], width))
     bands = sweep(size, sampling.stride)
     _, brainmask = synthetic_slices(1, size)
     hides_brain = (band_masks(bands, size, width) & brainmask).flatten(1).any(1).tolist()
@@ -203,8 +199,7 @@ def prepare_plain_score(sweep: Sweep, device: Any) -> Work:
     from models.build import create_masked_translator
 
     forward, backward = (
-        plain_network(untrained_network(name, sweep.config).eval()).to(device)
-        for name in ("diffusion", "unet")
+        plain_network(untrained_network(name, sweep.config).eval()).to(device) for name in ("diffusion", "unet")
     )
     translator = create_masked_translator(forward, sweep.config)
     image, brainmask = (tensor.to(device) for tensor in synthetic_slices(1, sweep.config.data.image_size))
@@ -218,13 +213,10 @@ def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
     from utils.device import autocast, pick_precision, speed_up
 
     forward, backward = (
-        speed_up(untrained_network(name, sweep.config).eval(), device, training=False)
-        for name in ("diffusion", "unet")
+        speed_up(untrained_network(name, sweep.config).eval(), device, training=False) for name in ("diffusion", "unet")
     )
     translator = create_masked_translator(forward, sweep.config)
-    image, brainmask = (
-        tensor.to(device) for tensor in synthetic_slices(n_slices, sweep.config.data.image_size)
-    )
+    image, brainmask = (tensor.to(device) for tensor in synthetic_slices(n_slices, sweep.config.data.image_size))
     precision = pick_precision(sweep.config.precision, device)
 
     def work(slices: int = 1) -> Any:

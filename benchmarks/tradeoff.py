@@ -48,9 +48,7 @@ def main() -> None:
         presets, seed = SAMPLING, chain.config.seed
         grid = [(steps, bands) for bands in BANDS_A_WIDTH for steps in STEPS]
         wanted = [("val", *preset, s) for preset in presets.values() for s in SEEDS]
-        wanted += [
-            ("val", f"trailing{steps}", bands, average, seed) for steps, bands in grid for average in AVERAGES
-        ]
+        wanted += [("val", f"trailing{steps}", bands, average, seed) for steps, bands in grid for average in AVERAGES]
         wanted += [("val", *presets["paper"][:2], "reconstructions", s) for s in SEEDS]
         wanted += [("test", *presets["fast"], s) for s in SEEDS] + [("test", *presets["paper"], seed)]
 

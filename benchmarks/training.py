@@ -29,10 +29,9 @@ def main() -> None:
     from utils.device import pick_device
 
     config = configs.get_config(args.dataset)
+    config.score_model.training.batch_size = args.batch_size
     device = pick_device(args.gpu_id)
-    print(
-        f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns"
-    )
+    print(f"{args.dataset}, {config.data.image_size} px, on {describe(device)}; medians of {args.repeats} turns")
     print(f"\nA training step, batch {args.batch_size}, dropout {config.score_model.model.dropout}")
     sides = {"plain": prepare_plain_step, "optimised": prepare_optimised_step}
     compare_sides(sides, args, config, device, training=True)
@@ -72,8 +71,7 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
     from guided_diffusion.train_util import TrainLoop
     from utils.device import pick_precision, speed_up
 
-    training = config.score_model.training.copy_and_resolve_references()
-    training.batch_size = batch_size
+    training = config.score_model.training
     batch, compute_losses = create_problem(config, batch_size, device)
     loop = TrainLoop(
         model=speed_up(untrained_network("diffusion", config), device, training=True),

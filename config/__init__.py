@@ -24,23 +24,18 @@ MODALITIES = ("flair", "t1", "t1ce", "t2")
 def get_config(dataset: str) -> ConfigDict:
     """The settings for `dataset`, locked: values can be changed, keys cannot be added.
 
-    Raises:
-        UserError: an unknown data set.
+    A UserError for an unknown data set.
     """
     if dataset in MODALITIES:
         raise UserError(
             f"--dataset {dataset!r} is a modality, use --input {dataset} with --dataset {'|'.join(CONFIGS)}"
         )
     if dataset not in CONFIGS:
-        raise UserError(
-            f"unknown --dataset {dataset!r}{did_you_mean(dataset, CONFIGS)} (known: {', '.join(CONFIGS)})"
-        )
+        raise UserError(f"unknown --dataset {dataset!r}{did_you_mean(dataset, CONFIGS)} (known: {', '.join(CONFIGS)})")
     return CONFIGS[dataset]().lock()
 
 
-def resolve(
-    dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[ConfigDict, set[str]]:
+def resolve(dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[ConfigDict, set[str]]:
     """The config of a run: the data set's, then the flags that were given, then `--config.KEY=VALUE`.
 
     Args:
@@ -51,8 +46,7 @@ def resolve(
     Returns:
         The config, locked, and the keys that the user set.
 
-    Raises:
-        UserError: as `get_config` and `override`.
+    A UserError as from `get_config` and `override`.
     """
     config = get_config(dataset)
     given = {key: value for key, value in flags_given.items() if value is not None}
@@ -66,8 +60,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     Returns:
         The keys that were set.
 
-    Raises:
-        UserError: an unknown key (the nearest known one is named), or a value of the wrong type.
+    A UserError for an unknown key (the nearest known one is named), or a value of the wrong type.
     """
     known, given = dict(leaves(config)), []
     for argument in arguments:
@@ -86,15 +79,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def sampling_preset(name: str, band_width: int) -> dict[str, Any]:
-    """The keys of the config that a preset sets, of `SAMPLING`, for bands of this width."""
-    return sampling_keys(*SAMPLING[name], band_width)
-
-
-def sampling_keys(
-    timestep_respacing: str, bands_a_width: int, average: str, band_width: int
-) -> dict[str, Any]:
-    """The keys of the config that say how MMCCD samples, for bands of this width."""
+def sampling_keys(timestep_respacing: str, bands_a_width: int, average: str, band_width: int) -> dict[str, Any]:
+    """The keys of the config that say how MMCCD samples, of `SAMPLING` for example, for bands of this width."""
     return {
         "score_model.sampling.timestep_respacing": timestep_respacing,
         "score_model.sampling.stride": max(band_width // bands_a_width, 1),
@@ -105,8 +91,7 @@ def sampling_keys(
 def check(config: ConfigDict) -> None:
     """Refuse values that no run can work with, before anything is written.
 
-    Raises:
-        UserError: the first value that is out of range.
+    A UserError names the first value that is out of range.
     """
     data, score_model = config.data, config.score_model
     model, width = score_model.model, score_model.mask.width
@@ -143,9 +128,7 @@ def check(config: ConfigDict) -> None:
     for section in ("mask", "sampling"):
         stride = score_model[section].stride
         if not 1 <= stride <= width:
-            raise UserError(
-                f"score_model.{section}.stride={stride} must lie in 1 … mask.width, or pixels go unseen"
-            )
+            raise UserError(f"score_model.{section}.stride={stride} must lie in 1 … mask.width, or pixels go unseen")
 
 
 # The least and the most that a number may be.

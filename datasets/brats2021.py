@@ -34,8 +34,7 @@ class BraTS2021Dataset(Dataset):
         processes: how many on this machine have such a dataset.
         progress: show how far reading into memory has come.
 
-    Raises:
-        UserError: the split or a modality is not there, the kinds do not have the same slices, or a file is broken.
+    A UserError if the split or a modality is not there, the kinds do not have the same slices, or a file is broken.
     """
 
     def __init__(
@@ -105,10 +104,7 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
 def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
     """How many slices a dataset has, a hash of their names and kinds, how they were normalised, and their grid.
 
-    It is the same for the same set of files anywhere.
-
-    Raises:
-        UserError: as `BraTS2021Dataset`, except for broken files.
+    It is the same for the same set of files anywhere. A UserError as from `BraTS2021Dataset`, except for broken files.
     """
     slices = find_slices(Path(data_dir) / split, kinds)
     lines = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in slices)
@@ -122,8 +118,7 @@ def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
     """The files of every slice in a split's folder, sorted by name: {"name": "{subject}_{slice}", kind: path, …}.
 
-    Raises:
-        UserError: as `BraTS2021Dataset`, except for broken files.
+    A UserError as from `BraTS2021Dataset`, except for broken files.
     """
     if not folder.is_dir():
         raise UserError(f"no slices in {folder}: run datasets/brats_preprocess.py first, or name --data_dir")
@@ -141,9 +136,7 @@ def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
             names.setdefault(f"{subject}_{number}", {})[kind] = str(path)
     for name, files in names.items():
         if missing := set(kinds) - set(files):
-            raise UserError(
-                f"slice {name} in {folder} has no {', '.join(sorted(missing))}: preprocess it again"
-            )
+            raise UserError(f"slice {name} in {folder} has no {', '.join(sorted(missing))}: preprocess it again")
     if not names:
         raise UserError(f"no slices in {folder}: preprocess again with subjects for this split")
     return [{"name": name, **names[name]} for name in sorted(names)]

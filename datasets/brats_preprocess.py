@@ -27,15 +27,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python ./datasets/X.py`
 
 from datasets.cohorts import BRATS_DIR, Cohort, Subject, read_brats, read_table, require_known
-from datasets.records import (
-    NORMALISATION,
-    Record,
-    clear,
-    find_finished,
-    find_leftovers,
-    make_folders,
-    store,
-)
+from datasets.records import NORMALISATION, Record, find_finished, find_leftovers, prepare, store
 from datasets.splits import LIST_NAMES, Splits, choose_splits, find_lists, write_lists
 from utils.cli import ArgumentParser, UserError, run
 from utils.files import locked
@@ -72,8 +64,7 @@ def main() -> None:
     with locked(args.output_dir, "--output_dir", "name another --output_dir"):
         finished = {} if args.overwrite else find_finished(args.output_dir, description)
         leftovers = find_leftovers(args.output_dir, splits, settings.kinds, finished, args.overwrite)
-        clear(args.output_dir, finished, leftovers)
-        make_folders(args.output_dir, splits, settings.kinds)
+        prepare(args.output_dir, finished, leftovers, splits, settings.kinds)
         if not list_paths and not cohort.splits:
             write_lists(splits, args.output_dir)
         print_plan(args.output_dir, cohort, splits, list_paths, len(finished))
@@ -89,17 +80,11 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(
-        description="Turn the raw volumes of BraTS, or of any data set, into normalised 2D slices."
-    )
+    parser = ArgumentParser(description="Turn the raw volumes of BraTS, or of any data set, into normalised 2D slices.")
     add = parser.add_argument
     of_brats = f"(default: {','.join(BRATS_MODALITIES)}; with --csv all of the table)"
     add("--modality", type=comma_list, help=f"modalities, separated by commas {of_brats}")
-    add(
-        "--data_dir",
-        type=Path,
-        help=f"folder of BraTS, a folder for each subject in it (default: {BRATS_DIR})",
-    )
+    add("--data_dir", type=Path, help=f"folder of BraTS, a folder for each subject in it (default: {BRATS_DIR})")
     add("--csv", type=Path, help="table of any other data set, a row for each subject, instead of --data_dir")
     add("--output_dir", type=Path, default=Path("datasets/data"), help="where the slices go")
     for (name, quantile), value in zip(NORMALISATION.items(), ("-3", "+3"), strict=True):
@@ -119,9 +104,7 @@ def parse_args() -> argparse.Namespace:
         help="range of axial slices, counted from 0, START included and STOP not",
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="subjects at a time (default: all cores)")
-    add(
-        "--overwrite", action="store_true", help="start over: remove all slices of earlier runs in output_dir"
-    )
+    add("--overwrite", action="store_true", help="start over: remove all slices of earlier runs in output_dir")
     args = parser.parse_args()
 
     if args.csv and args.data_dir:
@@ -152,9 +135,7 @@ def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[
 
     made, failures = {}, {}
     arguments = [(settings, *job) for job in jobs]
-    for (_, split, subject), future in in_processes(
-        cut_subject, arguments, workers, unit="subject", disable=None
-    ):
+    for (_, split, subject), future in in_processes(cut_subject, arguments, workers, unit="subject", disable=None):
         try:
             made_with, slices = future.result()
         except UserError as error:
@@ -184,11 +165,7 @@ def print_plan(
 
 
 def print_summary(
-    settings: Settings,
-    splits: Splits,
-    finished: dict[str, Record],
-    made: dict[str, Record],
-    failures: dict[str, str],
+    settings: Settings, splits: Splits, finished: dict[str, Record], made: dict[str, Record], failures: dict[str, str]
 ) -> None:
     """Print what was there, read and written, and who was left out and why."""
     for split, subjects in splits.items():

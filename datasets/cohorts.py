@@ -67,8 +67,7 @@ class Cohort:
 def read_brats(data_dir: Path) -> Cohort:
     """The cohort of the folders NAME in `data_dir` that hold volumes of their name, in any of NAMINGS.
 
-    Raises:
-        UserError: `data_dir` is not a folder, or holds no subject.
+    A UserError if `data_dir` is not a folder, or holds no subject.
     """
     if not data_dir.is_dir():
         raise UserError(f"there is no folder {data_dir}: unpack BraTS there or name another --data_dir")
@@ -76,9 +75,7 @@ def read_brats(data_dir: Path) -> Cohort:
     found = {folder: there for folder in folders if (there := find_volumes(folder))}
     if not found:
         examples = [f"NAME{naming.separator}{next(iter(naming.kinds))}.nii.gz" for naming in NAMINGS.values()]
-        raise UserError(
-            f"no subject in {data_dir}: expected folders like NAME with {' or '.join(examples)} in them"
-        )
+        raise UserError(f"no subject in {data_dir}: expected folders like NAME with {' or '.join(examples)} in them")
     modalities = sorted({kind for _, volumes in found.values() for kind in volumes}.difference(MASKS))
     subjects = {}
     for folder, (naming, there) in found.items():
@@ -121,10 +118,8 @@ def read_table(path: Path) -> Cohort:
     """The cohort that a CSV file describes, a row a subject. Its paths are relative to the file's folder.
 
     Columns: `subject`; any number of modalities, by any name; and, where the table has them, `seg` (lesion mask),
-    `brainmask`, `healthy` (yes or no) and `split` (train, val or test).
-
-    Raises:
-        UserError: the file cannot be read, or does not hold such a table.
+    `brainmask`, `healthy` (yes or no) and `split` (train, val or test). A UserError if the file cannot be read, or does
+    not hold such a table.
     """
     columns, rows = read_cells(path)
     modalities = tuple(sorted(set(columns) - set(COLUMNS)))
@@ -154,8 +149,7 @@ def read_table(path: Path) -> Cohort:
 def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The columns of a CSV file, and its rows with their line numbers, cells by column; blank rows are skipped.
 
-    Raises:
-        UserError: it is not there, is no text or no CSV, has no subject or modality, or columns that cannot be used.
+    A UserError if it is not there, is no text or no CSV, or has no subject, no modality or unusable columns.
     """
     try:
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)

@@ -29,13 +29,7 @@ def step_indices(
 
 
 def training_batches(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    *,
-    share: slice = slice(None),
-    workers: int = 0,
+    dataset: Dataset, batch_size: int, seed: int, first_step: int, *, share: slice = slice(None), workers: int = 0
 ) -> Iterator[dict]:
     """Endless batches, dicts of tensors [batch_size, 1, H, W], beginning with that of `first_step`.
 

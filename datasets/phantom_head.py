@@ -153,9 +153,7 @@ def grow_tumour(rng: np.random.Generator, anatomy: Anatomy, slices: tuple[int, i
     white matter and spares fluid.
     """
     z = anatomy.coords[:, 2]
-    center = anatomy.coords[
-        rng.choice(np.flatnonzero((anatomy.wm > 0.9) & (z >= slices[0]) & (z < slices[1])))
-    ]
+    center = anatomy.coords[rng.choice(np.flatnonzero((anatomy.wm > 0.9) & (z >= slices[0]) & (z < slices[1])))]
     radius = rng.uniform(*TUMOUR_RADIUS) * rng.uniform(0.75, 1.25, 3)
     radius[2] = min(radius[2], rng.uniform(*TUMOUR_RADIUS_Z))
     size = radius.prod() ** (1 / 3)

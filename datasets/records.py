@@ -87,12 +87,8 @@ def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
 def find_finished(output_dir: Path, describe: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Record]:
     """The subjects that earlier runs finished, with their records.
 
-    Args:
-        output_dir: of preprocessing.
-        describe: what this run would make a subject with; None where it would not make it at all.
-
-    Raises:
-        UserError: this run would make one of them differently, or not at all; the two must not be mixed.
+    `describe` tells what this run would make a subject with, or None. A UserError if it would make one of them
+    differently, or not at all: the two must not be mixed.
     """
     finished = find_whole(output_dir)
     for subject, record in finished.items():
@@ -128,16 +124,9 @@ def find_leftovers(
 ) -> list[Path]:
     """The slices beside those of finished subjects, sorted: a run that broke off left them.
 
-    Args:
-        output_dir: of preprocessing.
-        splits: the subjects of each.
-        kinds: of slices that this run writes.
-        finished: records by subject.
-        overwrite: all slices are to go.
-
-    Raises:
-        UserError: a file that is no slice; or, unless all are overwritten, a slice that this run has no use for (of a
-            subject that is now in another split or in none, or of a modality not asked for now).
+    `kinds` are those that this run writes, of the subjects in `splits`. A UserError for a file that is no slice; or,
+    unless all are overwritten, a slice that this run has no use for (of a subject that is now in another split or in
+    none, or of a modality not asked for now).
     """
     in_use = {name for record in finished.values() for name in record.files}
     leftovers = []
@@ -146,56 +135,38 @@ def find_leftovers(
             kind = path.parent.name
             name = re.fullmatch(rf"(.+)_{re.escape(kind)}_\d+", path.stem)
             if name is None:
-                raise UserError(
-                    f"{path} is no slice that this script wrote: move it away or name another --output_dir"
-                )
+                raise UserError(f"{path} is no slice that this script wrote: move it away or name another --output_dir")
             if f"{split}/{kind}/{path.name}" in in_use:
                 continue
             if not overwrite and (kind not in kinds or name[1] not in members):
-                raise UserError(
-                    f"{path} is of an earlier run with other subjects or modalities: {START_OVER}"
-                )
+                raise UserError(f"{path} is of an earlier run with other subjects or modalities: {START_OVER}")
             leftovers.append(path)
     return leftovers
 
 
-def clear(output_dir: Path, whole: Iterable[str], leftovers: Iterable[Path]) -> None:
-    """Remove what earlier runs left beside the whole subjects: other records, other slices, what is half written.
+def prepare(
+    output_dir: Path, whole: Collection[str], leftovers: Iterable[Path], splits: Iterable[str], kinds: Iterable[str]
+) -> None:
+    """Remove what earlier runs left beside the whole subjects (other records, other slices), and make all folders.
 
     It goes all at once, before a new slice is written: neither slices of two settings nor a new slice with an old
     record ever lie side by side.
     """
-    keep = set(whole)
     with writing(output_dir):
-        for path in output_dir.glob(f"{RECORDS}/*.json"):
-            if path.stem not in keep:
-                path.unlink()
-        for path in leftovers:
+        records = output_dir.glob(f"{RECORDS}/*.json")
+        for path in (*(path for path in records if path.stem not in whole), *leftovers):
             path.unlink()
-        if (output_dir / PARTIAL).exists():
-            shutil.rmtree(output_dir / PARTIAL)
-
-
-def make_folders(output_dir: Path, splits: Iterable[str], kinds: Iterable[str]) -> None:
-    """Those of the slices and of the records."""
-    with writing(output_dir):
+        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         for folder in (RECORDS, *(f"{split}/{kind}" for split in splits for kind in kinds)):
             (output_dir / folder).mkdir(parents=True, exist_ok=True)
 
 
-def store(
-    output_dir: Path, split: str, subject: str, made_with: dict, slices: Mapping[str, np.ndarray]
-) -> Record:
+def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: Mapping[str, np.ndarray]) -> Record:
     """Put a subject's slices in place, so that whoever reads OUT/{split} meanwhile never sees half a subject.
 
-    Args:
-        output_dir: of preprocessing.
-        split: of the subject.
-        subject: its name.
-        made_with: what the slices depend on.
-        slices: images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: they are moved in
-            this order, so until the last one is in place a kind is incomplete beside a complete one or alone, and
-            the dataset refuses a slice that lacks a kind.
+    `slices` holds images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other. They are moved in
+    this order, so until the last one is in place a kind is incomplete beside a complete one or alone, and the dataset
+    refuses a slice that lacks a kind.
     """
     import numpy as np
 

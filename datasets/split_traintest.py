@@ -24,12 +24,8 @@ def main() -> None:
 
 
 def parse_args() -> Namespace:
-    parser = ArgumentParser(
-        description="Split the subjects of a BraTS folder into training, validation and testing."
-    )
-    parser.add_argument(
-        "--data_dir", type=Path, default=BRATS_DIR, help="folder with one folder for each subject"
-    )
+    parser = ArgumentParser(description="Split the subjects of a BraTS folder into training, validation and testing.")
+    parser.add_argument("--data_dir", type=Path, default=BRATS_DIR, help="folder with one folder for each subject")
     parser.add_argument(
         "--output_dir",
         type=Path,

@@ -19,8 +19,7 @@ INTERVALS = {"train": (0.0, 0.78), "val": (0.78, 0.89), "test": (0.89, 1.0)}
 def choose_splits(cohort: Cohort, list_paths: Mapping[str, Path]) -> Splits:
     """What the data set says itself, else what the lists say, else a split by hash.
 
-    Raises:
-        UserError: both the data set and lists say it; or as `read_splits` and `split_subjects`.
+    A UserError if both the data set and lists say it, or as from `read_splits` and `split_subjects`.
     """
     if cohort.splits and list_paths:
         raise UserError(
@@ -44,8 +43,7 @@ def find_lists(folders: Iterable[Path]) -> dict[str, Path]:
 def read_splits(list_paths: Mapping[str, Path], cohort: Cohort) -> Splits:
     """Read the lists; validation is hashed out of training where it has none. A list may be empty, but not all.
 
-    Raises:
-        UserError: no training or no testing list, a subject that is not on disk, or one that is in two lists.
+    A UserError for no training or no testing list, a subject that is not on disk, or one that is in two lists.
     """
     for split in ("train", "test"):
         if split not in list_paths:
@@ -60,9 +58,7 @@ def read_splits(list_paths: Mapping[str, Path], cohort: Cohort) -> Splits:
             if name not in cohort.subjects and name not in cohort.excluded:
                 raise UserError(f"{list_paths[split]} lists {name}, of which {cohort.source} has no volumes")
             if name in listed_in:
-                raise UserError(
-                    f"{name} is both in {listed_in[name]} and in {list_paths[split]}: take it out of one"
-                )
+                raise UserError(f"{name} is both in {listed_in[name]} and in {list_paths[split]}: take it out of one")
             listed_in[name] = list_paths[split]
     if not listed_in:
         raise UserError("the split lists are all empty: put at least one subject into one of them")
@@ -78,10 +74,7 @@ def split_subjects(subjects: Iterable[str], seed: int = 0) -> Splits:
     A subject's split depends on nothing but its name and the seed: a hash of the two gives it a place in [0, 1), and
     the splits are intervals there. So one subject more moves no other. A split that the hash leaves empty (as happens
     with few subjects) takes, from the split that then has the most, the subject whose hash lies nearest. Only such a
-    subject can move when subjects are added.
-
-    Raises:
-        UserError: fewer than three subjects.
+    subject can move when subjects are added. A UserError for fewer than three subjects.
     """
     places = {subject: hash_to_unit(subject, seed) for subject in sorted(subjects)}
     if len(places) < len(INTERVALS):
@@ -125,8 +118,7 @@ def hash_to_unit(name: str, seed: int) -> float:
 def read_list(path: Path) -> list[str]:
     """The subjects in a text file with one name a line; blank lines and repetitions are skipped.
 
-    Raises:
-        UserError: the file is not there or is not text.
+    A UserError if the file is not there or is not text.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -138,10 +130,7 @@ def read_list(path: Path) -> list[str]:
 def write_lists(splits: Splits, output_dir: Path) -> None:
     """Write the list of each split into `output_dir`, which is made where it is not there.
 
-    Lists that already say the same are left alone.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
+    Lists that already say the same are left alone. A UserError if the folder cannot be made or written to.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,7 @@ def cut_subject(settings: Settings, split: str, subject: Subject) -> tuple[dict,
         `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: float32 for modalities, uint8 for seg and
         brainmask.
 
-    Raises:
-        UserError: a volume cannot be read or normalised, or does not fit the others; the message names the file.
+    A UserError if a volume cannot be read or normalised, or does not fit the others; the message names the file.
     """
     made_with, volumes = settings.describe(split, subject), SubjectVolumes(settings)
     window = slice(settings.start, settings.stop)
@@ -167,8 +166,7 @@ class SubjectVolumes:
     def read_labels(self, path: Path) -> np.ndarray:
         """A mask on the subject's grid, uint8 [H, W, D].
 
-        Raises:
-            UserError: as `read`; or there are other labels than the data set knows, or none on the grid.
+        A UserError as from `read`, or for other labels than the data set knows, or none on the grid.
         """
         labels, grid = self.read(path)
         highest, marked = self.settings.highest_label, labels[labels != 0]  # few voxels: searched quickly
@@ -210,9 +208,8 @@ def place_like_brats(path: Path, brain: np.ndarray, grid: VoxelGrid) -> VoxelGri
 def read_lesions(volumes: SubjectVolumes, subject: Subject, brain: np.ndarray) -> np.ndarray:
     """The subject's labels, uint8 [H, W, D]; zeros where it has none and is declared healthy.
 
-    Raises:
-        UserError: as `read_labels`; or there is a lesion in somebody healthy, or one that lies outside the brain, as
-            that of another scan does once both are put on the grid.
+    A UserError as from `read_labels`, or for a lesion in somebody healthy or outside the brain, where that of another
+    scan lies once both are put on the grid.
     """
     if "seg" not in subject.volumes:
         return np.zeros(volumes.grid.shape, np.uint8)
@@ -225,22 +222,21 @@ def read_lesions(volumes: SubjectVolumes, subject: Subject, brain: np.ndarray) -
     return labels
 
 
-def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
+def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: float) -> np.ndarray:
     """Scale intensities linearly, so that two quantiles of the brain land on -3 and +3.
 
     The brain is every voxel that is not 0. Those below 0 belong to it: real scans have them.
 
     Args:
         volume: raw intensities, of any shape and any real dtype; background is 0.
-        lower: the quantile of the brain's voxels, in [0, 1], that becomes -3; darker voxels become -3 too.
-        upper: the quantile, in (lower, 1], that becomes +3; brighter voxels go beyond.
+        percentage_lower: the quantile of the brain's voxels, in [0, 1], that becomes -3; darker voxels do, too.
+        percentage_upper: the quantile, in (percentage_lower, 1], that becomes +3; brighter voxels go beyond.
 
     Returns:
         float32 array of the same shape, nothing below -3, background exactly -3.
 
-    Raises:
-        ValueError: no voxel but 0, a voxel that is not finite, two quantiles that coincide, or a range of
-            intensities that floating point cannot scale.
+    A ValueError if no voxel but 0, a voxel that is not finite, two quantiles that coincide, or a range of intensities
+    that floating point cannot scale.
     """
     brain = volume != 0
     voxels = volume[brain]
@@ -249,9 +245,10 @@ def normalise(volume: np.ndarray, lower: float, upper: float) -> np.ndarray:
     if not np.isfinite(voxels).all():
         raise ValueError("some voxels are not finite")
     with np.errstate(all="ignore"):  # whatever overflows is not finite at the end
-        low, high = np.quantile(voxels, [lower, upper]).astype(np.float64)
+        low, high = np.quantile(voxels, [percentage_lower, percentage_upper]).astype(np.float64)
         if low == high:
-            raise ValueError(f"its {lower:g} and {upper:g} quantiles are both {low:g}")
+            quantiles = f"{percentage_lower:g} and {percentage_upper:g} quantiles"
+            raise ValueError(f"its {quantiles} are both {low:g}")
         image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
         scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
         image[brain] = np.maximum(scaled, BACKGROUND)

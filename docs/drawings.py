@@ -37,9 +37,7 @@ def main() -> None:
         return network.eval(), config
 
     backward, config = load("unet", "backward")
-    dataset = BraTS2021Dataset(
-        config.data.data_dir, "test", ["flair", "seg", "brainmask"], config.data.image_size
-    )
+    dataset = BraTS2021Dataset(config.data.data_dir, "test", ["flair", "seg", "brainmask"], config.data.image_size)
     example = dataset[args.slice]
     image, brain = example["flair"][None], example["brainmask"][None]
 
@@ -80,16 +78,10 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(
-        description="Draw the modality cycle and the masked diffusion, after `make demo`."
-    )
+    parser = ArgumentParser(description="Draw the modality cycle and the masked diffusion, after `make demo`.")
     parser.add_argument("--slice", type=int, default=9, help="number of the test slice that is shown")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("docs"), help="where the drawings are written"
-    )
-    parser.add_argument(
-        "--logdir", type=Path, default=Path("experiments"), help="folder of the demo's experiments"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="where the drawings are written")
+    parser.add_argument("--logdir", type=Path, default=Path("experiments"), help="folder of the demo's experiments")
     return parser.parse_args()
 
 
@@ -116,9 +108,7 @@ class Canvas:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=style)
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        self.axes.annotate(
-            "", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "0.25", "lw": 1.4}
-        )
+        self.axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "0.25", "lw": 1.4})
 
     def text(self, x: float, y: float, text: str) -> None:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color="0.25")

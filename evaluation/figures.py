@@ -55,8 +55,7 @@ def draw_scores(
     """All pictures of a test run, by the names of their files.
 
     Args:
-        maps: of the test slices: image, translation, reconstruction, scores, truth and brainmask, [N, H, W], and
-            N names.
+        maps: of the test slices, arrays [N, H, W] and N names as in error_maps.npz.
         metrics: contents of metrics.json.
         per_slice: columns of N values.
         ranked: by label, scores and truth of the ranked pixels, [M] each.
@@ -87,12 +86,7 @@ def write_figures(directory: Path, figures: Mapping[str, Figure]) -> None:
 
 
 def slices_figure(
-    maps: Mapping[str, np.ndarray],
-    prediction: np.ndarray,
-    dice: np.ndarray,
-    prediction_label: str,
-    input: str,
-    trans: str,
+    maps: Mapping[str, np.ndarray], prediction: np.ndarray, dice: np.ndarray, label: str, input: str, trans: str
 ) -> Figure:
     """A row for each of the best, median and worst slices: input, translation, reconstruction, error, contours.
 
@@ -100,9 +94,7 @@ def slices_figure(
 
     Args:
         maps: as in `draw_scores`.
-        prediction: [N, H, W] bool.
-        dice: [N], of the prediction.
-        prediction_label: what the legend says of it.
+        prediction: [N, H, W] bool, with its Dice [N] and what the legend calls it.
         input, trans: names of the modalities.
     """
     groups = best_median_worst(dice)
@@ -129,7 +121,7 @@ def slices_figure(
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title, fontsize=11)
     figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="squared cyclic error")
-    marks = {prediction_label: PREDICTION_STYLE, "truth": TRUTH_STYLE}
+    marks = {label: PREDICTION_STYLE, "truth": TRUTH_STYLE}
     handles = [Line2D([], [], label=label, **style) for label, style in marks.items()]
     on_grey = {"facecolor": "0.3", "labelcolor": "white"}
     figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=10, **on_grey)
@@ -151,9 +143,8 @@ def scan_figure(
     The patient's front is up, the right side on the left, as radiologists look at slices.
 
     Args:
-        images: [N, H, W], normalised as by preprocessing; axes lead to the patient's left and back.
-        anomaly: [N, H, W] scores, at least 0.
-        marked: [N, H, W] bool.
+        images, anomaly, marked: [N, H, W]; images normalised as by preprocessing, with axes to the patient's left and
+            back; scores, at least 0; and bool.
         labels: what stands above each column.
         threshold: score from which on a pixel is marked.
         aspect: length of a pixel along W for one along H.
@@ -197,11 +188,7 @@ def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
 
 
 def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Precision against recall for each score, beside chance.
-
-    Args:
-        ranked: by label, scores and truth of the ranked pixels, [M] each; the truth is the same in all.
-    """
+    """Precision against recall for each score, beside chance; `ranked` as in `draw_scores`, with one truth for all."""
     figure, ax = _chart("recall", "precision")
     for (label, (scores, truth)), style in zip(ranked.items(), CURVE_STYLES, strict=True):
         precision, recall = precision_recall(scores, truth)
@@ -265,9 +252,7 @@ def _error_norm(highest: float) -> PowerNorm:
     return PowerNorm(0.5, vmin=0, vmax=highest)
 
 
-def _mark_thresholds(
-    ax: Axes, scores: np.ndarray, thresholds: Mapping[str, float], notes: Mapping[str, str]
-) -> None:
+def _mark_thresholds(ax: Axes, scores: np.ndarray, thresholds: Mapping[str, float], notes: Mapping[str, str]) -> None:
     """A vertical line at each threshold that is finite, on a square-root axis from 0 to the highest score.
 
     Such an axis is even in the error itself, and opens up small ones.

@@ -49,7 +49,6 @@ class Evaluation(NamedTuple):
     per_slice: dict[str, np.ndarray]
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Where a score counts
 
 
@@ -105,7 +104,6 @@ def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
     return float(_ratio(np.count_nonzero(truth), np.count_nonzero(ranked_pixels(truth, brainmask))))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Ranking: scores are floats of any shape and range, infinite ones included, NaN is ranked last; truth is bool
 
 
@@ -141,7 +139,6 @@ def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArra
     return ranks, truth.ravel()
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Segmentation at a threshold: scores [N, H, W] float (-inf where they do not count), truth [N, H, W] bool
 
 
@@ -207,9 +204,7 @@ def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
     """
     thresholds, mean_dice = dice_curve(scores, truth)
     threshold = np.inf
-    if (
-        thresholds.size
-    ):  # the first that is as good as the best but for the rounding errors of the running sum
+    if thresholds.size:  # the first that is as good as the best but for the rounding errors of the running sum
         threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
     return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
 
@@ -277,7 +272,6 @@ def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Boo
     return scores >= threshold, truth
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Means over slices and their uncertainty: 95 % percentile intervals of the bootstrap over slices, thresholds frozen
 
 
@@ -288,9 +282,7 @@ def mean_over_slices(per_slice_values: ArrayLike) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-def bootstrap_interval(
-    per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """The interval of the mean of values [N] that are not NaN; both ends NaN for fewer than two of them."""
     values = np.asarray(per_slice_values, dtype=np.float64)
     defined = values[~np.isnan(values)]
@@ -370,7 +362,6 @@ def _counts_at_least(sorted_scores: list[FloatArray], thresholds: FloatArray) ->
     return np.array([len(one) - np.searchsorted(one, thresholds) for one in sorted_scores], dtype=np.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The whole table
 
 

@@ -20,13 +20,10 @@ def write_maps(path: Path, run: Mapping[str, Any], maps: Maps) -> None:
     """Write error_maps.npz, which is enough to score a test run again without a model.
 
     Args:
-        path: of the file; its folder is made if it is not there.
+        path: of the file; its folder is made if it is not there, and a UserError raised if that cannot be done.
         run: JSON-able, what was chained and how.
         maps: by split, `names` ("{subject}_{slice}") and arrays [N, H, W]; in the file they are called
             test_scores, test_truth and so on.
-
-    Raises:
-        UserError: the folder cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,11 +55,7 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
 def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
     """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
 
-    Args:
-        results: folder of the test run.
-        run: what was chained, for the head of metrics.json.
-        maps: as `write_maps` takes them.
-        address: what to call the folder.
+    `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
     """
     from .figures import draw_scores, write_figures
     from .metrics import by_lesion_size, evaluate, ranked_scores
@@ -95,14 +88,7 @@ def labelled(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray,
 def write_scores(
     results: Path, metrics: Mapping[str, Any], names: Sequence[str], per_slice: Mapping[str, np.ndarray]
 ) -> None:
-    """Write per_slice.csv and metrics.json into the folder of a test run.
-
-    Args:
-        results: folder of the test run.
-        metrics: JSON-able.
-        names: "{subject}_{slice}" of the N test slices.
-        per_slice: columns of N values.
-    """
+    """Write metrics.json, and per_slice.csv with columns of a value for each name, into the folder of a test run."""
     with (results / PER_SLICE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["subject", "slice", *per_slice])
@@ -112,15 +98,7 @@ def write_scores(
 
 
 def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first") -> dict[str, Any]:
-    """The contents of a test run's metrics.json.
-
-    Args:
-        results: folder of the test run.
-        remedy: what a user can do where it cannot be read.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The contents of a test run's metrics.json; a UserError, with what to do, if there is none, or it is damaged."""
     path = results / METRICS
     if not path.is_file():
         raise UserError(f"no {METRICS} in {results}: {remedy}")
@@ -142,8 +120,7 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, strict=True))
         slices = {
-            (row.pop("subject"), row.pop("slice")): {key: float(value) for key, value in row.items()}
-            for row in rows
+            (row.pop("subject"), row.pop("slice")): {key: float(value) for key, value in row.items()} for row in rows
         }
         if not slices or len(slices) < len(rows) or any("lesion_area" not in row for row in rows):
             raise ValueError("no slices, a slice twice, or no lesion_area")
@@ -155,12 +132,9 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
 def write_events(
     results: Path, metrics: Mapping[str, Any], ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """Write the figures that lie in `results`, precision-recall curves and the run's settings for TensorBoard.
+    """Write the figures in a test run's folder, precision-recall curves and the run's settings for TensorBoard.
 
-    Args:
-        results: folder of the test run; the events of an earlier scoring are replaced.
-        metrics: contents of metrics.json.
-        ranked: by name of a curve, scores and truth of the pixels, [M] each.
+    The events of an earlier scoring are replaced. `ranked` holds scores and truth [M] by the name of a curve.
     """
     from matplotlib.image import imread
     from scipy.stats import rankdata
@@ -171,9 +145,7 @@ def write_events(
     settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
     trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
     scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}
-    scores |= {
-        f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]
-    }
+    scores |= {f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]}
     scores = {f"results/{key}": value for key, value in scores.items() if value is not None}
     with SummaryWriter(str(results)) as events:
         for path in sorted((results / "figures").glob("*.png")):

@@ -25,7 +25,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     for one in runs:
         rows[(f"intensity ({one['input']})", "none", *_scores(one["baseline_intensity"]))] = None
     for one in runs:
-        steps = " + ".join(_count(one["trained_steps"][direction]) for direction in ("forward", "backward"))
+        trained = (one["trained_steps"][direction] for direction in ("forward", "backward"))
+        steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in trained)
         rows[(METHODS[one["method"]], steps, *_scores(one))] = None
     header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
     lines = _aligned(header, *rows)
@@ -62,8 +63,7 @@ def comparison(run_a: Path, run_b: Path) -> str:
     Args:
         run_a, run_b: folders of test runs.
 
-    Raises:
-        UserError: a folder has no sound per_slice.csv, or the two are not of the same slices and lesions.
+    A UserError if a folder has no sound per_slice.csv, or the two are not of the same slices and lesions.
     """
     from .metrics import paired_bootstrap
 
@@ -81,8 +81,8 @@ def comparison(run_a: Path, run_b: Path) -> str:
         values = np.array([[one[name][metric] for name in names] for one in (a, b)])
         difference, interval = paired_bootstrap(*values)
         n_paired = np.count_nonzero(~np.isnan(values).any(axis=0))
-        low, high = (_value(bound, signed=True) for bound in interval)
-        rows.append((metric, _value(difference, signed=True), f"[{low}, {high}]", str(n_paired)))
+        low, high = (_value(bound, "+.3f") for bound in interval)
+        rows.append((metric, _value(difference, "+.3f"), f"[{low}, {high}]", str(n_paired)))
     lines = [f"A: {run_a}", f"B: {run_b}", *_aligned(("metric", "A − B", "95 % interval", "slices"), *rows)]
     lines.append(
         "means over the slices where both are defined; paired bootstrap over slices, thresholds frozen; "
@@ -103,40 +103,23 @@ def _aligned(*rows: Sequence[str]) -> list[str]:
 
 def _scores(block: Mapping[str, Any]) -> tuple[str, str, str]:
     chosen = [block[choice] for choice in CHOICES]
-    dice = [
-        with_interval(choice["dice"], choice["dice_interval"]) if choice else "no val slices"
-        for choice in chosen
-    ]
+    dice = [with_interval(choice["dice"], choice["dice_interval"]) if choice else "no val slices" for choice in chosen]
     return with_interval(block["auprc"], block["auprc_interval"]), *dice
 
 
 def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
-    """`0.585 [0.461, 0.702]`; a value without a defined interval stands alone."""
-    if value is None:
-        return "undefined"
-    if None in interval:  # a single slice has none
-        return f"{value:.3f}"
-    low, high = interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    """`0.585 [0.461, 0.702]`; a value without a defined interval (of a single slice, say) stands alone."""
+    ends = "" if value is None or None in interval else " [{:.3f}, {:.3f}]".format(*interval)
+    return _value(value) + ends
 
 
-def _value(value: float | None, signed: bool = False) -> str:
-    if value is None or np.isnan(value):
-        return "undefined"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
-
-
-def _count(steps: int | None) -> str:
-    return "?" if steps is None else f"{steps:,}"
+def _value(value: float | None, spec: str = ".3f") -> str:
+    return "undefined" if value is None or np.isnan(value) else format(value, spec)
 
 
 def main() -> None:
-    parser = ArgumentParser(
-        prog="python -m evaluation.tables", description="Print one table for several test runs."
-    )
-    parser.add_argument(
-        "results", nargs="+", type=local_path, help="folders of test runs, below experiments/results"
-    )
+    parser = ArgumentParser(prog="python -m evaluation.tables", description="Print one table for several test runs.")
+    parser.add_argument("results", nargs="+", type=local_path, help="folders of test runs, below experiments/results")
     folders = parser.parse_args().results
     print(table([read_metrics(folder) for folder in folders]))
     for folder in folders:

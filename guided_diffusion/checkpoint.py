@@ -97,8 +97,7 @@ def load(paths: Mapping[str, Path], device: torch.device) -> dict[str, Any]:
 def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """What a file holds, after a look at its checksums; no code in it is run.
 
-    Raises:
-        UnreadableError: it is missing, damaged, or holds something else than tensors and plain Python.
+    An UnreadableError if it is missing, damaged, or holds something else than tensors and plain Python.
     """
     try:
         with path.open("rb") as file:
@@ -126,9 +125,7 @@ def remove_older(directory: Path, ema_rate: float, newest: int, keep_last: int) 
     """Remove all up to the set of step `newest` but that and the `keep_last` - 1 complete sets before it."""
     kept = [step for step in saved_steps(directory) if step <= newest][-keep_last:]
     # Those of a process killed while it wrote or removed a set are not complete.
-    there = {
-        step for prefix in ("model", f"ema_{ema_rate}_", "opt") for step in saved_steps(directory, prefix)
-    }
+    there = {step for prefix in ("model", f"ema_{ema_rate}_", "opt") for step in saved_steps(directory, prefix)}
     for step in sorted(there.difference(kept)):
         if step < newest:
             for path in reversed(paths_of(directory, ema_rate, step).values()):  # invalid first, then gone

@@ -1,7 +1,7 @@
-"""Several processes: how they were launched, who is who, and how they talk.
+"""Several processes: how they were launched, which is which, and how they exchange values.
 
-One process needs no launcher. Several are started by torchrun or by mpiexec; nothing else in the project looks at the
-environment. What is said here goes over gloo, on the CPU; gradients go over nccl where there are GPUs.
+One process needs no launcher. Several are started by torchrun or by mpiexec. What is exchanged here goes over gloo, on
+the CPU; gradients go over nccl where there are GPUs.
 """
 
 import os
@@ -25,10 +25,8 @@ _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 def setup() -> None:
     """Join the other processes, if there are any. To be called once, before anything else here.
 
-    Of several processes only the first is heard on stdout; stderr is everyone's.
-
-    Raises:
-        UserError: several tasks were started that do not know of each other.
+    Of several processes only the first prints to stdout. A UserError if several tasks were
+    started that do not know of each other.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and not _described_by_mpi():
         return
@@ -72,7 +70,7 @@ def _described_by_mpi() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, 0 … world_size − 1; 0 writes, and speaks to the user."""
+    """The number of this process, 0 … world_size − 1; 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -134,10 +132,7 @@ def any_of(flag: bool) -> bool:
 
 
 def shut_down() -> None:
-    """Part from the other processes, all together; what one does from now on is its own affair.
-
-    To mpiexec, a process that ends without this has failed, and it ends the others.
-    """
+    """Leave the group of processes, all together. To mpiexec, a process that ends without this has failed."""
     if dist.is_initialized():
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:

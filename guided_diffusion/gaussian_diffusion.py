@@ -66,8 +66,7 @@ class GaussianDiffusion:
         loss_type: what `training_losses` computes.
         rescale_timesteps: the model is given timesteps scaled to 0 … 1000 whatever T is.
 
-    Raises:
-        ValueError: betas that are not one-dimensional or leave (0, 1].
+    A ValueError for betas that are not one-dimensional or leave (0, 1].
     """
 
     def __init__(
@@ -115,21 +114,14 @@ class GaussianDiffusion:
         signal, scale = self._signal_and_noise(t, x_start)
         return signal * x_start + scale * noise
 
-    def q_posterior_mean_variance(
-        self, x_start: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and (at t = 0 clipped) log variance of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
         mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
         variance = _at(self.posterior_variance, t, x_t)
         return mean, variance, _at(self.posterior_log_variance_clipped, t, x_t)
 
     def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """One evaluation of the model: the distribution p(x_{t-1} | x_t) and the predicted x_0.
 
@@ -174,14 +166,7 @@ class GaussianDiffusion:
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        *,
-        eta: float = 0.0,
-        noise: Tensor | None = None,
-        **kwargs: Any,
+        self, model: Model, x: Tensor, t: Tensor, *, eta: float = 0.0, noise: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """One DDIM step x_t → x_{t-1} (Song et al. 2021, eq. 12); deterministic for eta 0.
 
@@ -203,9 +188,7 @@ class GaussianDiffusion:
         """Sample x_0 by ancestral steps from x_T; args as in `_sample_loop`."""
         return self._sample_loop(self.p_sample, model, shape, **kwargs)
 
-    def ddim_sample_loop(
-        self, model: Model, shape: Sequence[int], *, eta: float = 0.0, **kwargs: Any
-    ) -> Tensor:
+    def ddim_sample_loop(self, model: Model, shape: Sequence[int], *, eta: float = 0.0, **kwargs: Any) -> Tensor:
         """Sample x_0 by DDIM steps from x_T; args as in `_sample_loop`, and eta as in `ddim_sample`."""
         if eta == 0:
             kwargs["step_noise"] = None

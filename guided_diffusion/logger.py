@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,22 @@ from utils.files import write_whole
 from . import dist_util
 
 
+def create_logger(directory: Path) -> "Logger | Silence":
+    """Of several processes only the first writes files and prints."""
+    return Logger(directory) if dist_util.rank() == 0 else Silence()
+
+
+class Silence:
+    """Stands for a `Logger`, and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None
+
+
 class Logger:
-    """Writes into `directory`, which is made if it is not there; what an earlier run left in it is appended to.
-
-    Of several processes only the first writes files and prints.
-
-    Args:
-        directory: the experiment's folder.
-    """
+    """Writes into an experiment's folder, which is made if it is not there, and appends to what is there."""
 
     def __init__(self, directory: Path):
-        self._writes = dist_util.rank() == 0
-        if not self._writes:
-            return
         directory.mkdir(parents=True, exist_ok=True)
         self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
         self._progress_path = directory / "progress.csv"
@@ -36,15 +39,13 @@ class Logger:
 
     def rewind(self, step: int) -> None:
         """Forget the figures after `step`: training goes on from there, and will give them again."""
-        if not self._writes or not self._progress_path.exists():
+        if not self._progress_path.exists():
             return
         # Bytes, since a machine that crashed may have left anything in the last row.
         header, *rows = self._progress_path.read_bytes().splitlines(keepends=True) or [b""]
         steps = [row.partition(b",")[0] for row in rows]
         kept = [
-            row
-            for row, of in zip(rows, steps, strict=True)
-            if row.endswith(b"\n") and of.isdigit() and int(of) <= step
+            row for row, of in zip(rows, steps, strict=True) if row.endswith(b"\n") and of.isdigit() and int(of) <= step
         ]
         if kept:
             write_whole(self._progress_path, b"".join([header, *kept]))
@@ -55,15 +56,11 @@ class Logger:
 
     def info(self, message: str) -> None:
         """Say something to the terminal (beside a running progress bar) and to log.txt."""
-        if not self._writes:
-            return
         tqdm.write(message)
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One row of progress.csv, and the same figures to TensorBoard; the keys are alike in every call."""
-        if not self._writes:
-            return
         new = not self._progress_path.exists()
         with self._progress_path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -75,15 +72,11 @@ class Logger:
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A grey image to TensorBoard: float [H, W] in [0, 1]."""
-        if not self._writes:
-            return
         self._events.add_image(name, image, step, dataformats="HW")
         self._events.flush()
 
     def close(self) -> None:
         """Flush and close all files, as far as the disk lets it: why a run ended is not to be hidden by this."""
-        if not self._writes:
-            return
         for file in (self._events, self._log):
             with contextlib.suppress(OSError):
                 file.close()

@@ -8,15 +8,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of (possibly fractional) timesteps (Vaswani et al. 2017; cosines come first).
+    """Sinusoidal embedding (Vaswani et al. 2017; cosines come first) of timesteps [N], float32 [N, dim].
 
-    Args:
-        timesteps: [N], any real dtype.
-        dim: width of the embedding; an odd one is padded with a zero.
-        max_period: the longest wavelength is 2π·max_period steps.
-
-    Returns:
-        float32 [N, dim].
+    Timesteps may be fractional. An odd `dim` is padded with a zero. The longest wavelength is 2π·max_period steps.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half

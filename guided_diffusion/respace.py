@@ -23,8 +23,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Collection[int]) -
             of all spacings the best for few steps (Lin et al. 2024, "Common Diffusion Noise Schedules and Sample
             Steps are Flawed", section 3.3). An empty string keeps every step.
 
-    Raises:
-        ValueError: what is asked for cannot be had.
+    A ValueError if what is asked for cannot be had.
     """
     kind, counts = "sections", section_counts
     if isinstance(section_counts, str):
@@ -61,18 +60,14 @@ class SpacedDiffusion(GaussianDiffusion):
         use_timesteps: the steps of the original process that are kept.
         kwargs: the original process, as for `GaussianDiffusion`.
 
-    Raises:
-        ValueError: a step that the original process does not have, or none.
+    A ValueError for a step that the original process does not have, or none.
     """
 
     def __init__(self, use_timesteps: Collection[int], **kwargs):
         original = GaussianDiffusion(**kwargs)
         self.timestep_map = sorted(use_timesteps)
         self.original_num_steps = original.num_timesteps
-        if (
-            not self.timestep_map
-            or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < original.num_timesteps
-        ):
+        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < original.num_timesteps:
             raise ValueError(f"use_timesteps must name some of the steps 0 … {original.num_timesteps - 1}")
         # β that reproduce the original ᾱ at the kept steps: ᾱ_i = Π (1 − β_j)
         alphas_cumprod = original.alphas_cumprod[self.timestep_map]

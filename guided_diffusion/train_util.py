@@ -99,9 +99,7 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.device = self.trained[0].device
         # float16 underflows where gradients are small; the other precisions have the range of float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -129,10 +127,7 @@ class TrainLoop:
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
         shown = {"unit": "step", "dynamic_ncols": True, "disable": dist_util.rank() > 0}
-        with (
-            StopSignals() as signals,
-            tqdm(total=settings.iterations, initial=self.step, **shown) as progress,
-        ):
+        with StopSignals() as signals, tqdm(total=settings.iterations, initial=self.step, **shown) as progress:
             while self.step < settings.iterations:
                 # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
                 loss_sum = loss_sum + self._train_step(next(batches))
@@ -187,10 +182,7 @@ class TrainLoop:
 
     def _state(self) -> dict[str, Any]:
         """What the next steps depend on, by file. Random numbers are keyed by the step: they have no state."""
-        rest = {
-            "step": self.step,
-            "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {},
-        }
+        rest = {"step": self.step, "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {}}
         rest |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
@@ -219,9 +211,7 @@ class TrainLoop:
             try:
                 self._load(step)
             except Exception as error:  # damaged, or a state of something else
-                said = (
-                    f"checkpoint {step} cannot be used, trying the one before it: {checkpoint.reason(error)}"
-                )
+                said = f"checkpoint {step} cannot be used, trying the one before it: {checkpoint.reason(error)}"
                 self.logger.info(f"warning: {said}")
             else:
                 self.logger.info(f"going on from opt{step:06d}.pt")

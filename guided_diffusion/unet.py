@@ -139,8 +139,7 @@ class UNetModel(nn.Module):
         resblock_updown: residual blocks change the resolution.
         norm_groups: groups of every group norm (the public library has 32).
 
-    Raises:
-        ValueError: channels that norm_groups or the heads do not divide.
+    A ValueError for channels that norm_groups or the heads do not divide.
     """
 
     def __init__(

@@ -8,12 +8,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from guided_diffusion.gaussian_diffusion import (
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    get_named_beta_schedule,
-)
+from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
@@ -27,27 +22,18 @@ NETWORKS = {"unet": UNetTranslator, "diffusion": MaskedConditionalUNet}
 def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator | MaskedConditionalUNet:
     """The network of a translator, `unet` or `diffusion`, with fresh weights.
 
-    Raises:
-        ValueError: widths that the norm's groups or the heads do not divide.
+    A ValueError for widths that the norm's groups or the heads do not divide.
     """
     return NETWORKS[model_name](**model_config)
 
 
 def create_losses(
-    model_name: str, config: ConfigDict, share: slice | None = None
+    model_name: str, config: ConfigDict, share: slice = slice(None)
 ) -> tuple[Callable[[nn.Module, Tensor, Tensor, int], Tensor], ScheduleSampler | None]:
     """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
 
-    Args:
-        model_name: `unet` or `diffusion`.
-        config: of the run.
-        share: the part of every batch that the losses are given; the whole if left out.
-
-    Returns:
-        The losses, and what they remember from step to step, if anything.
-
-    Raises:
-        ValueError: as `create_diffusion`, or an unknown schedule sampler.
+    They are given the `share` of every batch. Beside them comes the diffusion's schedule sampler, if there is one. A
+    ValueError as from `create_diffusion`, or for an unknown schedule sampler.
     """
     if model_name == "unet":
         return lambda model, image, target, step: translation_losses(model, image, target), None
@@ -61,14 +47,14 @@ def create_losses(
         band_width=score_model.mask.width,
         band_stride=score_model.mask.stride,
         seed=config.seed,
-        batch_size=score_model.training.batch_size if share else None,
-        share=share or slice(None),
+        batch_size=score_model.training.batch_size,
+        share=share,
     )
     return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
 
 
 def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:
-    """A trained masked diffusion, ready to sample as the config says; a ValueError as `create_diffusion`."""
+    """A trained masked diffusion, ready to sample as the config says; a ValueError as from `create_diffusion`."""
     sampling = config.score_model.sampling
     return MaskedDiffusionTranslator(
         model,
@@ -82,9 +68,7 @@ def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -
 
 
 @torch.no_grad()
-def translate_example(
-    model_name: str, network: nn.Module, image: Tensor, config: ConfigDict
-) -> tuple[Tensor, Tensor]:
+def translate_example(model_name: str, network: nn.Module, image: Tensor, config: ConfigDict) -> tuple[Tensor, Tensor]:
     """What a network in training is shown of `image`, and its translation: [1, 1, H, W] all.
 
     For a diffusion model a band in the middle is hidden, and shown as grey.
@@ -99,9 +83,8 @@ def translate_example(
 def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "") -> SpacedDiffusion:
     """The diffusion process, with all its steps or respaced to fewer.
 
-    Raises:
-        ValueError: an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing
-            that cannot be had.
+    A ValueError for an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing that
+    cannot be had.
     """
     steps = diffusion_config.steps
     use_timesteps = space_timesteps(steps, timestep_respacing)

@@ -103,9 +103,7 @@ def mmccd(
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     *sums, counts = sums
     score, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
-    translation, reconstruction = (
-        torch.where(counts > 0, mean, image) for mean in (translation, reconstruction)
-    )
+    translation, reconstruction = (torch.where(counts > 0, mean, image) for mean in (translation, reconstruction))
     if average == "reconstructions":
         score = (image - reconstruction).square()
     return Cycle(score, translation, reconstruction)

@@ -128,9 +128,7 @@ class MaskedDiffusionTranslator:
             noise=self._noise_once(bands, "x_T").to(device),
             clip_denoised=False,
             model_kwargs={"condition": masked_condition(image, hidden, noise)},
-            step_noise=lambda step: torch.stack([self._noise(band, "step", step) for band in bands]).to(
-                device
-            ),
+            step_noise=lambda step: torch.stack([self._noise(band, "step", step) for band in bands]).to(device),
         )
 
     def _noise(self, band: Band, *use: int | str) -> Tensor:

@@ -69,8 +69,7 @@ HELD = {
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:
     """The forward and the backward translator that the flags name.
 
-    Raises:
-        UserError: as `find_translator`, or a value that no run can work with.
+    A UserError as from `find_translator`, or for a value that no run can work with.
     """
     import config as configs
 
@@ -82,7 +81,7 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
     if args.sampling:
-        preset = configs.sampling_preset(args.sampling, config.score_model.mask.width)
+        preset = configs.sampling_keys(*configs.SAMPLING[args.sampling], config.score_model.mask.width)
         config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
     backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
     configs.check(config)
@@ -94,11 +93,8 @@ def find_translator(
 ) -> TrainedTranslator:
     """The checkpoint of one direction, and the config with what its experiment's config.json says.
 
-    A checkpoint without a config.json is taken with the config as it is.
-
-    Raises:
-        UserError: nothing is there, it is a translator of another kind, or it was trained with settings that
-            contradict a `given` key.
+    A checkpoint without a config.json is taken with the config as it is. A UserError if nothing is there, it is a
+    translator of another kind, or it was trained with settings that contradict a `given` key.
     """
     from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD, experiment_name, leaves, read_record, require_name
@@ -118,18 +114,14 @@ def find_translator(
         raise UserError(f"{checkpoint.parent / RECORD} is not what training writes: restore it")
     if (record["model_name"], record["training_process"]) != (model_name, direction):
         kind = f"{record['training_process']} {record['model_name']}"
-        raise UserError(
-            f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} that is asked for"
-        )
+        raise UserError(f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} that is asked for")
     asked, fixed = dict(leaves(config)), config.copy_and_resolve_references()
     for key, value in leaves(record["config"]):
         if not key.startswith(HELD[model_name]):
             continue
         value = tuple(value) if isinstance(value, list) else value
         if key in given and asked[key] != value:
-            raise UserError(
-                f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}"
-            )
+            raise UserError(f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}")
         fixed.update_from_flattened_dict({key: value})
     name = checkpoint.absolute().parent.name
     if checkpoint.name not in list(saved(checkpoint.parent, EMA).values())[-1:]:
@@ -140,8 +132,7 @@ def find_translator(
 def newest_ema(experiments: Folder, name: str) -> Path:
     """The EMA weights of an experiment after the most steps, pulled with its config.json where that is needed.
 
-    Raises:
-        UserError: there is no such experiment, or it has saved nothing yet.
+    A UserError if there is no such experiment, or it has saved nothing yet.
     """
     from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD
@@ -204,12 +195,12 @@ def sampling_name(config: Any) -> str:
 
     It says what differs from the paper's settings, so that two samplings that differ have results of their own.
     """
-    from config import get_config, sampling_preset
+    from config import SAMPLING, get_config, sampling_keys
     from guided_diffusion.respace import space_timesteps
     from utils.experiment import leaves
 
     sampling, width = config.score_model.sampling, config.score_model.mask.width
-    paper, fast = (sampling_preset(name, width) for name in ("paper", "fast"))
+    paper, fast = (sampling_keys(*SAMPLING[name], width) for name in ("paper", "fast"))
     differences = [f"eta{sampling.eta:g}"] if sampling.use_ddim and sampling.eta else []
     if config.seed != get_config("brats").seed:
         differences.append(f"seed{config.seed}")
@@ -220,8 +211,7 @@ def sampling_name(config: Any) -> str:
     name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{steps}"
     if respacing not in ("", str(steps)):  # ddim50, trailing2, or 10,15,25 in three sections
         differences.insert(0, respacing.removesuffix(str(steps)).replace(",", "-").replace("ddim", "strided"))
-    if sampling.stride != paper["score_model.sampling.stride"]:
-        differences.append(f"stride{sampling.stride}")
-    if sampling.average != paper["score_model.sampling.average"]:
-        differences.append(sampling.average)
+    for key, label in (("stride", f"stride{sampling.stride}"), ("average", sampling.average)):
+        if sampling[key] != paper[f"score_model.sampling.{key}"]:
+            differences.append(label)
     return "_".join([name, *differences])

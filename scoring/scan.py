@@ -47,8 +47,7 @@ class Scan(NamedTuple):
 def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
     """The geometry of the slices that a translator was trained on; BraTS's where there is no record of it.
 
-    Raises:
-        UserError: the record is damaged.
+    A UserError if the record is damaged.
     """
     recorded = translator.preprocessing.get("grid")
     try:
@@ -58,9 +57,7 @@ def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
         raise UserError(f"{record} is not what training writes: restore it") from error
 
 
-def read_scan(
-    path: Path, geometry: SliceGeometry, quantiles: dict[str, float], slices: tuple[int, int] | None
-) -> Scan:
+def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], slices: tuple[int, int] | None) -> Scan:
     """Read a scan, put it on slices like those of the training data, and normalise it as these were.
 
     Args:
@@ -69,8 +66,7 @@ def read_scan(
         quantiles: `percentage_lower` and `percentage_upper`, as preprocessing has them.
         slices: the scan's own axial slices [start, stop) that are asked for; None: all.
 
-    Raises:
-        UserError: it cannot be read or normalised, has not so many slices, or no brain in them.
+    A UserError if it cannot be read or normalised, has not so many slices, or no brain in them.
     """
     volume, grid = read_volume(path)
     brain = volume != 0
@@ -79,7 +75,7 @@ def read_scan(
             raise ValueError("some voxels are not finite")
         slices_grid, cut_off = place_grid(geometry, brain, grid.affine)
         moved = resample_intensities(volume, grid.affine, slices_grid)
-        image = normalise(moved, quantiles["percentage_lower"], quantiles["percentage_upper"])
+        image = normalise(moved, **quantiles)
     except ValueError as error:
         raise UserError(f"{path} cannot be scored, {error}") from error
 
@@ -87,17 +83,17 @@ def read_scan(
     if slices:
         axis = axial_axis(grid.affine)
         if slices[1] > grid.shape[axis]:
-            raise UserError(
-                f"--slices {slices[0]} {slices[1]} exceeds {path}, which has {grid.shape[axis]} axial slices"
-            )
+            has = f"which has {grid.shape[axis]} axial slices"
+            raise UserError(f"--slices {slices[0]} {slices[1]} exceeds {path}, {has}")
         index = tuple(slice(*slices) if i == axis else slice(None) for i in range(3))
         chosen = np.zeros_like(brain)
         chosen[index] = brain[index]
-        if not chosen.any():
-            raise UserError(f"{path} has no brain in --slices {slices[0]} {slices[1]}")
     # All slices that the way back interpolates between.
     wanted = resample(chosen.astype(np.float32), grid.affine, slices_grid) > 0
     numbers = np.flatnonzero((wanted & (moved != 0)).any(axis=(0, 1)))
+    if not numbers.size:  # nothing there at all, or only stray voxels that coarser slices miss
+        where = f"in --slices {slices[0]} {slices[1]}" if slices else "on the slices of the training data"
+        raise UserError(f"{path} has no brain {where}")
 
     warnings = []
     litres = np.count_nonzero(brain) * abs(np.linalg.det(grid.affine[:3, :3])) / 1e6
@@ -107,11 +103,8 @@ def read_scan(
             "skull-stripped, or its background is not 0; the networks have never seen the like"
         )
     if cut_off > 0.001:
-        height, width = geometry.shape
-        warnings.append(
-            f"{100 * cut_off:.1f} % of its brain lie outside the {height} × {width} px that the networks see, and "
-            "are not judged"
-        )
+        seen = "{} × {} px that the networks see".format(*geometry.shape)
+        warnings.append(f"{100 * cut_off:.1f} % of its brain lie outside the {seen}, and are not judged")
     header = read_header(path)
     if header["sform_code"] == header["qform_code"] == 0:
         directions = ", ".join(nibabel.aff2axcodes(grid.affine))
@@ -144,43 +137,30 @@ def score_scan(scorer: Scorer, scan: Scan) -> np.ndarray:
     return np.where(scan.chosen, anomaly, np.float32(0))
 
 
-def write_results(
-    output_dir: Path,
-    name: str,
-    scan: Scan,
-    anomaly: np.ndarray,
-    threshold: float,
-    quantiles: dict[str, float],
-) -> None:
+def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float, figure: Figure) -> None:
     """Write the score, the mask and the report of a scan, and say in a line what is in them.
 
-    Raises:
-        UserError: the folder cannot be written to.
+    The files' names begin as `stem`. A UserError if they cannot be written.
     """
     mask = (anomaly >= threshold).astype(np.uint8)
-    paths = [output_dir / f"{name}{result}" for result in RESULTS]
-    figure = draw_report(scan, anomaly, mask, threshold, quantiles)
+    paths = [stem.with_name(stem.name + result) for result in RESULTS]
     try:
         header = read_header(scan.path)
         for path, voxels in zip(paths, (anomaly, mask), strict=False):
             write_like(header, voxels, scan.grid.affine, path)
         figure.savefig(paths[-1], dpi=110)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written to ({error.strerror})") from error
+        raise UserError(f"--output_dir {stem.parent} cannot be written to ({error.strerror})") from error
     millilitres = np.count_nonzero(mask) * abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
     print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {paths[-1]}")
 
 
-def draw_report(
-    scan: Scan, anomaly: np.ndarray, mask: np.ndarray, threshold: float, quantiles: dict[str, float]
-) -> Figure:
+def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: dict[str, float]) -> Figure:
     """The scan's most anomalous axial slices, as radiologists look at them, numbered as in its file."""
-    image = normalise(scan.volume, quantiles["percentage_lower"], quantiles["percentage_upper"])
+    image, mask = normalise(scan.volume, **quantiles), (anomaly >= threshold).astype(np.uint8)
     turn = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
     sizes = voxel_sizes(scan.grid.affine)[np.argsort(turn[:, 0])]  # mm along the turned axes
-    image, anomaly, mask = (
-        np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (image, anomaly, mask)
-    )
+    image, anomaly, mask = (np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (image, anomaly, mask))
     picked = pick_slices(mask.sum(axis=(1, 2)), anomaly.sum(axis=(1, 2)), round(APART / sizes[2]))
     upside_down = turn[axial_axis(scan.grid.affine), 1] < 0
     labels = [
@@ -188,15 +168,9 @@ def draw_report(
         f"{mask[i].sum() * sizes[0] * sizes[1] / 100:.1f} cm² marked, score ≤ {anomaly[i].max():.3g}"
         for i in picked
     ]
-    return scan_figure(
-        image[picked],
-        anomaly[picked],
-        mask[picked] > 0,
-        labels,
-        threshold=threshold,
-        aspect=sizes[1] / sizes[0],
-        title=f"{scan.path.name}: the slices with the most marked, most first (R: the patient's right)",
-    )
+    title = f"{scan.path.name}: the slices with the most marked, most first (R: the patient's right)"
+    look = {"threshold": threshold, "aspect": sizes[1] / sizes[0], "title": title}
+    return scan_figure(image[picked], anomaly[picked], mask[picked] > 0, labels, **look)
 
 
 def pick_slices(marked: np.ndarray, scores: np.ndarray, apart: int) -> list[int]:

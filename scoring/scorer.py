@@ -22,8 +22,7 @@ from .chain import Chain, sampling_name
 class Scorer:
     """Both translators of a cycle, loaded: turns slices of any number into anomaly scores.
 
-    Raises:
-        UserError: a config that no network or diffusion can be made of, or weights that do not fit it.
+    A UserError for a config that no network or diffusion can be made of, or weights that do not fit it.
     """
 
     def __init__(self, chain: Chain, device: torch.device):
@@ -64,10 +63,7 @@ class Scorer:
         image, brainmask = image[share].to(self.device), brainmask[share].to(self.device)
         sampling, (forward, backward) = self.config.score_model.sampling, self.networks
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
-        with (
-            autocast(self.device, self.precision),
-            tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar,
-        ):
+        with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
             how = {
                 "batch_size": sampling.batch_size,
                 "progress": lambda samples: bar.update(samples * self.passes_a_sample),
@@ -84,8 +80,7 @@ class Scorer:
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a bare state dict into `network`.
 
-    Raises:
-        UserError: the file is damaged, is no state dict, or fits another network.
+    A UserError if the file is damaged, is no state dict, or fits another network.
     """
     try:
         network.load_state_dict(checkpoint.read_state(path))
@@ -129,8 +124,7 @@ def kinds_scored(config: Any) -> list[str]:
 def load_slices(config: Any, split: str) -> dict | None:
     """All slices of a split as one batch; None, with a word about it, if there are no validation slices.
 
-    Raises:
-        UserError: there are no test slices, or not of the input modality.
+    A UserError if there are no test slices, or not of the input modality.
     """
     data, first = config.data, dist_util.rank() == 0
     if split == "val" and not any(Path(data.data_dir, split).glob("*/*.npy")):

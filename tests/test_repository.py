@@ -220,9 +220,7 @@ def test_every_requirement_is_used_and_every_import_required():
 
 def imported_or_parents(names: set[str]) -> set[str]:
     """ "a.b.c" counts as an import of a and of a.b too."""
-    return {
-        ".".join(parts[:i]) for name in names for parts in [name.split(".")] for i in range(1, len(parts) + 1)
-    }
+    return {".".join(parts[:i]) for name in names for parts in [name.split(".")] for i in range(1, len(parts) + 1)}
 
 
 def test_the_versions_required_are_those_installed():
@@ -273,10 +271,7 @@ def test_ruff_has_nothing_to_say(command):
 
 def test_test_files_have_names_of_their_own():
     """Without packages under tests/, pytest tells modules apart by their base names."""
-    assert (
-        "testpaths"
-        in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    )
+    assert "testpaths" in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
     assert not list((REPOSITORY / "tests").rglob("__init__.py"))

@@ -77,15 +77,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError`, 130 for Ctrl-C."""
+    code, message = 0, ""
     try:
         main()
     except UserError as error:
-        sys.exit(_fail(str(error), 2))
+        code, message = 2, str(error)
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
-    sys.exit(0)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    return code
+        code, message = 130, "interrupted"
+    if code:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -20,10 +20,7 @@ RECORD = "config.json"
 # What may change while an experiment goes on: where its data lie, how long it trains, what it shows on the way.
 _FREE = (
     *("config.data.data_dir", "config.score_model.sampling."),
-    *(
-        f"config.score_model.training.{key}"
-        for key in ("iterations", "log_interval", "save_interval", "keep_last")
-    ),
+    *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
 )
 # What earlier versions did not record: an experiment that says nothing of it goes on with any.
 _NOT_ALWAYS_KNOWN = ("data.grid.",)
@@ -37,17 +34,14 @@ def experiment_name(model_name: str, direction: str, dataset: str, trans: str, i
 def require_name(flag: str, name: str) -> str:
     """`name`, if it is that of something in a folder and not a way out of it; a UserError if it is not."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(
-            f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere"
-        )
+        raise UserError(f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere")
     return name
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write config.json: what was trained or tested, and with which settings.
 
-    Raises:
-        UserError: the folder cannot be made or written to.
+    A UserError if the folder cannot be made or written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,8 +53,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The config.json in a folder, or None where there is none.
 
-    Raises:
-        UserError: it holds something else than what `write_record` writes.
+    A UserError if it holds something else than what `write_record` writes.
     """
     path = directory / RECORD
     if not path.is_file():
@@ -74,8 +67,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     """Hold training that goes on in `directory` to the settings that it began with.
 
-    Raises:
-        UserError: its config.json differs from `record`; all keys that do are named.
+    A UserError if its config.json differs from `record`; all keys that do are named.
     """
     before = read_record(directory)
     if before is None:
@@ -114,9 +106,7 @@ def describe_run(device: torch.device) -> dict[str, Any]:
 def _git(*command: str) -> str | None:
     """What git says of this code, or None where there is no git or no repository."""
     try:
-        done = subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

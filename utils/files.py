@@ -35,9 +35,8 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
 def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
     """Make a folder, and keep other processes that lock it out of it for as long as the block runs.
 
-    The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it.
-
-    A UserError if another process has the lock, or the folder, which `flag` has named, cannot be made or written to;
+    The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it. A
+    UserError if another process has the lock, or the folder, which `flag` has named, cannot be made or written to;
     `otherwise` is what a user can do who finds it locked.
     """
     try:

@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-from nibabel.orientations import (
-    aff2axcodes,
-    axcodes2ornt,
-    inv_ornt_aff,
-    io_orientation,
-    ornt_transform,
-)
+from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy.ndimage import affine_transform, label
 
 SAME = 1e-3  # how far spacings (mm), directions (cosines) and voxel centres (voxels) may be apart and count as one
@@ -28,9 +22,7 @@ TALLEST = 1000.0  # mm, of a volume: a header that says more is wrong, and would
 class SliceGeometry(NamedTuple):
     """What all axial slices of a data set share, wherever each of its volumes lies."""
 
-    axcodes: (
-        str  # where the axes of a slice and the slices themselves lead to, "LPS" for example, as in nibabel
-    )
+    axcodes: str  # where the axes of a slice and the slices themselves lead to, "LPS" for example, as in nibabel
     spacing: tuple[float, float, float]  # mm
     shape: tuple[int, int]  # px of a slice
 
@@ -77,8 +69,7 @@ def place_grid(
     Returns:
         The grid [H, W, D], and the share of the mask's voxels, in [0, 1], that lie outside it.
 
-    Raises:
-        ValueError: an empty mask, an affine that gives voxels no extent, or a volume taller than TALLEST.
+    A ValueError for an empty mask, an affine that gives voxels no extent, or a volume taller than TALLEST.
     """
     if not mask.any():
         raise ValueError("every voxel is 0")
@@ -190,12 +181,9 @@ def _move_whole_voxels(volume: np.ndarray, to_volume: np.ndarray, shape: tuple[i
     axes = np.abs(to_volume[:3, :3]).argmax(axis=0)  # the volume's axis along each of the grid's
     turned = volume.transpose(axes)
     places = [
-        (to_volume[axis, i] * np.arange(shape[i]) + to_volume[axis, 3]).astype(int)
-        for i, axis in enumerate(axes)
+        (to_volume[axis, i] * np.arange(shape[i]) + to_volume[axis, 3]).astype(int) for i, axis in enumerate(axes)
     ]
     there = [(place >= 0) & (place < length) for place, length in zip(places, turned.shape, strict=True)]
     moved = np.zeros(shape, dtype=volume.dtype)
-    moved[np.ix_(*there)] = turned[
-        np.ix_(*(place[inside] for place, inside in zip(places, there, strict=True)))
-    ]
+    moved[np.ix_(*there)] = turned[np.ix_(*(place[inside] for place, inside in zip(places, there, strict=True)))]
     return moved

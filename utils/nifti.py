@@ -31,8 +31,7 @@ logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
 def read_volume(path: Path) -> tuple[np.ndarray, VoxelGrid]:
     """A volume's intensities, [H, W, D], in the dtype on disk or floats where the header scales them, and its grid.
 
-    Raises:
-        UserError: the file cannot be read, is damaged, or holds anything but one volume of real numbers.
+    A UserError if the file cannot be read, is damaged, or holds anything but one volume of real numbers.
     """
     with plain_errors(path):
         with open_volume(path) as file:
@@ -67,8 +66,7 @@ def write_volume(image: nibabel.Nifti1Image, path: Path) -> None:
         image: to be written.
         path: ending in .nii or .nii.gz.
 
-    Raises:
-        OSError: the file cannot be written.
+    An OSError if the file cannot be written.
     """
     data = image.to_bytes()
     # Not nibabel's own .gz, which holds the time of writing.
@@ -84,8 +82,7 @@ def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndar
         affine: of that volume, [4, 4].
         path: ending in .nii or .nii.gz.
 
-    Raises:
-        OSError: the file cannot be written.
+    An OSError if the file cannot be written.
     """
     image = image_class_of(header)(voxels, affine, header, dtype=voxels.dtype)
     # The range of grey levels suited the scan, and not this.
@@ -133,8 +130,7 @@ def image_class_of(header: nibabel.Nifti1Header) -> type[nibabel.Nifti1Image]:
 def parse_header(path: Path, head: bytes) -> tuple[nibabel.Nifti1Header, int]:
     """The checked header in a file's first bytes, and how many bytes the whole file must have, uncompressed.
 
-    Raises:
-        UserError: no NIfTI header, other than 3 axes, voxels that are not real numbers, or a size beyond MAX_BYTES.
+    A UserError for no NIfTI header, other than 3 axes, voxels that are not real numbers, or a size beyond MAX_BYTES.
     """
     header_class = next((f.header_class for f in FORMATS if f.header_class.may_contain_header(head)), None)
     if header_class is None:

@@ -15,9 +15,7 @@ from .cli import UserError
 Job = TypeVar("Job", bound=tuple)
 
 
-def in_processes(
-    work: Callable, jobs: Sequence[Job], workers: int, **progress: str
-) -> Iterator[tuple[Job, Future]]:
+def in_processes(work: Callable, jobs: Sequence[Job], workers: int, **progress: str) -> Iterator[tuple[Job, Future]]:
     """Call `work` with the arguments of each job, `workers` at a time, behind a progress bar (tqdm's arguments).
 
     Yields each job with its future, once it is done. At most twice as many as there are workers are under way, so that

@@ -112,9 +112,7 @@ def test_help_imports_nothing_slow(name):
         f"sys.argv = ['{name}.py', '--help']\n"
         f"runpy.run_path('benchmarks/{name}.py', run_name='__main__')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "imported: []" in done.stdout
     assert "--repeats" in done.stdout
@@ -139,8 +137,7 @@ def exact_config():
 def test_both_sides_compute_the_same_pass(exact_config):
     torch.manual_seed(0)
     plain, optimised = (
-        prepare(exact_config, 2, CPU)()
-        for prepare in (scoring.prepare_plain_pass, scoring.prepare_optimised_pass)
+        prepare(exact_config, 2, CPU)() for prepare in (scoring.prepare_plain_pass, scoring.prepare_optimised_pass)
     )
     assert plain.std() > 1e-3
     torch.testing.assert_close(plain, optimised, rtol=0, atol=1e-5)
@@ -158,8 +155,7 @@ def test_both_sides_score_the_same_slice(exact_config, preset):
 
 def test_both_sides_train_alike(exact_config):
     plain, optimised = (
-        prepare(exact_config, 2, CPU)
-        for prepare in (training.prepare_plain_step, training.prepare_optimised_step)
+        prepare(exact_config, 2, CPU) for prepare in (training.prepare_plain_step, training.prepare_optimised_step)
     )
     for _ in range(2):
         assert plain().item() == pytest.approx(optimised().item(), abs=1e-4)

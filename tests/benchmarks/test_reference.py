@@ -135,9 +135,7 @@ def test_the_plain_scores_are_those_of_the_cycle(denoiser, backward, make_transl
     image = drawn(4, 1, SIZE, SIZE, seed=3)
     translator = make_translator(denoiser)
     want = mmccd(image, brainmask, translator, backward, bands=BANDS, batch_size=7).score
-    got = plain_mmccd(
-        image, brainmask, make_translator(plain_network(denoiser)), plain_network(backward), BANDS
-    )
+    got = plain_mmccd(image, brainmask, make_translator(plain_network(denoiser)), plain_network(backward), BANDS)
     assert largest_difference(got, want) < 1e-4
     assert want[:3].flatten(1).std(1).min() > 0.1  # a score of every slice that has a brain
     assert (want[1] == 0).any()  # what no band covered
@@ -196,9 +194,7 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
     network = MaskedConditionalUNet(**MODEL)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(
-                0.1 * torch.randn_like(parameter)
-            )  # no layer starts at 0, and hides those before it
+            parameter.add_(0.1 * torch.randn_like(parameter))  # no layer starts at 0, and hides those before it
     lr, weight_decay, ema_rate = 1e-2, 0.1, 0.15  # so large that a step without them is seen
     model = plain_network(network).train()
     ema_model = copy.deepcopy(model)

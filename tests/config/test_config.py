@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import config as configs
 import modality_cyclic_test
 import modality_cyclic_train
-from config import brats_config, check, get_config, leaves, override, resolve, sampling_preset
+from config import SAMPLING, brats_config, check, get_config, leaves, override, resolve, sampling_keys
 from models.build import create_network
 from utils.cli import UserError
 
@@ -112,16 +112,12 @@ def test_configs_are_made_anew(brats):
 
 
 def test_a_modality_is_no_dataset():
-    with pytest.raises(
-        UserError, match=r"'flair' is a modality, use --input flair with --dataset brats\|phantom"
-    ):
+    with pytest.raises(UserError, match=r"'flair' is a modality, use --input flair with --dataset brats\|phantom"):
         get_config("flair")
 
 
 def test_unknown_dataset():
-    with pytest.raises(
-        UserError, match=r"unknown --dataset 'brat', did you mean 'brats'\? \(known: brats, phantom"
-    ):
+    with pytest.raises(UserError, match=r"unknown --dataset 'brat', did you mean 'brats'\? \(known: brats, phantom"):
         get_config("brat")
 
 
@@ -269,7 +265,7 @@ def test_values_at_the_border_of_what_works(brats, settings):
 
 def test_the_preset_paper_is_the_default(brats):
     settings = dict(leaves(brats))
-    assert sampling_preset("paper", brats.score_model.mask.width).items() <= settings.items()
+    assert sampling_keys(*SAMPLING["paper"], brats.score_model.mask.width).items() <= settings.items()
 
 
 @pytest.mark.parametrize(
@@ -277,7 +273,7 @@ def test_the_preset_paper_is_the_default(brats):
 )
 def test_presets_scale_with_the_band(width, paper_stride, fast_stride):
     for name, stride in (("paper", paper_stride), ("fast", fast_stride)):
-        assert sampling_preset(name, width)["score_model.sampling.stride"] == stride
+        assert sampling_keys(*SAMPLING[name], width)["score_model.sampling.stride"] == stride
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -408,9 +404,7 @@ def run_everything(slices, tmp_path, monkeypatch):
     return everything
 
 
-@pytest.mark.parametrize(
-    "dead", [(), ("dead", "data.dead", "score_model.training.dead", "score_model.mask.dead")]
-)
+@pytest.mark.parametrize("dead", [(), ("dead", "data.dead", "score_model.training.dead", "score_model.mask.dead")])
 def test_every_key_is_read_by_training_or_testing(run_everything, monkeypatch, capsys, dead):
     """With keys that nothing reads, it is those which are found: the test can fail."""
 

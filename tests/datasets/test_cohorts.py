@@ -115,9 +115,7 @@ def test_a_missing_volume_is_named_as_the_others_of_its_subject(tmp_path):
 
 def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
     make_brats(tmp_path / "raw", 0, named_2023=True)
-    done = run_script(
-        "brats_preprocess.py", "--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path
-    )
+    done = run_script("brats_preprocess.py", "--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path)
     assert_one_plain_sentence(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
 
 
@@ -274,9 +272,7 @@ def test_flags_that_do_not_fit_a_table_are_refused(tmp_path, args, fragments):
 
 RADII = (60, 70, 50)  # mm, half the brain's axes, towards the left, the back and the top
 LESION = (20, -15, 10)  # mm, its middle from the brain's
-LPS = np.diag(
-    [-1.0, -1, 1, 1]
-)  # from mm towards left, back and top, to nibabel's towards right, front and top
+LPS = np.diag([-1.0, -1, 1, 1])  # from mm towards left, back and top, to nibabel's towards right, front and top
 
 
 def head(affine: np.ndarray, shape: tuple, middle: tuple, kind: str) -> np.ndarray:
@@ -332,9 +328,7 @@ def scans(tmp_path_factory) -> Path:
             wrong = misplace[1] if misplace and misplace[0] == kind else np.eye(4)
             save(folder / name / f"{kind}.nii", volume, wrong @ affine)
         cells = {kind: f"{name}/{kind}.nii" if kind in kinds else "" for kind in (*KINDS, "brainmask")}
-        rows.append(
-            f"{name},{cells['FLAIR']},{cells['T2-w']},{cells['seg']},{healthy},{cells['brainmask']},{part}"
-        )
+        rows.append(f"{name},{cells['FLAIR']},{cells['T2-w']},{cells['seg']},{healthy},{cells['brainmask']},{part}")
 
     for name in GEOMETRIES:
         add(name, "test", name)
@@ -378,9 +372,7 @@ def test_every_geometry_comes_to_the_same_place(sliced, name):
     out, _ = sliced
     seg, z = load(out, "test", "seg", name)
     brain, _ = load(out, "test", "brainmask", name)
-    voxel = (
-        5 if name == "thick" else 4
-    )  # mm, which is how exactly the brain's border and so its middle is known
+    voxel = 5 if name == "thick" else 4  # mm, which is how exactly the brain's border and so its middle is known
     middle = np.argwhere(seg).mean(axis=0)
     assert z - (DEPTH - 1) / 2 == pytest.approx(LESION[2], abs=voxel)
     np.testing.assert_allclose(middle - 119.5, LESION[:2], atol=voxel)

@@ -218,8 +218,7 @@ def test_workers_bring_the_same_batches_in_order(both):
 
 def test_shares_make_up_the_batch(both):
     whole, *shares = (
-        next(training_batches(both[0], 5, 0, 2, share=share))
-        for share in (slice(None), slice(0, 2), slice(2, 5))
+        next(training_batches(both[0], 5, 0, 2, share=share)) for share in (slice(None), slice(0, 2), slice(2, 5))
     )
     assert [len(share["name"]) for share in shares] == [2, 3]
     assert torch.equal(torch.cat([share["t2"] for share in shares]), whole["t2"])

@@ -22,9 +22,7 @@ KINDS = (*phantom.MODALITIES, "seg")
 
 
 def run_script(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, check=False)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -58,9 +56,7 @@ def truths() -> list[tuple]:
 def test_files_are_those_of_brats(cohort, images):
     lists = {f"brats_split_{part}.txt" for part in ("training", "validation", "testing")}
     names = [f"BraTS2021_0000{number}" for number in range(3)]
-    scans = {
-        f"{name}/{name}_{kind}.nii.gz" for name in names for kind in ("flair", "t1", "t1ce", "t2", "seg")
-    }
+    scans = {f"{name}/{name}_{kind}.nii.gz" for name in names for kind in ("flair", "t1", "t1ce", "t2", "seg")}
     assert set(files_of(cohort)) == lists | scans
     for subject in images:
         for kind, image in subject.items():
@@ -199,9 +195,7 @@ def test_most_training_subjects_keep_healthy_slices_in_the_window(truths):
 
 
 def test_smooth_noise_is_smooth_and_of_unit_variance():
-    noise = np.stack(
-        [phantom_head.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)]
-    )
+    noise = np.stack([phantom_head.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)])
     np.testing.assert_allclose(noise.std(0), 1, atol=0.25)
     assert np.abs(np.diff(noise, axis=1)).mean() < 0.2
 

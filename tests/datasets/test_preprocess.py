@@ -391,9 +391,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_slices(cohort, output_dir, tmp_
     assert contents(output_dir) == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize(
-    "name", ["val/t1ce/P_val_t1ce_6.npy", "val/t1/P_train_t1_6.npy", "train/t1/note_t1_.npy"]
-)
+@pytest.mark.parametrize("name", ["val/t1ce/P_val_t1ce_6.npy", "val/t1/P_train_t1_6.npy", "train/t1/note_t1_.npy"])
 def test_a_slice_that_no_record_explains_is_refused(cohort, output_dir, name):
     (output_dir / name).parent.mkdir(exist_ok=True)
     (output_dir / name).write_text("")
@@ -758,9 +756,7 @@ def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedPr
     for name, (kind, damage, *_) in zip(names, BAD_VOLUMES.values(), strict=True):
         make_subject(data_dir, name, {5: (1, 3)})
         damage(data_dir / name / f"{name}_{kind}.nii.gz")
-    write_lists(
-        data_dir, {**SPLITS, "train": names[::2] + SPLITS["train"], "test": SPLITS["test"] + names[1::2]}
-    )
+    write_lists(data_dir, {**SPLITS, "train": names[::2] + SPLITS["train"], "test": SPLITS["test"] + names[1::2]})
     result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, "--workers", 2)
     return data_dir, output_dir, result
 
@@ -786,9 +782,7 @@ def test_bad_subjects_do_not_keep_others_from_being_made(spoilt, finished):
     assert f"train: subjects read: {n_train + 2}, slices written: 4\n" in result.stdout
     assert f"train: left out, bad volumes: {n_train} (B00, B02, B04, B06, B08 and " in result.stdout
     lists = set(LIST_NAMES.values())
-    assert contents(output_dir) == {
-        name: data for name, data in contents(finished).items() if name not in lists
-    }
+    assert contents(output_dir) == {name: data for name, data in contents(finished).items() if name not in lists}
 
 
 def test_a_subject_whose_file_was_replaced_is_made_by_the_same_command(cohort, finished, tmp_path):

@@ -274,9 +274,7 @@ def test_nan_scores_rank_last_are_never_predicted_and_are_counted():
     lowest = np.where(np.isnan(broken), -1, broken)
     assert metrics.average_precision(broken, truth) == metrics.average_precision(lowest, truth)
     assert metrics.auroc(broken, truth) == metrics.auroc(lowest, truth)
-    assert metrics.best_threshold(broken, truth) == metrics.best_threshold(
-        np.where(lowest < 0, -np.inf, lowest), truth
-    )
+    assert metrics.best_threshold(broken, truth) == metrics.best_threshold(np.where(lowest < 0, -np.inf, lowest), truth)
     summary = metrics.evaluate(broken, truth, brain, n_resamples=10).summary
     assert summary["nan_scores"] == 5 * 3 * 14  # the image border is outside the scored region
 

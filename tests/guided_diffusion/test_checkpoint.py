@@ -441,9 +441,7 @@ def test_the_schedule_samplers_history_is_resumed(train, make_diffusion):
             sampler.update(t, losses.detach())
             return weights * losses
 
-        loop = train(
-            with_dropout(0), folder, iterations=12, compute_losses=losses, schedule_sampler=sampler, **kwargs
-        )
+        loop = train(with_dropout(0), folder, iterations=12, compute_losses=losses, schedule_sampler=sampler, **kwargs)
         return loop, sampler.state_dict(), drawn
 
     one, expected, _ = run("whole")
@@ -614,9 +612,7 @@ def test_a_disk_that_can_only_be_read_any_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"model000004.pt cannot be written \(Read-only file"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=r"model000004.pt cannot be written \(Read-only file"):
         checkpoint.save(paths(tmp_path, 4), {kind: {} for kind in KINDS})
 
 
@@ -624,9 +620,7 @@ SET = 4 * 4 * 4  # bytes of a set of `linear`: 4 parameters, their average, and 
 
 
 @pytest.mark.parametrize(("keep_last", "needed"), [(0, 3), (1, 2), (2, 3), (5, 3)])
-def test_too_little_space_is_found_before_the_first_step(
-    train, linear, tmp_path, monkeypatch, keep_last, needed
-):
+def test_too_little_space_is_found_before_the_first_step(train, linear, tmp_path, monkeypatch, keep_last, needed):
     """Three sets are to come; while one is written, `keep_last` others lie there."""
 
     def free(size):
@@ -636,9 +630,7 @@ def test_too_little_space_is_found_before_the_first_step(
         raise AssertionError("a step was made")
 
     free(needed * SET - 1)
-    with pytest.raises(
-        checkpoint.CheckpointError, match=f"{needed} checkpoints of .* MB will not fit on the"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{needed} checkpoints of .* MB will not fit on the"):
         train(linear, compute_losses=forbidden, keep_last=keep_last)
     assert files(tmp_path) == set()
     free(needed * SET)
@@ -646,9 +638,7 @@ def test_too_little_space_is_found_before_the_first_step(
 
 
 @pytest.mark.parametrize(("keep_last", "needed"), [(0, 2), (1, 1), (2, 2), (5, 2)])
-def test_space_that_older_sets_take_is_not_asked_for_again(
-    train, linear, tmp_path, monkeypatch, keep_last, needed
-):
+def test_space_that_older_sets_take_is_not_asked_for_again(train, linear, tmp_path, monkeypatch, keep_last, needed):
     """A run that fitted goes on where it was stopped; two sets are still to come."""
     with pytest.raises(Stop):
         train(linear, keep_last=keep_last, batches_from=stopping_at(2))

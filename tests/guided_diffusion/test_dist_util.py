@@ -40,9 +40,7 @@ Path(f"{rank}.json").write_text(json.dumps(told))
 """
 
 
-def run_told(
-    folder: Path, *launcher: str, **environment: str
-) -> tuple[list[dict], subprocess.CompletedProcess]:
+def run_told(folder: Path, *launcher: str, **environment: str) -> tuple[list[dict], subprocess.CompletedProcess]:
     """What each process was told, in order, and what became of the job."""
     (folder / "tell.py").write_text(TELL, encoding="utf-8")
     binaries = Path(sys.executable).parent

@@ -151,9 +151,7 @@ def test_posterior_is_that_of_bayes(make_diffusion, normal):
 def test_posterior_of_the_first_step_is_x_start(make_diffusion, normal):
     diffusion, betas = make_diffusion(STEPS), get_named_beta_schedule("linear", STEPS)
     x_start = normal(1, 1, 3, 3)
-    mean, variance, log_variance = diffusion.q_posterior_mean_variance(
-        x_start, normal(1, 1, 3, 3), torch.tensor([0])
-    )
+    mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_start, normal(1, 1, 3, 3), torch.tensor([0]))
     np.testing.assert_allclose(mean.numpy(), x_start.numpy(), rtol=1e-6)
     assert variance.item() == 0
     # The logarithm of 0 is replaced by that of the step after.
@@ -231,9 +229,7 @@ def test_predicting_the_noise_is_predicting_the_start(make_diffusion, normal, st
         np.testing.assert_allclose(outs[0][key].numpy(), outs[1][key].numpy(), rtol=1e-4, atol=1e-5)
     for sampler in ("p_sample_loop", "ddim_sample_loop"):
         samples = [
-            getattr(diffusion, sampler)(
-                model, SHAPE, noise=x, clip_denoised=False, step_noise=lambda t: step_noises[t]
-            )
+            getattr(diffusion, sampler)(model, SHAPE, noise=x, clip_denoised=False, step_noise=lambda t: step_noises[t])
             for diffusion, model in zip((start, eps), models, strict=True)
         ]
         np.testing.assert_allclose(samples[0].numpy(), samples[1].numpy(), rtol=1e-4, atol=1e-5)
@@ -305,9 +301,7 @@ def test_ddim_on_gaussian_data_is_the_closed_form(make_diffusion, normal, std, m
     )
     betas = get_named_beta_schedule("linear", STEPS)
     start = x_last.numpy() / math.sqrt(cumulative(betas)[0][-1]) - MEAN
-    np.testing.assert_allclose(
-        sample.numpy(), MEAN + ddim_contraction(betas, std) * start, rtol=3e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(sample.numpy(), MEAN + ddim_contraction(betas, std) * start, rtol=3e-5, atol=1e-5)
 
 
 def test_ddim_with_many_steps_samples_the_data(make_diffusion, normal):
@@ -371,9 +365,7 @@ def test_ddim_between_adds_the_noise_of_its_definition(make_diffusion, normal):
     diffusion, t, eta = make_diffusion(STEPS), 25, 0.3
     alpha_bar, before = (a[t] for a in cumulative(get_named_beta_schedule("linear", STEPS)))
     x, x_start, noise = normal(*SHAPE), normal(*SHAPE), normal(*SHAPE)
-    out = diffusion.ddim_sample(
-        lambda x, t: x_start, x, torch.full((3,), t), clip_denoised=False, eta=eta, noise=noise
-    )
+    out = diffusion.ddim_sample(lambda x, t: x_start, x, torch.full((3,), t), clip_denoised=False, eta=eta, noise=noise)
     sigma = eta * math.sqrt((1 - before) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / before)
     eps = (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
     expected = math.sqrt(before) * x_start + math.sqrt(1 - before - sigma**2) * eps + sigma * noise
@@ -409,9 +401,7 @@ def test_ancestral_sampling_with_given_noise(make_diffusion, normal, step_noises
         clip_denoised=False,
         step_noise=lambda t: step_noises[t],
     )
-    expected = ancestral_by_bayes(
-        x_last.numpy(), step_noises.numpy(), large=var_type is ModelVarType.FIXED_LARGE
-    )
+    expected = ancestral_by_bayes(x_last.numpy(), step_noises.numpy(), large=var_type is ModelVarType.FIXED_LARGE)
     np.testing.assert_allclose(sample.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -486,8 +476,6 @@ def test_the_best_denoiser_has_the_loss_that_theory_says(make_diffusion):
 
 def test_training_loss_has_a_gradient(make_diffusion, normal):
     weight = torch.tensor(0.5, requires_grad=True)
-    losses = make_diffusion(STEPS).training_losses(
-        lambda x, t: weight * x, normal(*SHAPE), torch.tensor([1, 2, 3])
-    )
+    losses = make_diffusion(STEPS).training_losses(lambda x, t: weight * x, normal(*SHAPE), torch.tensor([1, 2, 3]))
     losses["loss"].mean().backward()
     assert weight.grad.abs() > 0

@@ -40,9 +40,7 @@ def score(image, brainmask, forward, translator):
     """MMCCD of the three slices, or of what is given instead."""
 
     def compute(image=image, brainmask=brainmask, batch_size=7, **kwargs):
-        return mmccd(
-            image, brainmask, forward, translator, **{"bands": BANDS, "batch_size": batch_size, **kwargs}
-        )
+        return mmccd(image, brainmask, forward, translator, **{"bands": BANDS, "batch_size": batch_size, **kwargs})
 
     return compute
 

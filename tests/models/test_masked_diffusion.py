@@ -212,9 +212,7 @@ def test_all_weights_get_a_gradient(losses_of, masked_unet, normal):
 def test_masks_of_the_translator_are_those_of_its_bands(make_translator):
     masks = make_translator().mask(BANDS)
     assert masks.shape == (3, 1, SIZE, SIZE)
-    assert all(
-        torch.equal(mask, band_mask(band, SIZE, WIDTH)) for mask, band in zip(masks, BANDS, strict=True)
-    )
+    assert all(torch.equal(mask, band_mask(band, SIZE, WIDTH)) for mask, band in zip(masks, BANDS, strict=True))
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
@@ -277,9 +275,7 @@ def test_samples_depend_on_the_seed_and_the_band_alone(make_translator, normal, 
         torch.manual_seed(global_seed)
         samples.append(make_translator(use_ddim=use_ddim, eta=eta).sample(image, BANDS))
     assert torch.equal(*samples)
-    alone = torch.cat(
-        [make_translator(use_ddim=use_ddim, eta=eta).sample(image[:1], [band]) for band in BANDS]
-    )
+    alone = torch.cat([make_translator(use_ddim=use_ddim, eta=eta).sample(image[:1], [band]) for band in BANDS])
     torch.testing.assert_close(samples[0], alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(samples[0][0], samples[0][1], atol=1e-2)
     other_seed = make_translator(use_ddim=use_ddim, eta=eta, seed=1).sample(image, BANDS)

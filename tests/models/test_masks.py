@@ -46,9 +46,7 @@ def test_masks_by_brute_force(image_size, stride, width):
         np.testing.assert_array_equal(mask[0].numpy(), hidden_pixels(band, image_size, width))
 
 
-@pytest.mark.parametrize(
-    ("image_size", "stride", "width"), [(128, 2, 16), (64, 4, 8), (16, 4, 4), (10, 4, 5)]
-)
+@pytest.mark.parametrize(("image_size", "stride", "width"), [(128, 2, 16), (64, 4, 8), (16, 4, 4), (10, 4, 5)])
 def test_every_pixel_is_covered_in_both_directions(image_size, stride, width):
     bands = sweep(image_size, stride)
     for direction in ("horizontal", "vertical"):

@@ -51,9 +51,7 @@ def test_the_frozen_part_changes_nothing(translator, images):
 
 def test_losses_are_the_mean_squared_error_of_each_sample(images):
     losses = translation_losses(lambda image: 2 * image + 1, *images)
-    expected = [
-        ((2 * image + 1 - target) ** 2).sum().item() / 64 for image, target in zip(*images, strict=True)
-    ]
+    expected = [((2 * image + 1 - target) ** 2).sum().item() / 64 for image, target in zip(*images, strict=True)]
     assert losses.shape == (3,)
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 

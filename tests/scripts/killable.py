@@ -127,9 +127,7 @@ def fork(order: dict) -> dict:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(code)
-    return {"pid": pid, "code": wait(pid)} | {
-        "moments": json.loads(report.read_text()) if report.exists() else {}
-    }
+    return {"pid": pid, "code": wait(pid)} | {"moments": json.loads(report.read_text()) if report.exists() else {}}
 
 
 def wait(pid: int) -> int | None:

@@ -86,9 +86,7 @@ def without_paths(metrics: dict) -> dict:
         ("masked", "masked", "diffusion", "forward", "flair → t2"),
     ],
 )
-def test_training_leaves_the_files_of_an_experiment(
-    workspace, chain, run, name, model_name, process, direction
-):
+def test_training_leaves_the_files_of_an_experiment(workspace, chain, run, name, model_name, process, direction):
     folder = workspace / "experiments" / name
     checkpoints = {f"{kind}{step:06d}.pt" for kind in ("model", "ema_0.5_", "opt") for step in (2, 4)}
     files = {path.name for path in folder.iterdir()}
@@ -137,14 +135,10 @@ def test_the_same_command_again_finds_training_finished(workspace, chain, in_pro
     assert "saved" not in done.stdout
     assert {name: (folder / name).read_bytes() for name in kept} == before
     again = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert {key: again[key] for key in record if key != "run"} == {
-        key: record[key] for key in record if key != "run"
-    }
+    assert {key: again[key] for key in record if key != "run"} == {key: record[key] for key in record if key != "run"}
 
 
-def test_interrupted_training_ends_where_uninterrupted_training_does(
-    workspace, chain, in_process, tiny, short
-):
+def test_interrupted_training_ends_where_uninterrupted_training_does(workspace, chain, in_process, tiny, short):
     flags = (*tiny, *short, "--model_name=diffusion", "--experiment_name=interrupted")
     for iterations in (2, 4):
         override = f"--config.score_model.training.iterations={iterations}"
@@ -287,9 +281,7 @@ def test_per_slice_has_a_row_for_every_test_slice(results, workspace, method):
     assert {f"{row['subject']}_flair_{row['slice']}.npy" for row in rows} == files
     maps, metrics = read_maps(results[method]), read_metrics(results[method])
     assert [f"{row['subject']}_{row['slice']}" for row in rows] == maps["test_names"].tolist()
-    expected = dice(
-        cut_scores(maps, "test", "scores"), maps["test_truth"], metrics["validation"]["threshold"]
-    )
+    expected = dice(cut_scores(maps, "test", "scores"), maps["test_truth"], metrics["validation"]["threshold"])
     assert [float(row["validation_dice"]) for row in rows] == pytest.approx(expected, rel=1e-5)
     assert [int(row["lesion_area"]) for row in rows] == maps["test_truth"].sum((1, 2)).tolist()
 
@@ -361,9 +353,7 @@ def test_sampling_presets(run_mmccd, workspace):
 
 def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
     """Of brains that all bands hide some of: 4 slices × 8 bands × (5 steps forward and 1 back)."""
-    brainmask = np.concatenate(
-        [read_maps(results["mmccd"])[f"{split}_brainmask"] for split in ("test", "val")]
-    )
+    brainmask = np.concatenate([read_maps(results["mmccd"])[f"{split}_brainmask"] for split in ("test", "val")])
     rows, columns = (brainmask.any(axis).reshape(4, 4, 8).any(2).sum() for axis in (2, 1))
     metrics, printed = read_metrics(results["mmccd"]), chain["mmccd"].stdout
     assert metrics["network_passes"] == 6 * (rows + columns)
@@ -400,9 +390,7 @@ def test_bare_state_dicts_need_no_experiment(workspace, chain, results, in_proce
 
 
 @pytest.mark.parametrize("folders", ["none", "empty"])
-def test_without_validation_slices_there_is_no_validation_threshold(
-    workspace, results, in_process, tmp_path, folders
-):
+def test_without_validation_slices_there_is_no_validation_threshold(workspace, results, in_process, tmp_path, folders):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test").symlink_to(workspace / "datasets/data/test")
     if folders == "empty":  # as preprocessing leaves them for an empty list
@@ -413,9 +401,7 @@ def test_without_validation_slices_there_is_no_validation_threshold(
         f"--checkpoint_{process}={experiments / f'unet_{process}_phantom_t2_flair' / 'ema_0.5_000004.pt'}"
         for process in ("forward", "backward")
     ]
-    done = in_process(
-        TEST, *DATA, *flags, f"--data_dir={tmp_path / 'data'}", f"--logdir={tmp_path}", cwd=workspace
-    )
+    done = in_process(TEST, *DATA, *flags, f"--data_dir={tmp_path / 'data'}", f"--logdir={tmp_path}", cwd=workspace)
     assert done.code == 0, done.stderr
     metrics, expected = read_metrics(tmp_path / "results" / UNETS), read_metrics(results["cyclic_unet"])
     for block, full in ((metrics, expected), (metrics["baseline_intensity"], expected["baseline_intensity"])):

@@ -72,11 +72,7 @@ shut_down()
 def launch(launcher: str, processes: int, *command: object, cwd: Path) -> subprocess.Popen:
     """Start a script in several processes, on the CPU; its output goes to files of the folder."""
     binary = str(Path(sys.executable).with_name(launcher))
-    how = (
-        ["--standalone", f"--nproc-per-node={processes}"]
-        if launcher == "torchrun"
-        else ["-n", str(processes)]
-    )
+    how = ["--standalone", f"--nproc-per-node={processes}"] if launcher == "torchrun" else ["-n", str(processes)]
     python = [] if launcher == "torchrun" else [sys.executable]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -150,9 +146,7 @@ def alone(tmp_path_factory, data, trainings, in_process) -> Path:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, data, trainings, alone) -> dict[str, Path]:
     """All trained by two processes; those of mpiexec go on from where one process was halfway, but for the first."""
-    folders = {
-        launcher: new_folder(tmp_path_factory.mktemp(launcher) / "here", data) for launcher in LAUNCHERS
-    }
+    folders = {launcher: new_folder(tmp_path_factory.mktemp(launcher) / "here", data) for launcher in LAUNCHERS}
     for name in list(EXPERIMENTS)[1:]:
         shutil.copytree(alone / "experiments" / name, folders["mpiexec"] / "experiments" / name)
         for last in (folders["mpiexec"] / "experiments" / name).glob(f"*{STEPS}.pt"):

@@ -194,9 +194,7 @@ def expect_refusal(done, *phrases: str) -> None:
 def test_comparison_has_a_line_for_every_metric(runs, in_process):
     done = in_process(TEST, "--compare", "good", "poor", cwd=runs)
     assert done.code == 0, done.stderr
-    found = re.findall(
-        r"^(\w+) +([+-]\d\.\d{3}) +\[([+-]\d+\.\d{3}), ([+-]\d+\.\d{3})\] +(\d+)$", done.stdout, re.M
-    )
+    found = re.findall(r"^(\w+) +([+-]\d\.\d{3}) +\[([+-]\d+\.\d{3}), ([+-]\d+\.\d{3})\] +(\d+)$", done.stdout, re.M)
     lines = {metric: (float(d), float(low), float(high), int(n)) for metric, d, low, high, n in found}
     kinds = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")
     named = {f"{choice}_{kind}" for choice in ("oracle", "validation") for kind in kinds} | {"auprc"}
@@ -261,8 +259,6 @@ def test_comparing_does_not_wait_for_torch(runs, repository):
     )
     arguments = [str(repository / TEST), "--compare", "good", "poor"]
     start = f"import sys; sys.argv = {arguments!r}; sys.path.insert(0, {str(repository)!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-c", start + code], cwd=runs, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", start + code], cwd=runs, capture_output=True, text=True, check=True)
     assert "oracle_dice" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

@@ -150,9 +150,7 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     assert f"there are no locks on {logdir}" in killed.stdout
     sets = {f"{kind}000005.pt" for kind in ("model", "ema_0.5_", "opt")}
     there = names(logdir, FORWARD)
-    assert there == {*sets, "config.json", "log.txt", "progress.csv"}, (
-        killed.stderr
-    )  # nothing of the second set
+    assert there == {*sets, "config.json", "log.txt", "progress.csv"}, killed.stderr  # nothing of the second set
 
     stopped = interrupted(as_subprocess, port, 15, "/model000010.pt", *remote, cwd=workspace)
     assert stopped.code == 143, stopped.stderr
@@ -183,9 +181,7 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     assert "stopped by SIGTERM" in log
 
 
-def test_a_test_run_on_object_storage_is_that_of_a_local_folder(
-    asked, logdir, workspace, chain, in_process, tmp_path
-):
+def test_a_test_run_on_object_storage_is_that_of_a_local_folder(asked, logdir, workspace, chain, in_process, tmp_path):
     context = blobfile.create_context(save_access_token_to_disk=False)
     for name in (FORWARD, BACKWARD):
         for path in (workspace / "experiments" / name).iterdir():
@@ -193,18 +189,14 @@ def test_a_test_run_on_object_storage_is_that_of_a_local_folder(
                 context.copy(str(path), f"{logdir}/{name}/{path.name}")
     asked.clear()
     for _ in range(2):  # the second takes the place of the first
-        done = in_process(
-            TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace
-        )
+        done = in_process(TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace)
         assert done.code == 0, done.stderr
     pulled = {
         path.split("/a/b/")[1]
         for method, path in asked
         if method == "GET" and path.endswith((".pt", ".json")) and "/results/" not in path
     }
-    assert pulled == {
-        f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")
-    }
+    assert pulled == {f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")}
 
     results = f"{logdir}/results/{FORWARD}__{BACKWARD}"
     local = workspace / "experiments/results" / f"{FORWARD}__{BACKWARD}"
@@ -223,9 +215,7 @@ def test_a_test_run_on_object_storage_is_that_of_a_local_folder(
     assert theirs == ours
 
 
-def test_a_scan_is_scored_with_what_lies_on_object_storage(
-    asked, logdir, workspace, chain, in_process, tmp_path
-):
+def test_a_scan_is_scored_with_what_lies_on_object_storage(asked, logdir, workspace, chain, in_process, tmp_path):
     context = blobfile.create_context(save_access_token_to_disk=False)
     results = f"results/{FORWARD}__{BACKWARD}"
     for name in (FORWARD, BACKWARD, results):
@@ -240,11 +230,7 @@ def test_a_scan_is_scored_with_what_lies_on_object_storage(
     assert f"the validation threshold in {logdir}/{results}/metrics.json" in done.stdout
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert {method for method, _ in asked} <= {"GET", "HEAD"}  # nothing is written there
-    pulled = {
-        path.split("/a/b/")[1]
-        for method, path in asked
-        if method == "GET" and path.endswith((".pt", ".json"))
-    }
+    pulled = {path.split("/a/b/")[1] for method, path in asked if method == "GET" and path.endswith((".pt", ".json"))}
     assert pulled == {
         *(f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")),
         f"{results}/metrics.json",
@@ -280,9 +266,7 @@ def test_refusals_are_plain(asked, logdir, workspace, tiny, short, in_process, m
     done = in_process(TRAIN, *tiny, *short, f"--logdir={nowhere}", cwd=workspace)
     expect_refusal(done, nowhere, "cannot be written to", "No such file or container")
     assert "saved" not in done.stdout  # it is known before training begins
-    done = in_process(
-        TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace
-    )
+    done = in_process(TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace)
     expect_refusal(done, f"no experiment '{FORWARD}' in {logdir}; train it first")
     done = in_process(TEST, f"--rescore={logdir}/results/a", cwd=workspace)
     expect_refusal(done, "copy it here first")

@@ -65,9 +65,7 @@ def test_the_commands_of_the_readme_work(mine, as_subprocess, tiny, short):
         assert done.code == 0, done.stderr
 
     slices = folder / "datasets/mine/slices"
-    names = {
-        part: sorted(path.name for path in (slices / part / "T2w").iterdir()) for part in ("train", "test")
-    }
+    names = {part: sorted(path.name for path in (slices / part / "T2w").iterdir()) for part in ("train", "test")}
     assert names["train"] == sorted(f"control-{i}_T2w_{z}.npy" for i in (1, 2) for z in range(70, 90))
     assert len(names["test"]) == 1
     assert np.load(slices / "test/T2w" / names["test"][0]).shape == (240, 240)

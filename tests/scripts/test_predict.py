@@ -163,10 +163,7 @@ def test_what_is_marked_is_what_reaches_the_validation_threshold(place, whole, m
     folder, said = whole[method]
     path = place / "experiments/results" / RESULTS[method] / "metrics.json"
     threshold = json.loads(path.read_text())["validation"]["threshold"]
-    assert (
-        f"threshold: {threshold:.6g}, the validation threshold in experiments/results/{RESULTS[method]}"
-        in said
-    )
+    assert f"threshold: {threshold:.6g}, the validation threshold in experiments/results/{RESULTS[method]}" in said
     mask = voxels(load(folder, "C_flair", "mask"))
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, voxels(load(folder, "C_flair")) >= threshold)
@@ -394,9 +391,7 @@ def test_a_scan_is_normalised_as_the_training_slices_were(experiments, place, wh
         change_data(experiments, (FORWARD, BACKWARD), normalisation=quantiles)
         done = predict(scan, tmp_path, *flags)
         assert done.code == 0, done.stderr
-        found, expected = (
-            voxels(load(folder, "C_flair"))[:, :, 7] for folder in (tmp_path, whole["cyclic_unet"][0])
-        )
+        found, expected = (voxels(load(folder, "C_flair"))[:, :, 7] for folder in (tmp_path, whole["cyclic_unet"][0]))
         assert np.allclose(found, expected, rtol=1e-4, atol=1e-4) == same
 
 
@@ -498,12 +493,10 @@ def test_the_report_shows_slices_front_up_and_numbered_as_in_the_file(tmp_path, 
     anomaly = np.zeros(SHAPE, np.float32)
     anomaly[18:21, 10:12, 4] = 8
     anomaly[18:21, 10:12, 9] = 3
-    turned, turned_anomaly = (
-        nibabel.Nifti1Image(volume, AFFINE).as_reoriented(turn) for volume in (head(2), anomaly)
-    )
+    turned, turned_anomaly = (nibabel.Nifti1Image(volume, AFFINE).as_reoriented(turn) for volume in (head(2), anomaly))
     path = save(tmp_path / "scan.nii.gz", voxels(turned), turned.affine)
     scan, scores = read_scan(path, GRID, NORMALISATION, None), voxels(turned_anomaly)
-    figure = draw_report(scan, scores, (scores >= 5).astype(np.uint8), 5.0, NORMALISATION)
+    figure = draw_report(scan, scores, 5.0, NORMALISATION)
     first, second, scores_of_first = figure.axes[:3]
     numbers = [4, 9] if "S" in axcodes else [9, 4]
     assert first.get_title() == f"slice {numbers[0]}\n1.5 cm² marked, score ≤ 8"

@@ -291,9 +291,7 @@ def test_all_settings_that_differ_are_named(in_process, place, copy):
     done = in_process(
         TRAIN, *UNET, *overrides, "--training_process=backward", f"--experiment_name={copy.name}", cwd=place
     )
-    expect_sentence(
-        done, *others, "training_process=forward, not backward", "--overwrite", "lr=0.01, not 0.02"
-    )
+    expect_sentence(done, *others, "training_process=forward, not backward", "--overwrite", "lr=0.01, not 0.02")
     assert len(done.stderr.splitlines()) == 1
     assert "iterations" not in done.stderr
     assert contents(copy) == before

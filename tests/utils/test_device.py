@@ -19,9 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("max", 8000 * 1024), ("5000", 4000), ("900000000", 8000 * 1024)]
-)
+@pytest.mark.parametrize(("limit", "expected"), [("max", 8000 * 1024), ("5000", 4000), ("900000000", 8000 * 1024)])
 def test_available_memory_is_that_of_the_control_group_too(monkeypatch, limit, expected):
     files = {
         "/proc/meminfo": "MemTotal:       9000 kB\nMemAvailable:   8000 kB\n",
@@ -90,14 +88,10 @@ def test_autocast_computes_products_in_the_precision():
 
 @pytest.fixture
 def network(randomise):
-    return randomise(
-        UNetModel(1, 8, 1, 1, (2,), channel_mult=(1, 2), resblock_updown=True, norm_groups=4), seed=3
-    )
+    return randomise(UNetModel(1, 8, 1, 1, (2,), channel_mult=(1, 2), resblock_updown=True, norm_groups=4), seed=3)
 
 
-@pytest.mark.parametrize(
-    ("training", "layout"), [(False, torch.channels_last), (True, torch.contiguous_format)]
-)
+@pytest.mark.parametrize(("training", "layout"), [(False, torch.channels_last), (True, torch.contiguous_format)])
 def test_the_layout_on_a_cpu_changes_no_value(network, training, layout):
     plain = copy.deepcopy(network)
     fast = speed_up(network, CPU, training=training)

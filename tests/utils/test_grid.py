@@ -18,9 +18,7 @@ CENTRE = apply_affine(LPS, (np.array(SHAPE) - 1) / 2)  # of all scans here, mm
 BLOB = CENTRE + np.array([6, -5, 4])  # mm
 
 ORIENTATIONS = [
-    "".join(signs)
-    for axes in itertools.permutations(("LR", "AP", "SI"))
-    for signs in itertools.product(*axes)
+    "".join(signs) for axes in itertools.permutations(("LR", "AP", "SI")) for signs in itertools.product(*axes)
 ]
 
 
@@ -196,10 +194,7 @@ def test_a_place_in_the_head_stays_where_it_is(name):
     voxel = max(1, *np.linalg.norm(OTHER_GEOMETRYS[name], axis=0))
     assert np.linalg.norm(centre_of_blob(moved, field.affine) - BLOB) < voxel / 2
     # all of the brain is there, and what is there is what lies at that place in the head
-    litres = [
-        np.count_nonzero(v) * abs(np.linalg.det(a[:3, :3]))
-        for v, a in ((volume, affine), (moved, field.affine))
-    ]
+    litres = [np.count_nonzero(v) * abs(np.linalg.det(a[:3, :3])) for v, a in ((volume, affine), (moved, field.affine))]
     assert litres[1] == pytest.approx(litres[0], rel=0.05)
     # the way back, over what was interpolated
     back = resample(moved, field.affine, VoxelGrid(volume.shape, affine))

@@ -101,9 +101,7 @@ def test_a_local_folder_is_itself_and_needs_no_blobfile(tmp_path):
     assert done.stdout == "somewhere None [] somewhere/a\n[]\n"
 
 
-@pytest.mark.parametrize(
-    "address", ["gs://bucket/a", "az://account/container", "https://a.blob.core.windows.net/c"]
-)
+@pytest.mark.parametrize("address", ["gs://bucket/a", "az://account/container", "https://a.blob.core.windows.net/c"])
 def test_addresses_are_told_from_paths(address):
     assert storage.is_remote(address)
     with pytest.raises(storage.argparse.ArgumentTypeError, match="copy it here first"):
