@@ -167,7 +167,7 @@ def find_threshold(
     folder = f"results/{results_name(chain)}"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
-    remedy = f"run {test_command(args, overrides)} first, or give --threshold"
+    remedy = f"run {test_command(args, overrides)} to find a threshold, or give --threshold"
     metrics = read_metrics(path.parent, remedy)
     tested, now = (
         {direction: short(where) for direction, where in checkpoints.items()}

@@ -136,6 +136,7 @@ def exact_config():
 
 def test_both_sides_compute_the_same_pass(exact_config):
     torch.manual_seed(0)
+    exact_config.score_model.training.batch_size = 2
     plain, optimised = (
         prepare(exact_config, 2, CPU)() for prepare in (scoring.prepare_plain_pass, scoring.prepare_optimised_pass)
     )
@@ -154,6 +155,7 @@ def test_both_sides_score_the_same_slice(exact_config, preset):
 
 
 def test_both_sides_train_alike(exact_config):
+    exact_config.score_model.training.batch_size = 2
     plain, optimised = (
         prepare(exact_config, 2, CPU) for prepare in (training.prepare_plain_step, training.prepare_optimised_step)
     )

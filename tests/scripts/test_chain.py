@@ -315,7 +315,7 @@ def test_the_same_command_gives_the_same_scores_and_another_seed_others(run_mmcc
     first = read_metrics(results["mmccd"])
     again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5_stride8")
     assert without_paths(again) == without_paths(first)
-    other, _ = run_mmccd("--timestep_respacing=5", "--seed=1", name=f"{MASKED}__ddim5_stride8")
+    other, _ = run_mmccd("--timestep_respacing=5", "--seed=1", name=f"{MASKED}__ddim5_seed1_stride8")
     assert other["auprc"] != first["auprc"]
     assert other["baseline_intensity"] == first["baseline_intensity"]
 
@@ -330,7 +330,7 @@ def test_ancestral_sampling_is_another_sampling(run_mmccd):
 
 
 def test_respacing_as_the_public_library_spells_it(run_mmccd):
-    metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4_stride8")
+    metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4_strided_stride8")
     assert metrics["method"] == "mmccd"
 
 
@@ -361,7 +361,7 @@ def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
     assert "--sampling fast" in printed
     assert "--sampling fast" not in chain["cyclic_unet"].stdout
     assert read_metrics(results["cyclic_unet"])["network_passes"] == 2 * 4
-    *_, bar = [line for line in chain["mmccd"].stderr.splitlines() if line.startswith("scoring:")]
+    *_, bar = [line for line in chain["mmccd"].stderr.splitlines() if line.startswith("scoring ")]
     assert "100%" in bar
     assert "pass/s" in bar
 
