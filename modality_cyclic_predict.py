@@ -62,10 +62,10 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         if dist_util.rank() == 0:
             report = draw_report(scan, anomaly, threshold, quantiles)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
-    speaks = dist_util.rank() == 0
+    is_first = dist_util.rank() == 0
     dist_util.shut_down()
     if failures:
-        for reason in failures if speaks else []:
+        for reason in failures if is_first else []:
             print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         sys.exit(1)
 

@@ -67,8 +67,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     }
     results = experiments.local / "results" / results_name(chain)
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(config)) for split in maps}
-    about = describe_run(scorer.device)
-    write_record(results, {**run, "config": config.to_dict(), "data": data, "run": about})
+    write_record(results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
     write_maps(results / ERROR_MAPS, run, maps)
     experiments.remove(f"results/{results.name}", "events.out.tfevents.*")
     score_maps(results, run, maps, experiments.address(results))

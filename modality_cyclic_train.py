@@ -68,20 +68,18 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     if not args.overwrite:
         needed = checkpoint.needed_to_resume(experiments.names(name), training.keep_last)
         experiments.pull(name, experiment.RECORD, "log.txt", "progress.csv", *needed)
-        if checkpoint.saved_steps(directory):
+        if checkpoint.saved(directory):
             experiment.refuse_other_settings(directory, record)
 
     where = (data.data_dir, "train", [image, target], data.image_size)
     dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
-    alone = locked(directory, "--logdir", "give another --experiment_name") if first else nullcontext()
-    with alone:
+    with locked(directory, "--logdir", "give another --experiment_name") if first else nullcontext():
         if first:
             if args.overwrite:
                 experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
             # The record of a finished run stays.
-            if max(checkpoint.saved_steps(directory), default=0) < training.iterations:
-                about = {"run": experiment.describe_run(device)}
-                experiment.write_record(directory, record | about)
+            if max(checkpoint.saved(directory), default=0) < training.iterations:
+                experiment.write_record(directory, record | {"run": experiment.describe_run(device)})
             experiments.push()  # so that it fails now, not at the first save
         dist_util.barrier()
         logger = create_logger(directory)

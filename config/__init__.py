@@ -15,7 +15,7 @@ from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
 # How MMCCD samples, by name: the DDIM steps, bands of the sweep in the width of one band (so many see each pixel,
-# in either direction), and what is averaged over them. The README shows what each costs and scores.
+# in either direction), and what is averaged over them. docs/speed.md shows what each costs and scores.
 SAMPLING = {"paper": ("100", 8, "errors"), "fast": ("trailing2", 4, "reconstructions")}
 AVERAGES = ("errors", "reconstructions")
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -106,8 +106,7 @@ def check(config: ConfigDict) -> None:
     for key, known in names.items():
         if values[key] not in known:
             raise UserError(f"{key}={values[key]!r} is not known: choose one of {', '.join(known)}")
-    bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)}
-    for key, (least, most) in bounds.items():
+    for key, (least, most) in {**_BOUNDS, "score_model.mask.width": (1, data.image_size)}.items():
         if not least <= values[key] <= most:
             allowed = f"be at least {least}" if most == inf else f"lie in {least} … {most}"
             raise UserError(f"{key}={values[key]} must {allowed}")
@@ -137,8 +136,7 @@ _BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
     for section, bounds, keys in (
         ("model", (1, inf), ("model_channels", "num_res_blocks", "num_heads", "norm_groups")),
         ("diffusion", (1, inf), ("steps",)),
-        ("training", (1, inf), ("iterations", "batch_size", "lr_decay_steps")),
-        ("training", (1, inf), ("log_interval", "save_interval")),
+        ("training", (1, inf), ("iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval")),
         ("training", (0, inf), ("lr", "weight_decay", "lr_decay_factor", "keep_last")),
         ("training", (0, 1), ("ema_rate",)),
         ("sampling", (1, inf), ("batch_size",)),

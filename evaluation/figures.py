@@ -29,10 +29,7 @@ HISTOGRAM_STYLES = (
     {"histtype": "stepfilled", "color": SKY_BLUE},
     {"histtype": "step", "color": VERMILION, "linewidth": 1.8},
 )
-THRESHOLD_STYLES = {
-    "oracle": {"color": "black", "linestyle": "--"},
-    "validation": {"color": "black", "linestyle": "-"},
-}
+THRESHOLD_STYLES = {"oracle": {"color": "black", "linestyle": "--"}, "validation": {"color": "black", "linestyle": "-"}}
 
 
 def to_grey(image: np.ndarray) -> np.ndarray:

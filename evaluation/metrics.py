@@ -381,7 +381,7 @@ def evaluate(
         brainmask: [N, H, W] bool.
         val: scores, truth and brain mask of the validation slices, [M, H, W] each. They alone choose the
             validation threshold; the test set's slices choose the oracle's.
-        n_resamples, seed: of the bootstrap over slices; the thresholds are not chosen anew in it.
+        n_resamples, seed: of the bootstrap over slices; the thresholds stay.
 
     Returns:
         The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices left out

@@ -58,10 +58,7 @@ def size_table(metrics: Mapping[str, Any]) -> str:
 
 
 def comparison(run_a: Path, run_b: Path) -> str:
-    """A table of how two test runs differ on the same slices: a paired bootstrap of every metric.
-
-    Args:
-        run_a, run_b: folders of test runs.
+    """A table of how the test runs in two folders differ on the same slices: a paired bootstrap of every metric.
 
     A UserError if a folder has no sound per_slice.csv, or the two are not of the same slices and lesions.
     """

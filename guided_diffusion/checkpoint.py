@@ -22,8 +22,6 @@ WRITTEN = (
     *(f"{kind}[0-9]*.pt{end}" for kind in ("opt", "model", "ema_[0-9]*_") for end in ("", ".tmp")),
     *("progress.csv", "progress.csv.tmp", "log.txt", "events.out.tfevents.*"),
 )
-
-
 EMA = r"ema_[0-9.e-]+_"  # the prefix of averages of any rate
 
 
@@ -52,11 +50,6 @@ def saved(where: Path | Iterable[str], prefix: str = "opt") -> dict[int, str]:
     names = (path.name for path in where.glob("*.pt")) if isinstance(where, Path) else where
     found = (re.fullmatch(rf"{prefix}(\d+)\.pt", name) for name in names)
     return dict(sorted((int(match[1]), match[0]) for match in found if match))
-
-
-def saved_steps(directory: Path, prefix: str = "opt") -> list[int]:
-    """The steps of `saved`."""
-    return list(saved(directory, prefix))
 
 
 def step_of(name: str) -> int | None:
@@ -89,11 +82,6 @@ def save(paths: Mapping[str, Path], states: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} cannot be written ({error.strerror})") from error
 
 
-def load(paths: Mapping[str, Path], device: torch.device) -> dict[str, Any]:
-    """Read a set by the keys of `paths`; an UnreadableError as from `read_state`."""
-    return {kind: read_state(path, device) for kind, path in paths.items()}
-
-
 def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """What a file holds, after a look at its checksums; no code in it is run.
 
@@ -123,9 +111,9 @@ def reason(error: Exception) -> str:
 
 def remove_older(directory: Path, ema_rate: float, newest: int, keep_last: int) -> None:
     """Remove all up to the set of step `newest` but that and the `keep_last` - 1 complete sets before it."""
-    kept = [step for step in saved_steps(directory) if step <= newest][-keep_last:]
+    kept = [step for step in saved(directory) if step <= newest][-keep_last:]
     # Those of a process killed while it wrote or removed a set are not complete.
-    there = {step for prefix in ("model", f"ema_{ema_rate}_", "opt") for step in saved_steps(directory, prefix)}
+    there = {step for prefix in ("model", f"ema_{ema_rate}_", "opt") for step in saved(directory, prefix)}
     for step in sorted(there.difference(kept)):
         if step < newest:
             for path in reversed(paths_of(directory, ema_rate, step).values()):  # invalid first, then gone

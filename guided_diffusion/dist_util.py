@@ -25,8 +25,7 @@ _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 def setup() -> None:
     """Join the other processes, if there are any. To be called once, before anything else here.
 
-    Of several processes only the first prints to stdout. A UserError if several tasks were
-    started that do not know of each other.
+    Of several processes only the first prints to stdout. A UserError if several tasks do not know of each other.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and not _described_by_mpi():
         return

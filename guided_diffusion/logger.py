@@ -43,10 +43,8 @@ class Logger:
             return
         # Bytes, since a machine that crashed may have left anything in the last row.
         header, *rows = self._progress_path.read_bytes().splitlines(keepends=True) or [b""]
-        steps = [row.partition(b",")[0] for row in rows]
-        kept = [
-            row for row, of in zip(rows, steps, strict=True) if row.endswith(b"\n") and of.isdigit() and int(of) <= step
-        ]
+        steps = ((row, row.partition(b",")[0]) for row in rows if row.endswith(b"\n"))
+        kept = [row for row, of in steps if of.isdigit() and int(of) <= step]
         if kept:
             write_whole(self._progress_path, b"".join([header, *kept]))
         else:

@@ -206,7 +206,7 @@ class TrainLoop:
         """Load the newest sound set; returns its step."""
         for leftover in self.directory.glob("*.pt.tmp"):
             leftover.unlink()
-        steps = checkpoint.saved_steps(self.directory)
+        steps = checkpoint.saved(self.directory)
         for step in reversed(steps):
             try:
                 self._load(step)
@@ -221,7 +221,7 @@ class TrainLoop:
         return None
 
     def _load(self, step: int) -> None:
-        states = checkpoint.load(self._paths(step), self.device)
+        states = {kind: checkpoint.read_state(path, self.device) for kind, path in self._paths(step).items()}
         self.model.load_state_dict(states["model"])
         self.ema_model.load_state_dict(states["ema"])
         self.optimizer.load_state_dict(states["opt"]["optimizer"])
@@ -238,7 +238,7 @@ class TrainLoop:
         size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
         saves = math.ceil(settings.iterations / settings.save_interval) - self.step // settings.save_interval
         if settings.keep_last:  # and one more while it is written; what lies there takes no more space
-            there = len(checkpoint.saved_steps(self.directory))
+            there = len(checkpoint.saved(self.directory))
             saves = min(saves, max(settings.keep_last + 1 - there, 1))
         free = shutil.disk_usage(self.directory).free
         if saves * size > free:

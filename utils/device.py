@@ -113,8 +113,7 @@ def in_batches(
             work(batch)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
-                remedy = "use a smaller model"
-                raise UserError(f"not even a batch of 1 fits into the GPU's memory: {remedy}") from error
+                raise UserError("not even a batch of 1 fits into the GPU's memory: use a smaller model") from error
             batch_size = len(batch) // 2
         else:
             done += len(batch)
@@ -127,7 +126,7 @@ def in_batches(
 
 
 def _keep_memory() -> None:
-    """Have the C library keep freed memory: asking the system for it anew takes a fifth of a training step."""
+    """Have the C library keep freed memory: asking the system for it again takes a fifth of a training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # glibc has it
         m_trim_threshold, m_mmap_threshold = -1, -3

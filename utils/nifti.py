@@ -60,11 +60,7 @@ def read_header(path: Path) -> nibabel.Nifti1Header:
 
 
 def write_volume(image: nibabel.Nifti1Image, path: Path) -> None:
-    """Write a volume, as a whole or not at all, and the same bytes for the same volume.
-
-    Args:
-        image: to be written.
-        path: ending in .nii or .nii.gz.
+    """Write a volume to a .nii or .nii.gz as a whole or not at all, with the same bytes for the same volume.
 
     An OSError if the file cannot be written.
     """
@@ -74,15 +70,9 @@ def write_volume(image: nibabel.Nifti1Image, path: Path) -> None:
 
 
 def write_like(header: nibabel.Nifti1Header, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write a volume that lies where another one does: its space, codes and units are those of that one's header.
+    """Write voxels [H, W, D] in their dtype, in the space, codes and units of the volume of this header and affine.
 
-    Args:
-        header: of a volume of the same shape.
-        voxels: [H, W, D], in the dtype that they are to have in the file.
-        affine: of that volume, [4, 4].
-        path: ending in .nii or .nii.gz.
-
-    An OSError if the file cannot be written.
+    `path` ends in .nii or .nii.gz. An OSError if it cannot be written.
     """
     image = image_class_of(header)(voxels, affine, header, dtype=voxels.dtype)
     # The range of grey levels suited the scan, and not this.

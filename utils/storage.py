@@ -19,21 +19,16 @@ class StorageError(UserError):
     """Object storage cannot be read or written to."""
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is the address of something on object storage."""
-    return "://" in path
-
-
 def local_path(text: str) -> Path:
     """The path that an argument gives, for those that cannot be an address on object storage."""
-    if is_remote(text):
+    if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is on object storage: copy it here first")
     return Path(text)
 
 
 def open_folder(path: str) -> "Folder":
     """The folder at a path or an address, to be used in a `with` statement."""
-    return Mirror(path) if is_remote(path) else Folder(Path(path))
+    return Mirror(path) if "://" in path else Folder(Path(path))
 
 
 class Folder(AbstractContextManager):
@@ -81,7 +76,7 @@ class Mirror(Folder):
         scheme, _, rest = remote.partition("://")
         self.remote = f"{scheme}://{rest.strip('/')}"
         super().__init__(Path(tempfile.mkdtemp(prefix="mmccd-")))
-        # It would try for ever, speak of each try, and leave keys in the home folder.
+        # By default it tries for ever, logs each try, and leaves keys in the home folder.
         manners = {"log_callback": lambda message: None, "save_access_token_to_disk": False}
         self._blobs = blobfile.create_context(retry_limit=8, **manners)
         self._stored: dict[str, tuple[int, int]] = {}  # state of each local file when it was pulled or pushed

@@ -10,6 +10,7 @@ import signal
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,10 @@ class Killed(BaseException):
 
 def paths(directory: Path, step: int) -> dict[str, Path]:
     return checkpoint.paths_of(directory, RATE, step)
+
+
+def read_set(directory: Path, step: int) -> dict[str, Any]:
+    return {kind: checkpoint.read_state(path, CPU) for kind, path in paths(directory, step).items()}
 
 
 def files(directory: Path) -> set[str]:
@@ -146,9 +151,9 @@ def test_killed_while_writing_a_set(train, whole, tmp_path, dying, monkeypatch, 
     monkeypatch.undo()
 
     complete = [2, 4] if (kind, moment) == ("opt", "after its rename") else [2]
-    assert checkpoint.saved_steps(directory) == complete
+    assert list(checkpoint.saved(directory)) == complete
     for path in directory.glob("*.pt"):
-        checkpoint.load({"any": path}, CPU)
+        checkpoint.read_state(path, CPU)
     leftovers = list(directory.glob("*.tmp"))
     assert len(leftovers) == (moment != "after its rename")
 
@@ -296,7 +301,7 @@ def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
     for data in harmed:
         path.write_bytes(data)
         try:
-            found = checkpoint.load({"model": path}, CPU)["model"]
+            found = checkpoint.read_state(path, CPU)
         except checkpoint.UnreadableError:
             refused += 1
         else:
@@ -376,7 +381,7 @@ def test_the_oldest_set_goes_first_and_is_invalid_first(train, linear, tmp_path,
 
     def unlink(path, *args, **kwargs):
         if path.exists():
-            gone.append((path.name, checkpoint.saved_steps(tmp_path)[-1]))
+            gone.append((path.name, max(checkpoint.saved(tmp_path))))
         really_unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", unlink)
@@ -413,7 +418,7 @@ def test_a_damaged_newer_set_does_not_crowd_out_the_sound_ones(train, whole, par
     truncate(paths(parts, 4)["model"])
     with pytest.raises(Stop):
         train(with_dropout(0), "parts", save_interval=3, keep_last=1, batches_from=stopping_at(3))
-    checkpoint.load(paths(parts, 3), CPU)
+    read_set(parts, 3)
     expect_same(train(with_dropout(1), "parts", keep_last=1), whole)
     assert files(parts) == files_of(6)
 
@@ -521,14 +526,14 @@ def test_a_signal_ends_the_step_and_saves(train, whole, tmp_path, number):
         train(with_dropout(0), "parts", compute_losses=signalling({2: [number]}))
     assert stopped.value.received == number
     assert signal.getsignal(number) == before
-    assert checkpoint.saved_steps(tmp_path / "parts") == [2, 3]
+    assert list(checkpoint.saved(tmp_path / "parts")) == [2, 3]
     expect_same(train(with_dropout(1), "parts"), whole)
 
 
 def test_a_second_signal_ends_the_run_at_once(train, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(with_dropout(0), "parts", compute_losses=signalling({2: [signal.SIGINT] * 2}))
-    assert checkpoint.saved_steps(tmp_path / "parts") == [2]
+    assert list(checkpoint.saved(tmp_path / "parts")) == [2]
     expect_same(train(with_dropout(1), "parts"), whole)
 
 
@@ -582,7 +587,7 @@ def test_a_file_that_the_system_cuts_off(train, tmp_path, size_limit, limit, kin
         train(Large(), batches_from=batches)
     assert str(error.value) == f"{failed} cannot be written (File too large)"
     assert files(tmp_path) == files_of(2)
-    checkpoint.load(paths(tmp_path, 2), CPU)
+    read_set(tmp_path, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

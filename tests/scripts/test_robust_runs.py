@@ -105,7 +105,7 @@ def train(forks, place, tmp_path) -> Callable[..., tuple[dict, str]]:
 
 def sets_in(directory: Path) -> dict[str, dict]:
     """All checkpoints, by file name; each is loaded, so whole."""
-    return {path.name: checkpoint.load({"any": path}, CPU)["any"] for path in sorted(directory.glob("*.pt"))}
+    return {path.name: checkpoint.read_state(path, CPU) for path in sorted(directory.glob("*.pt"))}
 
 
 def equal(one, other) -> bool:
@@ -179,7 +179,7 @@ def test_killed_five_times_it_ends_as_if_never_killed(train, place):
         killed, output = train(*flags, "--experiment_name=killed", signals=(kill,))
         assert killed["code"] == -signal.SIGKILL, output
         whole = sets_in(directory)
-        for step in checkpoint.saved_steps(directory):
+        for step in checkpoint.saved(directory):
             assert {path.name for path in checkpoint.paths_of(directory, 0.5, step).values()} <= set(whole)
         half_written += len(list(directory.glob("*.pt.tmp")))
     assert half_written >= 2  # all that were killed at a piece
@@ -208,7 +208,7 @@ def test_stopped_by_a_signal_it_saves_first(train, place, uninterrupted, number,
     assert f"stopped by {number.name}: the same command goes on from here" in output
     assert "Traceback" not in output
     directory = place / "experiments" / name
-    assert checkpoint.saved_steps(directory) == [2, 3]
+    assert list(checkpoint.saved(directory)) == [2, 3]
     end, output = train(*UNET, f"--experiment_name={name}")
     assert end["code"] == 0, output
     assert "going on from opt000003.pt" in output
@@ -226,7 +226,7 @@ def test_a_second_signal_does_not_wait(train, place, uninterrupted):
     assert "Traceback" not in output
     directory = place / "experiments" / name
     assert len(list(directory.glob("*.pt.tmp"))) == 1
-    assert checkpoint.saved_steps(directory) == [2]
+    assert list(checkpoint.saved(directory)) == [2]
     end, output = train(*UNET, f"--experiment_name={name}")
     assert end["code"] == 0, output
     expect_same_end(directory, uninterrupted)
@@ -316,9 +316,9 @@ def test_what_does_not_change_the_result_may_change(in_process, place, copy, cha
     assert done.code == 0, done.stderr
     assert "going on from opt000006.pt" in done.stdout
     last = 8 if "iterations" in change else 7
-    assert checkpoint.saved_steps(copy)[-1] == last
+    assert max(checkpoint.saved(copy)) == last
     if "keep_last" in change:
-        assert checkpoint.saved_steps(copy) == [last]
+        assert list(checkpoint.saved(copy)) == [last]
     key, _, value = change.rpartition("=")
     record = json.loads((copy / "config.json").read_text())["config"]
     for part in key.split("."):
@@ -352,7 +352,7 @@ def test_overwriting_starts_anew_and_leaves_other_files_alone(in_process, place,
     done = in_process(TRAIN, *flags, "--overwrite", cwd=place)
     assert done.code == 0, done.stderr
     assert "going on" not in (copy / "log.txt").read_text()
-    assert checkpoint.saved_steps(copy) == [2]
+    assert list(checkpoint.saved(copy)) == [2]
     assert not (copy / "model000006.pt").exists()
     assert not (copy / "ema_0.5_000006.pt").exists()
     assert not (copy / "opt000900.pt.tmp").exists()
@@ -425,7 +425,7 @@ def test_a_disk_that_becomes_full_while_it_logs(in_process, place, uninterrupted
         full.setattr(SummaryWriter, "close", refuse)
         done = in_process(TRAIN, *flags, cwd=place)
     expect_sentence(done, "experiments/full cannot be written to (No space left on device)", "make room")
-    assert checkpoint.saved_steps(place / "experiments/full") == [2]
+    assert list(checkpoint.saved(place / "experiments/full")) == [2]
     done = in_process(TRAIN, *flags, cwd=place)
     assert done.code == 0, done.stderr
     expect_same_end(place / "experiments/full", uninterrupted)
