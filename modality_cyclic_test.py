@@ -32,7 +32,8 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
     from datasets.brats2021 import fingerprint
-    from evaluation.results import ERROR_MAPS, score_maps, write_maps
+    from evaluation.report import score_maps
+    from evaluation.results import ERROR_MAPS, write_maps
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
     from scoring.scorer import Scorer, create_maps, kinds_scored, load_slices
@@ -50,9 +51,8 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     print(f"{config}\nforward:  {checkpoints['forward']}\nbackward: {checkpoints['backward']}")
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
-    writes = dist_util.rank() == 0
     dist_util.shut_down()
-    if not writes:
+    if not experiments.writes:
         return
     run = {
         "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
@@ -75,7 +75,8 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
 
 def score_again(path: Path) -> None:
     """Score the error maps of an earlier test run, given by its folder or its file of error maps."""
-    from evaluation.results import ERROR_MAPS, read_maps, score_maps
+    from evaluation.report import score_maps
+    from evaluation.results import ERROR_MAPS, read_maps
 
     path = path / ERROR_MAPS if path.is_dir() else path
     score_maps(path.parent, *read_maps(path), str(path.parent))
@@ -91,8 +92,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         metavar=("RUN_A", "RUN_B"),
         help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
     )
-    again = "only score the error maps in a test run's folder again, without a model"
-    add("--rescore", type=local_path, metavar="RUN", help=again)
+    add("--rescore", type=local_path, metavar="RUN", help="only score a test run's error maps again, without a model")
     return parse_run_args(parser)
 
 

@@ -1,4 +1,4 @@
-"""What a test run leaves behind: error maps, and the scores, figures and TensorBoard events computed from them."""
+"""The files of a test run: error maps, metrics.json and per_slice.csv, written and read."""
 
 import csv
 import json
@@ -52,39 +52,6 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
     return run, maps
 
 
-def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
-    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
-
-    `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
-    """
-    from .figures import draw_scores, write_figures
-    from .metrics import by_lesion_size, evaluate, ranked_scores
-    from .tables import METHODS, size_table, table
-
-    cyclic_error, intensity = (
-        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
-        for key in ("scores", "image")
-    )
-    metrics, baseline = (
-        evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
-        for evaluation in (cyclic_error, intensity)
-    )
-    metrics = {**run, **metrics, "baseline_intensity": baseline}
-    ranked = {
-        METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
-        f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
-    }
-    write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
-    write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
-    write_events(results, metrics, ranked)
-    print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
-
-
-def labelled(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, truth and brain mask as `evaluate` takes them, with the array named `key` as the score."""
-    return maps[key], maps["truth"], maps["brainmask"]
-
-
 def write_scores(
     results: Path, metrics: Mapping[str, Any], names: Sequence[str], per_slice: Mapping[str, np.ndarray]
 ) -> None:
@@ -127,30 +94,3 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): score the run again with --rescore") from error
     return slices
-
-
-def write_events(
-    results: Path, metrics: Mapping[str, Any], ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """Write the figures in a test run's folder, precision-recall curves and the run's settings for TensorBoard.
-
-    The events of an earlier scoring are replaced. `ranked` holds scores and truth [M] by the name of a curve.
-    """
-    from matplotlib.image import imread
-    from scipy.stats import rankdata
-    from torch.utils.tensorboard import SummaryWriter
-
-    for earlier in results.glob("events.out.tfevents.*"):
-        earlier.unlink()
-    settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
-    trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
-    scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}
-    scores |= {f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]}
-    scores = {f"results/{key}": value for key, value in scores.items() if value is not None}
-    with SummaryWriter(str(results)) as events:
-        for path in sorted((results / "figures").glob("*.png")):
-            events.add_image(path.stem, imread(path), dataformats="HWC")
-        for name, (values, truth) in ranked.items():
-            # TensorBoard takes thresholds evenly from 0 to 1: of ranks, so that the curve is drawn evenly.
-            events.add_pr_curve(f"precision_recall/{name}", truth, rankdata(values) / len(values))
-        events.add_hparams(settings | trained, scores, run_name=".")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,23 @@ def test_imports_run_one_way(room):
         assert rooms - {room} <= MAY_IMPORT[room], path
         scripts = {name for name in imported_names(path) if name.startswith("modality_cyclic")}
         assert not scripts, path
+
+
+def test_imports_make_no_circle():
+    """Between files, those inside functions included."""
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sources(*ROOMS)}
+    graph = {}
+    for module, path in modules.items():
+        room = module.partition(".")[0]
+        relative = {
+            f"{room}.{node.module or alias.name}"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.level
+            for alias in node.names
+        }
+        graph[module] = ({*imported_names(path)} | relative) & modules.keys() - {module}
+    assert graph["evaluation.report"] >= {"evaluation.metrics", "evaluation.tables"}
+    list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
 
 
 @pytest.mark.parametrize("room", ["models", "guided_diffusion"])

@@ -1,0 +1,67 @@
+"""What is computed from the error maps of a test run: scores, figures, TensorBoard events, and the printed tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.image import imread
+from scipy.stats import rankdata
+from torch.utils.tensorboard import SummaryWriter
+
+from .figures import draw_scores, write_figures
+from .metrics import by_lesion_size, evaluate, ranked_scores
+from .results import Maps, write_scores
+from .tables import METHODS, size_table, table
+
+
+def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
+    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
+
+    `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
+    """
+    cyclic_error, intensity = (
+        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
+        for key in ("scores", "image")
+    )
+    metrics, baseline = (
+        evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
+        for evaluation in (cyclic_error, intensity)
+    )
+    metrics = {**run, **metrics, "baseline_intensity": baseline}
+    ranked = {
+        METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
+        f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
+    }
+    write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
+    write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
+    write_events(results, metrics, ranked)
+    print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
+
+
+def labelled(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, truth and brain mask as `evaluate` takes them, with the array named `key` as the score."""
+    return maps[key], maps["truth"], maps["brainmask"]
+
+
+def write_events(
+    results: Path, metrics: Mapping[str, Any], ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Write the figures in a test run's folder, precision-recall curves and the run's settings for TensorBoard.
+
+    The events of an earlier scoring are replaced. `ranked` holds scores and truth [M] by the name of a curve.
+    """
+    for earlier in results.glob("events.out.tfevents.*"):
+        earlier.unlink()
+    settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
+    trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
+    scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}
+    scores |= {f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]}
+    scores = {f"results/{key}": value for key, value in scores.items() if value is not None}
+    with SummaryWriter(str(results)) as events:
+        for path in sorted((results / "figures").glob("*.png")):
+            events.add_image(path.stem, imread(path), dataformats="HWC")
+        for name, (values, truth) in ranked.items():
+            # TensorBoard takes thresholds evenly from 0 to 1: of ranks, so that the curve is drawn evenly.
+            events.add_pr_curve(f"precision_recall/{name}", truth, rankdata(values) / len(values))
+        events.add_hparams(settings | trained, scores, run_name=".")
