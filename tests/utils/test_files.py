@@ -1,5 +1,7 @@
 """Folders that one process at a time works in."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -70,5 +72,17 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     with (
         pytest.raises(UserError, match=r"file/new cannot be written to \(.*\): check --logdir"),
         locked(tmp_path / "file/new", "--logdir", "name another"),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks_is_not_another_process(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.raises(UserError, match=r"cannot be locked \(No locks available\): check --logdir"),
+        locked(tmp_path, "--logdir", "name another"),
     ):
         pass
