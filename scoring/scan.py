@@ -17,7 +17,7 @@ from evaluation.figures import scan_figure
 from evaluation.metrics import scored_region
 from utils.cli import UserError
 from utils.experiment import RECORD
-from utils.grid import SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
+from utils.grid import SAME, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
 from utils.nifti import read_header, read_volume, write_like
 
 from .chain import TrainedTranslator
@@ -88,9 +88,12 @@ def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], 
         index = tuple(slice(*slices) if i == axis else slice(None) for i in range(3))
         chosen = np.zeros_like(brain)
         chosen[index] = brain[index]
-    # All slices that the way back interpolates between.
-    wanted = resample(chosen.astype(np.float32), grid.affine, slices_grid) > 0
-    numbers = np.flatnonzero((wanted & (moved != 0)).any(axis=(0, 1)))
+    # All slices that the way back interpolates between: those on either side of a chosen voxel.
+    *steps, depth = (np.linalg.inv(slices_grid.affine) @ grid.affine)[2]
+    for step, index in zip(steps, np.ogrid[tuple(map(slice, grid.shape))], strict=True):
+        depth = depth + step * index
+    beside = np.stack([np.floor(depth[chosen] + SAME), np.ceil(depth[chosen] - SAME)])
+    numbers = np.flatnonzero(np.isin(np.arange(slices_grid.shape[2]), beside) & (moved != 0).any(axis=(0, 1)))
     if not numbers.size:  # nothing there at all, or only stray voxels that coarser slices miss
         where = f"in --slices {slices[0]} {slices[1]}" if slices else "on the slices of the training data"
         raise UserError(f"{path} has no brain {where}")

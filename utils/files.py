@@ -36,8 +36,8 @@ def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
     """Make a folder, and keep other processes that lock it out of it for as long as the block runs.
 
     The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it. A
-    UserError if another process has the lock, or the folder, which `flag` has named, cannot be made or written to;
-    `otherwise` is what a user can do who finds it locked.
+    UserError if another process has the lock, or the folder, which `flag` has named, cannot be made, written to or
+    locked; `otherwise` is what a user can do who finds it locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,8 @@ def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves it to the system which
             raise UserError(f"another process is writing to {folder}: wait for it, or {otherwise}") from error
+        except OSError as error:  # a file system without locks
+            raise UserError(f"{folder} cannot be locked ({error.strerror}): check {flag}") from error
         yield

@@ -215,6 +215,22 @@ def test_dropout_makes_the_seed_matter(train):
     assert not torch.equal(ends[0], ends[2])
 
 
+def test_no_two_steps_of_any_two_seeds_drop_the_same_out(train):
+    """A run with the next seed is not the same run a step later, either."""
+    dropped = []
+
+    def look(module, inputs, output):
+        dropped.append((output == 0) & (inputs[0] != 0))
+
+    for seed in range(3):
+        model = with_dropout(0)
+        model[1].register_forward_hook(look)
+        train(model, str(seed), seed=seed, iterations=3)
+    assert len(dropped) == 9
+    assert all(0.2 < mask.float().mean() < 0.8 for mask in dropped)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(dropped, 2))
+
+
 def test_a_longer_run_goes_on_with_the_optimizer_it_had(train):
     train(with_dropout(0), "short", iterations=3)
     longer = train(with_dropout(1), "short", iterations=6)

@@ -1,8 +1,11 @@
 """The cycle against slow references: one slice and one band at a time, everything kept, then averaged."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.cycle import cyclic_unet, mmccd, slices_and_bands
 from models.masked_diffusion import MaskedDiffusionTranslator
@@ -204,3 +207,53 @@ def test_progress_is_told_of_each_batch(score, brainmask, forward):
     assert seen[:-1] == [7] * (len(seen) - 1)
     assert 1 <= seen[-1] <= 7
     assert torch.equal(shown, score().score)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class RunsOut(TorchDispatchMode):
+    """The memory runs out, once, when the operation number `at` asks for some; counts them all."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.seen, self.refused = at, 0, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        if self.seen == self.at:
+            self.refused = func
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["cyclic_unet", "mmccd"])
+def test_wherever_the_memory_runs_out_a_batch_counts_once(image, brainmask, forward, method):
+    """A batch that is tried again, in halves, leaves nothing behind of what it had done before."""
+    forward.sample = lambda image, bands: 2 * image + 1
+
+    def score(mode):
+        with mode, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            if method == "cyclic_unet":
+                cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=3)
+            else:
+                cycle = mmccd(image, brainmask, forward, lambda b: b / 3, bands=BANDS, batch_size=1000)
+        return cycle, [str(warning.message) for warning in warned]
+
+    undisturbed, _ = score(whole := RunsOut(at=0))
+    retried = []
+    for at in range(1, whole.seen + 1):
+        mode = RunsOut(at)
+        try:
+            cycle, warned = score(mode)
+        except torch.OutOfMemoryError:  # before the first batch or after the last: nothing is tried again
+            continue
+        assert len(warned) == 1
+        assert "does not fit" in warned[0]
+        retried.append(mode.refused)
+        for got, want in zip(cycle, undisturbed, strict=True):
+            assert_same(got, want)
+    assert len(retried) >= 5
+    assert (torch.ops.aten.index_add_.default in retried) == (method == "mmccd")

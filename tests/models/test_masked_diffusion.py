@@ -216,6 +216,30 @@ def test_masks_of_the_translator_are_those_of_its_bands(make_translator):
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
+def test_the_condition_is_made_once_a_sample(make_translator, normal, monkeypatch, use_ddim):
+    """Every step is given the same tensor: noise under the band, the image elsewhere."""
+    made, given = [], []
+
+    def make(image, mask, noise):
+        made.append((mask, noise, masked_condition(image, mask, noise)))
+        return made[-1][2]
+
+    def model(x, t, condition):
+        given.append(condition)
+        return x * 0
+
+    monkeypatch.setattr("models.masked_diffusion.masked_condition", make)
+    image, translator = normal(3, 1, SIZE, SIZE), make_translator(model=model, use_ddim=use_ddim)
+    translator.sample(image, BANDS)
+    ((mask, noise, condition),) = made
+    assert len(given) == 4
+    assert all(one is condition for one in given)
+    assert torch.equal(mask, translator.mask(BANDS))
+    assert torch.equal(condition[mask], noise[mask])
+    assert torch.equal(condition[~mask], image[~mask])
+
+
+@pytest.mark.parametrize("use_ddim", [True, False])
 def test_the_condition_is_held_over_all_steps(make_translator, shown, normal, use_ddim):
     image = normal(3, 1, SIZE, SIZE)
     make_translator(use_ddim=use_ddim).sample(image, BANDS)

@@ -25,6 +25,10 @@ TRAINING = {
         [f"{SCORE_MODEL}.training.iteration=5"],
         ["'score_model.training.iteration'", "did you mean 'score_model.training.iterations'?"],
     ),
+    "config key of the public library": (
+        [f"{SCORE_MODEL}.sampling.clip_denoised=True"],
+        ["unknown config key 'score_model.sampling.clip_denoised'"],
+    ),
     "config section": ([f"{SCORE_MODEL}.training=5"], ["'score_model.training'"]),
     "config value of another type": ([f"{SCORE_MODEL}.training.iterations=many"], ["iterations=many", "int"]),
     "config value with a point": ([f"{SCORE_MODEL}.training.iterations=1.5"], ["iterations=1.5", "int"]),
@@ -119,6 +123,10 @@ TESTING = {
     "data set is a modality": (["--dataset=t2"], ["'t2' is a modality", "--input t2"]),
     "data set mistyped": (["--dataset=fantom"], ["did you mean 'phantom'?"]),
     "config key mistyped": (["--config.scor_model.mask.width=8"], ["did you mean 'score_model.mask.width'?"]),
+    "config key of the public library": (
+        [*DIFFUSION, f"{SCORE_MODEL}.sampling.clip_denoised=True"],
+        ["unknown config key 'score_model.sampling.clip_denoised'"],
+    ),
     "config value of another type": (["--config.score_model.sampling.eta=some"], ["eta=some", "float"]),
     "flag mistyped": (["--experiment_name_foward=x"], ["did you mean '--experiment_name_forward'?"]),
     "device": (["--gpu_id=-1"], ["--gpu_id", "'-1'"]),

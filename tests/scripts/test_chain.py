@@ -412,6 +412,27 @@ def test_without_validation_slices_there_is_no_validation_threshold(workspace, r
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Drawings
+
+
+def test_the_readmes_drawings_are_drawn(workspace, chain, as_subprocess, repository, tmp_path):
+    names = {"diffusion_forward_phantom_t2_flair": "masked"}
+    names |= {name: name for name in UNETS.split("__")}
+    for name, experiment in names.items():
+        (tmp_path / name).symlink_to(workspace / "experiments" / experiment)
+    flags = (f"--logdir={tmp_path}", f"--output_dir={tmp_path}", "--slice=1")
+    done = as_subprocess(repository / "docs/drawings.py", *flags, cwd=workspace)
+    assert done.code == 0, done.stderr
+    assert "Warning" not in done.stderr
+    for name, shape in (("cycle", (1.55, 7.85)), ("masked_diffusion", (3.15, 8.55))):
+        assert f"drew {tmp_path / name}.png" in done.stdout
+        picture = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
+        assert picture.shape[0] / picture.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.02)
+        assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
+        assert 0.2 < (picture == 1).all(-1).mean() < 0.95  # slices on white
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Nothing but defaults
 
 

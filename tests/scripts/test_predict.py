@@ -17,14 +17,8 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.records import NORMALISATION
 from evaluation.metrics import scored_region
-from scoring.scan import (
-    LARGEST_BRAIN,
-    SHOWN,
-    axial_axis,
-    draw_report,
-    pick_slices,
-    read_scan,
-)
+from scoring.scan import LARGEST_BRAIN, SHOWN, axial_axis, draw_report, pick_slices, read_scan
+from scoring.scan import RESULTS as RESULT_FILES
 from utils.grid import SliceGeometry
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
@@ -281,6 +275,47 @@ def test_slices_are_those_of_the_scans_own_axis(whole, predict, tmp_path):
     assert expected.any()
 
 
+THIN = (*SHAPE[:2], 56)  # four slices to one of the training data
+
+
+def thin_affine() -> np.ndarray:
+    """Of slices a quarter as thick, every fourth of which lies where one of `AFFINE` does."""
+    return from_matvec(AFFINE[:3, :3] @ np.diag([1, 1, 0.25]), AFFINE[:3, 3])
+
+
+@pytest.mark.parametrize("slices", [(30, 31), (27, 34), (28, 29)])
+def test_slices_thinner_than_the_training_datas_are_scored_as_in_the_whole(predict, tmp_path, slices):
+    """Even where no training slice lies in them: the score comes from those on either side."""
+    scan = save(tmp_path / "thin.nii.gz", head(2, shape=THIN, affine=thin_affine()), thin_affine())
+    found = []
+    for flags in ((), ("--slices", *slices)):
+        done = predict(scan, tmp_path / f"out{len(flags)}", *flags)
+        assert done.code == 0, done.stderr
+        found.append(voxels(load(tmp_path / f"out{len(flags)}", "thin")))
+    inside = (..., slice(*slices))
+    assert found[0][inside].any()
+    np.testing.assert_allclose(found[1][inside], found[0][inside], rtol=1e-4, atol=1e-5)
+    assert not np.delete(found[1], range(*slices), axis=2).any()
+
+
+@pytest.mark.parametrize("in_a_folder", [False, True])
+def test_slices_with_nothing_but_stray_voxels_are_refused(predict, tmp_path, in_a_folder):
+    """Specks between two slices of the training data, far from the brain; a folder's other scans are judged."""
+    volume, slices, scans = head(2, shape=THIN, affine=thin_affine()), ("--slices", 49, 52), tmp_path / "scans"
+    volume[:, :, 46:] = 0
+    volume[[9, 20], [12, 7], [49, 50]] = 400
+    bad = save(scans / "bad.nii.gz", volume, thin_affine())
+    if in_a_folder:
+        save(scans / "good.nii.gz", np.repeat(head(2)[:, :, 7:8], THIN[2], axis=2), thin_affine())
+    done = predict(scans if in_a_folder else bad, tmp_path / "out", *slices)
+    assert done.code == (1 if in_a_folder else 2), done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line == f"{PREDICT}: error: {bad} has no brain in --slices 49 52"
+    written = {path.name for path in tmp_path.glob("out/*")}
+    assert written == ({f"good{end}" for end in RESULT_FILES} if in_a_folder else set())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_do_not_change_the_score(whole, predict, tmp_path, method):
     folder, _ = whole[method]
@@ -354,6 +389,64 @@ def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp
     for phrase in (*phrases, command):
         assert phrase in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("eta", 0.5),
+        ("use_ddim", False),
+        ("timestep_respacing", "ddim5"),
+        ("stride", 4),
+        ("average", "reconstructions"),
+    ],
+)
+def test_a_threshold_of_another_sampling_is_refused(experiments, predict, tmp_path, key, value):
+    """Whatever differs, and whatever the folder of the results is called."""
+    path = experiments / "results" / RESULTS["mmccd"] / "metrics.json"
+    metrics = json.loads(path.read_text())
+    assert metrics["sampling_settings"][key] != value
+    metrics["sampling_settings"][key] = value
+    path.write_text(json.dumps(metrics))
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}", *METHODS["mmccd"])
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert f"the threshold in {path} is of another sampling: run python modality_cyclic_test.py" in line
+    assert not (tmp_path / "out").exists()
+
+
+OTHERS = {
+    "eta": ("mmccd", "--config.score_model.sampling.eta=0.5"),
+    "seed": ("mmccd", "--seed=1"),
+    "timesteps": ("mmccd", "--timestep_respacing=ddim5"),
+    "checkpoint": ("cyclic_unet", "--checkpoint_forward={experiments}/{forward}/ema_0.5_000002.pt"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_tested_otherwise_has_a_threshold_of_its_own(
+    experiments, workspace, place, in_process, predict, tmp_path, what
+):
+    """One that no other test run overwrites, and that no other prediction takes."""
+    method, other = OTHERS[what]
+    shutil.copy(workspace / "experiments" / FORWARD / "ema_0.5_000002.pt", experiments / FORWARD)
+    other = other.format(experiments=experiments, forward=FORWARD)
+    flags = (f"--logdir={experiments}", *METHODS[method])
+    scan, slices = "raw/C/C_flair.nii.gz", ("--slices", 7, 8)
+    done = predict(scan, tmp_path / "out", *flags, other, *slices)
+    assert done.code == 2
+    assert "no metrics.json in" in done.stderr
+    before = (experiments / "results" / RESULTS[method] / "metrics.json").read_bytes()
+    done = in_process(TEST, "--dataset=phantom", "--data_dir=slices", *flags, other, cwd=place)
+    assert done.code == 0, done.stderr
+    assert (experiments / "results" / RESULTS[method] / "metrics.json").read_bytes() == before
+    thresholds = set()
+    for more in ((), (other,)):
+        done = predict(scan, tmp_path / "out", *flags, *more, *slices)
+        assert done.code == 0, done.stderr
+        thresholds.add(*[line for line in done.stdout.splitlines() if line.startswith("threshold: ")])
+    assert len(thresholds) == 2
 
 
 def change_data(experiments: Path, names: tuple[str, ...], **changes: object) -> None:

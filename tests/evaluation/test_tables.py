@@ -1,0 +1,22 @@
+"""Tables: what stands beside a figure is what the figure is."""
+
+import numpy as np
+
+from evaluation.metrics import evaluate, ranked_scores, scored_region
+from evaluation.tables import table
+
+
+def test_chance_is_the_lesions_share_of_the_ranked_pixels():
+    """All of the brain and what lesion lies outside it are ranked; scored is the brain without its rim."""
+    brainmask, truth = np.zeros((2, 1, 32, 32), bool)
+    brainmask[:, 4:28, 4:28] = True
+    truth[:, 2:14, 6:12] = True  # across the rim and out of the brain
+    scores = np.random.default_rng(0).normal(size=truth.shape)
+    summary = evaluate(scores, truth, brainmask, n_resamples=10).summary
+    run = {"method": "cyclic_unet", "input": "flair", "trained_steps": {"forward": 1, "backward": 1}}
+    printed = table([{**run, **summary, "baseline_intensity": summary}])
+
+    _, ranked_truth = ranked_scores(scores, truth, brainmask)
+    ranked, scored = ranked_truth.mean(), truth[scored_region(brainmask)].mean()
+    assert abs(ranked - scored) > 0.01
+    assert f"AUPRC by chance {ranked:.3f} (the lesions' share of the ranked pixels)" in printed
