@@ -11,6 +11,8 @@ import nibabel
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.xdist_group("docs")  # one process, so that its cohorts are made once
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 OWN_DATA = "datasets/mine"  # in the commands that need a cohort of their own
