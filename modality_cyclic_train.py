@@ -156,12 +156,10 @@ def plain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = run_parser(__doc__)
     add = parser.add_argument
-    directions = {"choices": ["forward", "backward"], "help": "input → trans, or back"}
-    add("--training_process", default="forward", **directions)
-    models = {"choices": ["unet", "diffusion"], "help": "diffusion: MMCCD's forward translator"}
-    add("--model_name", default="unet", **models)
-    default = "(default: {model}_{process}_{dataset}_{trans}_{input})"
-    add("--experiment_name", help=f"folder below logdir {default}")
+    add("--training_process", default="forward", choices=["forward", "backward"], help="input → trans, or back")
+    models = "diffusion: MMCCD's forward translator"
+    add("--model_name", default="unet", choices=["unet", "diffusion"], help=models)
+    add("--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})")
     add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
     if args.model_name == "diffusion" and args.training_process == "backward":

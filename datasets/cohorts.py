@@ -1,6 +1,6 @@
 """Raw data sets, each read into one simple thing, a `Cohort`: its subjects, and where the volumes of each lie.
 
-A folder of BraTS is read by the names of its files, whichever year named them: to know another naming is a row more in
+A folder of BraTS is read by the names of its files, whichever year named them: another naming takes one more row in
 NAMINGS. Any other data set is described by a table, a CSV file with a row for each subject:
 
     subject,FLAIR,T2,seg,healthy,split
@@ -38,8 +38,7 @@ NAMINGS = {  # a folder has the first one that one of its files fits
 
 # The columns of a table that are no modality.
 COLUMNS = ("subject", *MASKS, "healthy", "split")
-# `name` is what the dataset calls a slice, beside its modalities.
-RESERVED = (*COLUMNS, "name")
+RESERVED = (*COLUMNS, "name")  # the dataset gives each slice a `name` beside its modalities
 
 
 class Subject(NamedTuple):
@@ -87,8 +86,7 @@ def read_brats(data_dir: Path) -> Cohort:
         }
         subjects[folder.name] = Subject(folder.name, volumes)
     highest_label = 4  # BraTS 2021 uses all but 3, other years do not
-    lists = (data_dir, Path("datasets"))
-    return Cohort(data_dir, subjects, tuple(modalities), highest_label, list_folders=lists)
+    return Cohort(data_dir, subjects, tuple(modalities), highest_label, list_folders=(data_dir, Path("datasets")))
 
 
 def find_volumes(folder: Path) -> tuple[Naming, dict[str, Path]] | None:

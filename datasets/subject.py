@@ -172,8 +172,7 @@ class SubjectVolumes:
         highest, marked = self.settings.highest_label, labels[labels != 0]  # few voxels: searched quickly
         unknown = marked[~np.isin(marked, range(highest + 1))]
         if unknown.size:
-            allowed = f"labels, whole numbers from 0 to {highest}"
-            raise UserError(f"{path} must hold {allowed}, but holds {unknown[0]:g}")
+            raise UserError(f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}")
         labels = labels.astype(np.uint8)
         if self.settings.on_one_grid:
             return labels
@@ -247,8 +246,7 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
     with np.errstate(all="ignore"):  # whatever overflows is not finite at the end
         low, high = np.quantile(voxels, [percentage_lower, percentage_upper]).astype(np.float64)
         if low == high:
-            quantiles = f"{percentage_lower:g} and {percentage_upper:g} quantiles"
-            raise ValueError(f"its {quantiles} are both {low:g}")
+            raise ValueError(f"its {percentage_lower:g} and {percentage_upper:g} quantiles are both {low:g}")
         image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
         scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND
         image[brain] = np.maximum(scaled, BACKGROUND)

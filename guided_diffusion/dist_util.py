@@ -17,13 +17,13 @@ from utils.cli import UserError
 
 T = TypeVar("T")
 
-# What MPI launchers tell a process of how many there are: MPICH's and its kin, Open MPI's, MVAPICH's.
+# Where MPI launchers put the number of processes: MPICH and its relatives, Open MPI, MVAPICH.
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 
 
 def setup() -> None:
-    """Join the other processes, if there are any. To be called once, before anything else here.
+    """Join the other processes, if there are any. Call it once, before anything else here.
 
     Of several processes only the first prints to stdout. A UserError if several tasks do not know of each other.
     """
@@ -39,7 +39,7 @@ def setup() -> None:
 
 
 def _described_by_mpi() -> bool:
-    """Describe what MPI knows in torchrun's variables; False if this process is alone."""
+    """Set torchrun's variables from what MPI knows; False if this process is alone."""
     mpi = max(int(os.environ.get(name, 1)) for name in _MPI_SIZES)
     if max(mpi, int(os.environ.get(_SLURM_SIZE, 1))) == 1:
         return False
@@ -69,7 +69,7 @@ def _described_by_mpi() -> bool:
 
 
 def rank() -> int:
-    """The number of this process, 0 … world_size − 1; 0 writes files and prints."""
+    """The rank of this process, 0 … world_size − 1; only rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -79,7 +79,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is that of its GPU."""
+    """The rank of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -94,7 +94,7 @@ def gpu_id(asked: str) -> str:
 
 
 def share(n: int) -> slice:
-    """The part of n things in order that is this process's: contiguous, and as even as can be."""
+    """The contiguous range of n items that belongs to this process; ranges are as even as possible."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
@@ -104,7 +104,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """What process 0 passes in, in all processes."""
+    """The value that process 0 passes, in all processes."""
     if world_size() == 1:
         return value
     box = [value]
@@ -113,7 +113,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """What each process passes in, in the order of their numbers, in all processes."""
+    """The values that the processes pass, in the order of their ranks, in all processes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -21,14 +21,14 @@ def create_logger(directory: Path) -> "Logger | Silence":
 
 
 class Silence:
-    """Stands for a `Logger`, and does nothing."""
+    """A `Logger` that does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: None
 
 
 class Logger:
-    """Writes into an experiment's folder, which is made if it is not there, and appends to what is there."""
+    """Appends to the files in an experiment's folder, which is made if needed."""
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class Logger:
         self._events = SummaryWriter(str(directory))
 
     def rewind(self, step: int) -> None:
-        """Forget the figures after `step`: training goes on from there, and will give them again."""
+        """Drop the rows after `step`: training resumes there and logs them again."""
         if not self._progress_path.exists():
             return
         # Bytes, since a machine that crashed may have left anything in the last row.
@@ -53,7 +53,7 @@ class Logger:
         self._events = SummaryWriter(str(self._directory), purge_step=step + 1)
 
     def info(self, message: str) -> None:
-        """Say something to the terminal (beside a running progress bar) and to log.txt."""
+        """Print a message (above a running progress bar) and add it to log.txt."""
         tqdm.write(message)
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
@@ -74,7 +74,7 @@ class Logger:
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close all files, as far as the disk lets it: why a run ended is not to be hidden by this."""
+        """Flush and close all files, as far as the disk lets it: an error here must not hide why a run ended."""
         for file in (self._events, self._log):
             with contextlib.suppress(OSError):
                 file.close()

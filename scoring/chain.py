@@ -37,15 +37,14 @@ def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     """A parser with the flags that say which translators are chained, and how MMCCD samples."""
     parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
-    methods = {"choices": ["unet", "diffusion"], "help": "unet: Cyclic UNet; diffusion: MMCCD"}
-    add("--model_name", "--model", default="unet", **methods)
+    methods = "unet: Cyclic UNet; diffusion: MMCCD"
+    add("--model_name", "--model", default="unet", choices=["unet", "diffusion"], help=methods)
     for direction, model in (("forward", "{model}"), ("backward", "unet")):
         default = f"(default: {model}_{direction}_{{dataset}}_{{trans}}_{{input}})"
         add(f"--experiment_name_{direction}", help=f"experiment of the {direction} translator {default}")
         newest = "state dict to use (default: the experiment's newest EMA)"
         add(f"--checkpoint_{direction}", type=local_path, help=newest)
-    ways = "DDIM or ancestral sampling (default: the config's, True)"
-    add("--use_ddim", choices=["True", "False"], help=ways)
+    add("--use_ddim", choices=["True", "False"], help="DDIM or ancestral sampling (default: the config's, True)")
     add(
         "--sampling",
         choices=["paper", "fast"],

@@ -83,8 +83,9 @@ def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], 
     if slices:
         axis = axial_axis(grid.affine)
         if slices[1] > grid.shape[axis]:
-            has = f"which has {grid.shape[axis]} axial slices"
-            raise UserError(f"--slices {slices[0]} {slices[1]} exceeds {path}, {has}")
+            raise UserError(
+                f"--slices {slices[0]} {slices[1]} exceeds {path}, which has {grid.shape[axis]} axial slices"
+            )
         index = tuple(slice(*slices) if i == axis else slice(None) for i in range(3))
         chosen = np.zeros_like(brain)
         chosen[index] = brain[index]

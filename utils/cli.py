@@ -46,12 +46,11 @@ def run_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add("--dataset", default="brats", help="whose config is used: brats (the paper) or phantom (the demo)")
     if on_slices:
-        of_config = "(default: the config's, ./datasets/data for brats)"
-        add("--data_dir", help=f"folder of preprocessed slices {of_config}")
+        add("--data_dir", help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)")
     add("--input", help="modality at hand at test time (default: the config's, flair)")
     add("--trans", help="modality it is translated to (default: the config's, t2)")
-    remote = "or on object storage, gs://bucket/path or az://account/container/path"
-    add("--logdir", default="./experiments", help=f"folder of all experiments; {remote}")
+    places = "folder of all experiments; or on object storage, gs://bucket/path or az://account/container/path"
+    add("--logdir", default="./experiments", help=places)
     add("--seed", type=int, help="seed of everything random (default: the config's, 0)")
     add("--config.KEY", metavar="VALUE", help="override any field of the config, as --config.KEY=VALUE")
     return parser

@@ -33,8 +33,7 @@ def pick_device(gpu_id: str) -> torch.device:
         print("no CUDA device found: running on the CPU")
         return torch.device("cpu")
     if int(gpu_id) >= torch.cuda.device_count():
-        there = f"the devices are 0 … {torch.cuda.device_count() - 1}"
-        raise UserError(f"--gpu_id {gpu_id} is not there: {there}")
+        raise UserError(f"--gpu_id {gpu_id} is not there: the devices are 0 … {torch.cuda.device_count() - 1}")
     return torch.device("cuda", int(gpu_id))
 
 

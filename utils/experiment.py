@@ -1,4 +1,4 @@
-"""What an experiment is called, and what it says of itself: the record in its config.json."""
+"""The names of experiments, and the record that each keeps of itself in its config.json."""
 
 import json
 import platform
@@ -17,32 +17,29 @@ from .cli import UserError
 from .files import write_whole
 
 RECORD = "config.json"
-# What may change while an experiment goes on: where its data lie, how long it trains, what it shows on the way.
+# What may change when training resumes: where the data lie, how long it trains, what it saves and shows.
 _FREE = (
     *("config.data.data_dir", "config.score_model.sampling."),
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
 )
-# What earlier versions did not record: an experiment that says nothing of it goes on with any.
+# What earlier versions did not record: an experiment without it resumes with any value.
 _NOT_ALWAYS_KNOWN = ("data.grid.",)
 
 
 def experiment_name(model_name: str, direction: str, dataset: str, trans: str, input: str) -> str:
-    """The name of an experiment that was given none; `direction` is forward or backward."""
+    """The default name of an experiment; `direction` is forward or backward."""
     return f"{model_name}_{direction}_{dataset}_{trans}_{input}"
 
 
 def require_name(flag: str, name: str) -> str:
-    """`name`, if it is that of something in a folder and not a way out of it; a UserError if it is not."""
+    """`name`, if it names something in a folder and does not lead out of it; a UserError otherwise."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UserError(f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere")
     return name
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write config.json: what was trained or tested, and with which settings.
-
-    A UserError if the folder cannot be made or written to.
-    """
+    """Write config.json: what was trained or tested, and with which settings; a UserError if that is impossible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / RECORD, json.dumps(record, indent=2) + "\n")
@@ -51,10 +48,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """The config.json in a folder, or None where there is none.
-
-    A UserError if it holds something else than what `write_record` writes.
-    """
+    """The config.json in a folder, None where there is none; a UserError if `write_record` did not write it."""
     path = directory / RECORD
     if not path.is_file():
         return None
