@@ -1,9 +1,9 @@
 """Make a phantom cohort: brain MRI in the shape of BraTS 2021, for where no MRI can be shipped.
 
-Real anatomy, invented subjects: the MNI152 tissue templates that nilearn carries are warped by a random smooth
-deformation for each subject and given the contrast of each modality, and a tumour is grown in the white matter. Then
-comes what makes a scan a scan: bias field, noise and a scale of its own. All of it is drawn from (seed, subject
-number), so a cohort is the same, byte for byte, whatever the number of workers.
+Real anatomy, invented subjects: the MNI152 tissue templates that nilearn carries are deformed at random for each subject
+(phantom_anatomy), a tumour grows in the white matter (phantom_tumour), and each modality is scanned in its own way
+(phantom_scan). All of it is drawn from (seed, subject number), so a cohort is the same, byte for byte, whatever the
+number of workers.
 
     python ./datasets/phantom.py --train 48 --val 16 --test 32
 """
@@ -31,7 +31,8 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
     """Draw a subject and write its five files."""
     import nibabel as nib
 
-    from datasets.phantom_head import AFFINE, make_subject
+    from datasets.phantom_anatomy import AFFINE
+    from datasets.phantom_head import make_subject
     from utils.nifti import write_volume
 
     volumes, _, _ = make_subject(seed, number, split)

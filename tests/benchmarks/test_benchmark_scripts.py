@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import config as configs
-from benchmarks import scoring, training
+from benchmarks import phantom_fidelity, scoring, training
+from datasets import phantom
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ("--gpu_id", "cpu", "--dataset", "phantom", "--repeats", "1", "--batch_size", "1")
@@ -85,6 +86,32 @@ def test_a_learning_curve_is_drawn_once_and_its_models_are_taken_apart(write_sli
     done = run_benchmark("limits", *where, f"--logdir={tmp_path / 'curve/seed1'}", "--seed=1")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^(?:A|B|variance) .*(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)) == 9
+
+
+def test_explained_variance_is_that_of_a_closed_form():
+    a, noise = np.random.default_rng(0).standard_normal((2, 100_000))
+    assert phantom_fidelity.explained(a, np.cos(a)) == pytest.approx(1, abs=0.02)  # any function, not lines alone
+    assert phantom_fidelity.explained(a, noise) == pytest.approx(0, abs=0.002)
+    for share in (0.2, 0.7):
+        b = np.sqrt(share) * a + np.sqrt(1 - share) * noise
+        assert phantom_fidelity.explained(a, b) == pytest.approx(share, abs=0.02)
+
+
+def test_the_phantom_is_held_against_patients(tmp_path):
+    phantom.write_cohort(tmp_path, {"train": 2, "val": 0, "test": 0}, seed=0, workers=2)
+    done = run_benchmark("phantom_fidelity", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(.+?) {2,}(-?[\d.]+) \(.* … .*\) +(-?[\d.]+) \(", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(phantom_fidelity.PATIENTS)
+    for name, ours, patients in rows:
+        assert float(patients) == phantom_fidelity.PATIENTS[name][0]
+        assert -1 <= float(ours) <= 1 or name.startswith("sd")
+    by_name = {name: float(ours) for name, ours, _ in rows}
+    assert by_name["R2(t2|flair)"] < 0.6  # 0.77 if all modalities recolour one map
+    (tmp_path / "BraTS2021_00000/BraTS2021_00000_t2.nii.gz").unlink()
+    done = run_benchmark("phantom_fidelity", str(tmp_path))
+    assert done.returncode == 2
+    assert "BraTS2021_00000_t2.nii.gz" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["scoring", "training"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from datasets import phantom, phantom_head
+from datasets import phantom, phantom_anatomy, phantom_head, phantom_scan, phantom_tumour
 from datasets.splits import LIST_NAMES
 
 pytestmark = pytest.mark.xdist_group("phantom")  # one process, so that the cohort is made once
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("phantom")  # one process, so that the coho
 SCRIPT = Path(phantom.__file__)
 COUNTS = {"train": 1, "val": 1, "test": 1}
 SPLITS = ("train", "val", "test")  # by subject number
-SEED = 1  # draws a middling, a faint and an obvious tumour, all with a core
+SEED = 4  # draws tumours that all have a core
 KINDS = (*phantom.MODALITIES, "seg")
 
 
@@ -91,7 +91,7 @@ def test_another_seed_or_subject_is_another_head(truths):
 
 def test_background_is_zero_and_the_brain_is_not(images, truths):
     for subject, (_, anatomy, _) in zip(images, truths, strict=True):
-        brain = np.zeros(phantom_head.SHAPE, bool)
+        brain = np.zeros(phantom_anatomy.SHAPE, bool)
         brain[tuple(anatomy.coords.T)] = True
         assert 1.0e6 < brain.sum() < 1.7e6  # mm³, as grown-ups have
         assert not brain[[0, -1]].any()
@@ -109,9 +109,10 @@ def test_labels_are_nested_and_all_there(images):
         assert (seg[around_core] == 4).mean() > 0.9
 
 
-def healthy(anatomy: phantom_head.Anatomy, tumour: phantom_head.Tumour) -> dict[str, np.ndarray]:
+def healthy(anatomy: phantom_anatomy.Anatomy, tumour: phantom_tumour.Tumour) -> dict[str, np.ndarray]:
     """[V] masks of the voxels that are nothing but one healthy tissue."""
-    unaffected = (tumour.shares[2] == 0) & (anatomy.ageing < 0.02)
+    unaffected = (tumour.shares[2] == 0) & (anatomy.ageing < 0.02) & (anatomy.vessels < 0.02)
+    unaffected &= ~np.any([share > 0 for share in anatomy.nuclei.values()], axis=0)
     return {tissue: unaffected & (getattr(anatomy, tissue) > 0.95) for tissue in ("gm", "wm", "csf")}
 
 
@@ -131,29 +132,29 @@ def test_tissue_contrast_is_that_of_the_modality(images, truths, modality, order
         bright, middle, dark = (medians[tissue] for tissue in order)
         assert bright > 1.08 * middle > 1.08 * 1.08 * dark
         if modality == "flair":
-            assert dark < 0.5 * middle  # fluid is attenuated
-
-
-def tumour_ratio(label: int, modality: str, obviousness: float) -> float:
-    faint, obvious = phantom_head.TUMOUR_CONTRAST[label][modality]
-    return (1 - obviousness) * faint + obviousness * obvious
+            assert dark < 0.6 * middle  # fluid is attenuated
 
 
 @pytest.mark.parametrize("label", [1, 2, 4])
 @pytest.mark.parametrize("modality", phantom.MODALITIES)
 def test_tumour_contrast_is_that_of_the_table(images, truths, label, modality):
-    """Against the grey matter nearby: the bias field is part of the image, and still moves a ratio by up to 12 %."""
-    low, high = sorted(phantom_head.TUMOUR_CONTRAST[label][modality])
+    """Painted as drawn; in the scan, against the grey matter nearby, thick slices and shading still move a ratio."""
+    low, high = phantom_tumour.TUMOUR_CONTRAST[label][modality]
     for subject, (_, anatomy, tumour) in zip(images, truths, strict=True):
-        voxels = np.asarray(subject[modality].dataobj)[tuple(anatomy.coords.T)]
         inner = sum(share for other, share in tumour.shares.items() if is_inside(other, label))
         compartment = (tumour.shares[label] > 0.95) & (inner < 0.05)
         assert compartment.sum() >= 20
-        center = anatomy.coords[compartment].mean(0)
-        near = np.linalg.norm(anatomy.coords - center, axis=1) < 40
+        painted = np.ones(len(compartment))
+        tumour.paint(painted, modality)
+        assert low < tumour.contrast[label][modality] < high
+        assert np.median((painted / tumour.texture)[compartment]) == pytest.approx(
+            tumour.contrast[label][modality], rel=0.02
+        )
+
+        voxels = np.asarray(subject[modality].dataobj)[tuple(anatomy.coords.T)]
+        near = np.linalg.norm(anatomy.coords - anatomy.coords[compartment].mean(0), axis=1) < 40
         ratio = np.median(voxels[compartment]) / np.median(voxels[near & healthy(anatomy, tumour)["gm"]])
-        assert 0.88 * low < ratio < 1.12 * high
-        assert ratio == pytest.approx(tumour_ratio(label, modality, tumour.obviousness), rel=0.12)
+        assert ratio == pytest.approx(tumour.contrast[label][modality], rel=0.3)
 
 
 def is_inside(label: int, other: int) -> bool:
@@ -162,16 +163,102 @@ def is_inside(label: int, other: int) -> bool:
     return order.index(label) > order.index(other)
 
 
-def test_tumours_are_faint_and_obvious(truths):
-    drawn = [tumour.obviousness for _, _, tumour in truths]
-    assert 0 <= min(drawn) < 0.4
-    assert 0.6 < max(drawn) <= 1
+def test_contrasts_of_compartments_are_drawn_separately():
+    """So that a lesion that is obvious in one modality may be faint in another."""
+    rng = np.random.default_rng(0)
+    drawn = [phantom_tumour.draw_contrast(rng) for _ in range(200)]
+    ratios = [(label, modality) for label in (1, 2, 4) for modality in phantom.MODALITIES]
+    table = np.array([[contrast[label][modality] for label, modality in ratios] for contrast in drawn])
+    related = np.corrcoef(table.T) - np.eye(len(ratios))
+    assert np.abs(related).max() < 0.3
+    for values, (label, modality) in zip(table.T, ratios, strict=True):
+        low, high = phantom_tumour.TUMOUR_CONTRAST[label][modality]
+        assert low <= values.min() < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < values.max() <= high
 
 
-def window(anatomy: phantom_head.Anatomy, tumour: phantom_head.Tumour) -> np.ndarray:
+def test_a_tumour_displaces_what_is_around_it(truths):
+    """Outwards: tissue at its outline comes from nearer to its center, and far away nothing moves."""
+    _, anatomy, _ = truths[0]
+    center, radius = anatomy.coords.mean(0).round(), np.full(3, 15.0)
+    away = anatomy.coords[:, 0] - center[0]
+    ahead = (np.abs(anatomy.coords[:, 1:] - center[1:]) < 2).all(1)
+    marked = anatomy._replace(gm=(np.abs(away) < 8) * 1.0, wm=(np.abs(away) >= 8) * 1.0, csf=np.zeros(len(away)))
+    moved = phantom_tumour.push_aside(marked, center, radius, 0.3)
+    extent = [np.ptp(away[ahead & (one.gm > 0.5)]) for one in (marked, moved)]
+    assert extent[1] > extent[0] + 2
+    far = np.linalg.norm(anatomy.coords - center, axis=1) > 80
+    np.testing.assert_array_equal(moved.gm[far], marked.gm[far])
+    np.testing.assert_allclose(moved.gm + moved.wm + moved.csf, 1, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def anatomy(truths) -> phantom_anatomy.Anatomy:
+    return truths[0][1]
+
+
+def test_most_shading_is_shared_between_modalities(anatomy):
+    """The ratio of two scans of a head with one tissue only is smoother than either."""
+    rng = np.random.default_rng(0)
+    coils = phantom_scan.shading(rng, anatomy, phantom_scan.SHADING[1])
+    own = [phantom_scan.shading(rng, anatomy, phantom_scan.OWN_SHADING[1]) for _ in range(2)]
+    assert coils.mean() == pytest.approx(0, abs=1e-4)
+    assert np.corrcoef(coils + own[0], coils + own[1])[0, 1] > 0.5
+    assert abs(np.corrcoef(own[0], own[1])[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_are_thick_along_their_axis_and_misregistered_by_less_than_a_voxel(anatomy, axis, monkeypatch):
+    monkeypatch.setitem(phantom_scan.SLICES, "t2", ((axis,), (4, 4)))
+    center = tuple((np.array(anatomy.brain.shape) // 2).tolist())
+    point = np.zeros(anatomy.brain.shape)
+    point[center] = 1
+    assert anatomy.brain[center]
+    seen = [
+        phantom_scan.acquire(np.random.default_rng(0), anatomy, (scale * point)[anatomy.brain], "t2")
+        for scale in (1, 0)
+    ]
+    volume = anatomy.in_box(seen[0] - seen[1], 0)  # what lies around the brain falls out
+    spread = [np.flatnonzero(volume.sum(tuple({0, 1, 2} - {other})) > 1e-6) for other in range(3)]
+    assert [len(where) for where in spread] == [5 if other == axis else 2 for other in range(3)]
+    assert volume.sum() == pytest.approx(1, abs=1e-4)
+    middle = [np.average(np.arange(n), weights=volume.sum(tuple({0, 1, 2} - {i}))) for i, n in enumerate(volume.shape)]
+    off = np.abs(np.array(middle) - center)
+    assert (off <= phantom_scan.SHIFT + 0.5 * (np.arange(3) == axis)).all()  # four slices have no middle voxel
+    assert off.max() > 0.05
+
+
+@pytest.mark.parametrize("modality", phantom.MODALITIES)
+def test_a_tissue_varies_within_and_in_each_modality_by_itself(anatomy, modality):
+    others = {"flair": "t2", "t2": "t1", "t1": "t1ce", "t1ce": "flair"}
+    rng = np.random.default_rng(0)
+    wm = (anatomy.wm > 0.95) & (anatomy.ageing < 0.02) & ~np.any([n > 0 for n in anatomy.nuclei.values()], axis=0)
+    one, other = (np.log(phantom_scan.contrast(rng, anatomy, m)[wm]) for m in (modality, others[modality]))
+    assert one.std() > 0.02
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.3
+
+
+def test_nuclei_vessels_and_fluid_are_seen_in_their_own_ways(anatomy):
+    """Iron darkens the pallidum on T2 and not on T1; gadolinium brightens vessels on T1ce and not on T1."""
+    rng = np.random.default_rng(0)
+    images = {modality: phantom_scan.contrast(rng, anatomy, modality) for modality in phantom.MODALITIES}
+    pallidum, gm = anatomy.nuclei["pallidum"] > 0.9, (anatomy.gm > 0.95) & (anatomy.vessels < 0.05)
+    vessel, partial = anatomy.vessels > 0.8, (np.abs(anatomy.csf - 0.5) < 0.05) & (anatomy.vessels < 0.05)
+    assert min(pallidum.sum(), vessel.sum(), partial.sum()) > 50
+    medians = {m: [np.median(image[where]) for where in (gm, pallidum, vessel, partial)] for m, image in images.items()}
+    assert medians["t2"][1] < 0.8 * medians["t2"][0]
+    assert medians["t1"][1] > 1.05 * medians["t1"][0]
+    assert medians["t1ce"][2] > 1.3 > 0.9 > medians["t1"][2]
+    for modality, visible in (("t2", np.greater), ("flair", np.less)):
+        pure = np.median(images[modality][(anatomy.csf > 0.95) & (anatomy.vessels < 0.05)])
+        share = (medians[modality][3] - medians[modality][0]) / (pure - medians[modality][0])
+        assert visible(share, 0.5)  # of the fluid in a voxel that is half fluid
+
+
+def window(anatomy: phantom_anatomy.Anatomy, tumour: phantom_tumour.Tumour) -> np.ndarray:
     """[20] tumour voxels in each slice of [70, 90)."""
     slices = anatomy.coords[tumour.shares[2] > 0.5, 2]
-    return np.bincount(slices, minlength=phantom_head.SHAPE[2])[70:90]
+    return np.bincount(slices, minlength=phantom_anatomy.SHAPE[2])[70:90]
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -179,8 +266,8 @@ def test_val_and_test_subjects_have_tumour_in_the_window(truths, split):
     _, anatomy, tumour = truths[SPLITS.index(split)]
     assert window(anatomy, tumour).any()
     rng = np.random.default_rng(0)
-    more = [phantom_head.grow_tumour(rng, anatomy, phantom_head.TUMOUR_SLICES[split]) for _ in range(15)]
-    areas = [window(anatomy, tumour).max() for tumour in more]
+    more = [phantom_tumour.grow_tumour(rng, anatomy, phantom_tumour.TUMOUR_SLICES[split]) for _ in range(15)]
+    areas = [window(*grown).max() for grown in more]
     assert min(areas) > 0
     assert max(areas) > 4 * min(areas)  # small and large
 
@@ -188,14 +275,14 @@ def test_val_and_test_subjects_have_tumour_in_the_window(truths, split):
 def test_most_training_subjects_keep_healthy_slices_in_the_window(truths):
     rng = np.random.default_rng(0)
     _, anatomy, _ = truths[0]
-    tumours = [phantom_head.grow_tumour(rng, anatomy, phantom_head.TUMOUR_SLICES["train"]) for _ in range(25)]
-    slices = np.array([(window(anatomy, tumour) == 0).sum() for tumour in tumours])
+    grown = [phantom_tumour.grow_tumour(rng, anatomy, phantom_tumour.TUMOUR_SLICES["train"]) for _ in range(25)]
+    slices = np.array([(window(*one) == 0).sum() for one in grown])
     assert (slices >= 3).mean() >= 0.7
     assert (slices < 20).mean() >= 0.3  # and many have tumour there, as patients do
 
 
 def test_smooth_noise_is_smooth_and_of_unit_variance():
-    noise = np.stack([phantom_head.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)])
+    noise = np.stack([phantom_anatomy.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)])
     np.testing.assert_allclose(noise.std(0), 1, atol=0.25)
     assert np.abs(np.diff(noise, axis=1)).mean() < 0.2
 
