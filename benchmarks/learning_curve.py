@@ -117,7 +117,7 @@ def parse_args() -> argparse.Namespace:
         help="folder of all these trainings",
     )
     add("--csv", type=Path, default=Path("experiments/learning_curve.csv"), help="points measured")
-    add("--figure", type=Path, default=Path("docs/learning_curve.png"), help="figure to draw")
+    add("--figure", type=Path, default=Path("experiments/learning_curve.png"), help="figure to draw")
     args = parser.parse_args()
     for flag in ("unet_iterations", "diffusion_iterations", "saves", "workers"):
         if getattr(args, flag) < 1:

@@ -66,7 +66,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = chain_parser(__doc__.splitlines()[0])
     parser.set_defaults(model_name="diffusion", dataset="phantom")
     parser.add_argument("--csv", type=Path, default=Path("experiments/tradeoff.csv"), help="points measured")
-    parser.add_argument("--figure", type=Path, default=Path("docs/tradeoff.png"), help="figure to draw")
+    parser.add_argument("--figure", type=Path, default=Path("experiments/tradeoff.png"), help="figure to draw")
     args, overrides = parse_run_args(parser)
     if args.model_name != "diffusion":
         raise UserError("the Cyclic UNet has nothing to trade: leave --model_name out")

@@ -1,8 +1,8 @@
 """Make a phantom cohort: brain MRI in the shape of BraTS 2021, for where no MRI can be shipped.
 
-Real anatomy, invented subjects: the MNI152 tissue templates that nilearn carries are deformed at random for each subject
-(phantom_anatomy), a tumour grows in the white matter (phantom_tumour), and each modality is scanned in its own way
-(phantom_scan). All of it is drawn from (seed, subject number), so a cohort is the same, byte for byte, whatever the
+Real anatomy, invented subjects: the MNI152 tissue templates that nilearn carries are deformed at random for each
+subject (phantom_anatomy), a tumour grows in the white matter (phantom_tumour), and each modality is scanned in its own
+way (phantom_scan). All of it is drawn from (seed, subject number), so a cohort is the same, byte for byte, whatever the
 number of workers.
 
     python ./datasets/phantom.py --train 48 --val 16 --test 32
