@@ -39,7 +39,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     geometry = trained_geometry(forward if forward.preprocessing.get("grid") else backward)
     normalisations = [translator.preprocessing.get("normalisation") for translator in (forward, backward)]
     quantiles = normalisations[0] or normalisations[1] or NORMALISATION
-    threshold, origin = find_threshold(args, overrides, experiments, chain)
+    threshold, usual_error, origin = find_threshold(args, overrides, experiments, chain)
     scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
     print(f"forward:   {experiments.address(forward.checkpoint)}")
     print(f"backward:  {experiments.address(backward.checkpoint)}\nthreshold: {threshold:.6g}, {origin}")
@@ -58,9 +58,9 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         for warning in scan.warnings:
             print(f"warning: {warning}")
         make_folder(args.output_dir)
-        anomaly = score_scan(scorer, scan)
+        anomaly = score_scan(scorer, scan, usual_error)
         if dist_util.rank() == 0:
-            report = draw_report(scan, anomaly, threshold, quantiles)
+            report = draw_report(scan, anomaly, threshold, quantiles, scorer.score_kind)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
     is_first = dist_util.rank() == 0
     dist_util.shut_down()
@@ -154,20 +154,23 @@ def make_folder(output_dir: Path) -> None:
 
 def find_threshold(
     args: argparse.Namespace, overrides: list[str], experiments: Folder, chain: Chain
-) -> tuple[float, str]:
-    """The threshold, and where it is from: `--threshold`, or what the same translators' test run chose.
+) -> tuple[float, float, str]:
+    """The threshold, the usual error of the standardised score, and where they are from: the translators' test run.
 
-    A UserError if there is no such test run, it is of other checkpoints or another sampling, or it had no validation
-    slices.
+    `--threshold` replaces the first, and with other scores needs no test run. A UserError if there is no such run, it
+    is of other checkpoints or another sampling, or it had no validation slices.
     """
-    if args.threshold is not None:
-        return args.threshold, "as --threshold says"
+    standardised = args.model_name == "diffusion" and chain.config.score_model.sampling.score == "standardised"
+    if args.threshold is not None and not standardised:
+        return args.threshold, 0.0, "as --threshold says"
     from evaluation.results import METRICS, read_metrics
 
     folder = f"results/{results_name(chain)}"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
     remedy = f"run {test_command(args, overrides)} to find a threshold, or give --threshold"
+    if standardised:
+        remedy = f"run {test_command(args, overrides)} to find a threshold and what an error is usual"
     metrics = read_metrics(path.parent, remedy)
     tested, now = (
         {direction: short(where) for direction, where in checkpoints.items()}
@@ -178,10 +181,13 @@ def find_threshold(
         raise UserError(f"the threshold in {path} is {others}: {remedy}")
     if metrics.get("sampling_settings") != sampling_settings(chain):
         raise UserError(f"the threshold in {path} is of another sampling: {remedy}")
+    usual_error = metrics["usual_error"]
+    if args.threshold is not None:
+        return args.threshold, usual_error, "as --threshold says"
     threshold = metrics["validation"] and metrics["validation"]["threshold"]
     if not threshold:
         raise UserError(f"{path} has no validation threshold: preprocess validation slices and {remedy}")
-    return threshold, f"the validation threshold in {experiments.address(path)}"
+    return threshold, usual_error, f"the validation threshold in {experiments.address(path)}"
 
 
 def short(checkpoint: Path | str) -> str:

@@ -14,10 +14,11 @@ from utils.experiment import leaves, require_name
 from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
-# How MMCCD samples, by name: the DDIM steps, bands of the sweep in the width of one band (so many see each pixel,
-# in either direction), and what is averaged over them. docs/speed.md shows what each costs and scores.
-SAMPLING = {"paper": ("100", 8, "errors"), "fast": ("trailing2", 4, "reconstructions")}
-AVERAGES = ("errors", "reconstructions")
+# How MMCCD samples and scores, by name: the DDIM steps; the bands of the sweep in the width of one band (so many see
+# each pixel, in either direction); the score, and how it is smoothed. docs/speed.md shows what each costs and scores.
+SAMPLING = {"paper": ("100", 8, "errors", "none"), "fast": ("trailing2", 4, "standardised", "median3")}
+# How a score is made of the draws of each pixel (see models/cycle.py), and smoothed (see evaluation/metrics.py).
+SCORING = {"score": ("errors", "reconstructions", "standardised"), "smooth": ("none", "median3", "median5")}
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 
@@ -79,12 +80,13 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def sampling_keys(timestep_respacing: str, bands_a_width: int, average: str, band_width: int) -> dict[str, Any]:
+def sampling_keys(steps: str, bands_a_width: int, score: str, smooth: str, band_width: int) -> dict[str, Any]:
     """The keys of the config that say how MMCCD samples, of `SAMPLING` for example, for bands of this width."""
     return {
-        "score_model.sampling.timestep_respacing": timestep_respacing,
+        "score_model.sampling.timestep_respacing": steps,
         "score_model.sampling.stride": max(band_width // bands_a_width, 1),
-        "score_model.sampling.average": average,
+        "score_model.sampling.score": score,
+        "score_model.sampling.smooth": smooth,
     }
 
 
@@ -101,7 +103,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not model.channel_mult:
         raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
-    names = {"precision": ("auto", *PRECISIONS), "score_model.sampling.average": AVERAGES}
+    names = {"precision": ("auto", *PRECISIONS)} | {
+        f"score_model.sampling.{key}": known for key, known in SCORING.items()
+    }
     values = dict(leaves(config))
     for key, known in names.items():
         if values[key] not in known:

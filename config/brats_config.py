@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     score_model.sampling = sampling = ConfigDict()
     sampling.batch_size = 32  # network samples at a time
     sampling.stride = 2  # between the bands of the sweep
-    sampling.average = "errors"  # over the bands that hid a pixel; or "reconstructions", before the error
+    sampling.score = "errors"  # of the bands that hid a pixel: or "reconstructions", "standardised"
+    sampling.smooth = "none"  # or "median3", "median5"; the score of Cyclic UNet, too
     sampling.use_ddim = True
     sampling.eta = 0.0
     sampling.timestep_respacing = "100"

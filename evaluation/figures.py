@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -20,6 +20,12 @@ from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices
 # Normalised intensities shown as black and white. A tenth of the brain, and most tumours, lie above 3.
 WINDOW = (-3.0, 5.0)
 
+# What a score says, by its kind (see models/cycle.py).
+SCORE_MEANINGS = {
+    "errors": "squared cyclic error",
+    "reconstructions": "squared cyclic error",
+    "standardised": "squared cyclic error, times the usual",
+}
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
 TRUTH_STYLE = {"color": SKY_BLUE, "linestyle": "-", "linewidth": 1.6}
@@ -66,12 +72,12 @@ def draw_scores(
     }
     choice = "validation" if "validation" in thresholds else "oracle"
     prediction, dice = scores >= thresholds[choice], per_slice[f"{choice}_dice"]
-    modalities = metrics["input"], metrics["trans"]
+    modalities, meaning = (metrics["input"], metrics["trans"]), SCORE_MEANINGS[metrics["score"]]
     return {
-        "slices": slices_figure(maps, prediction, dice, f"prediction ({choice} threshold)", *modalities),
+        "slices": slices_figure(maps, prediction, dice, f"prediction ({choice} threshold)", *modalities, meaning),
         "precision_recall": precision_recall_figure(ranked),
-        "dice_threshold": dice_threshold_figure(scores, maps["truth"], thresholds),
-        "histograms": histograms_figure(scores, maps["truth"], thresholds),
+        "dice_threshold": dice_threshold_figure(scores, maps["truth"], thresholds, meaning),
+        "histograms": histograms_figure(scores, maps["truth"], thresholds, meaning),
     }
 
 
@@ -83,7 +89,13 @@ def write_figures(directory: Path, figures: Mapping[str, Figure]) -> None:
 
 
 def slices_figure(
-    maps: Mapping[str, np.ndarray], prediction: np.ndarray, dice: np.ndarray, label: str, input: str, trans: str
+    maps: Mapping[str, np.ndarray],
+    prediction: np.ndarray,
+    dice: np.ndarray,
+    label: str,
+    input: str,
+    trans: str,
+    meaning: str,
 ) -> Figure:
     """A row for each of the best, median and worst slices: input, translation, reconstruction, error, contours.
 
@@ -93,6 +105,7 @@ def slices_figure(
         maps: as in `draw_scores`.
         prediction: [N, H, W] bool, with its Dice [N] and what the legend calls it.
         input, trans: names of the modalities.
+        meaning: of the scores.
     """
     groups = best_median_worst(dice)
     crop = _bounding_box(maps["brainmask"][list(groups)])
@@ -102,14 +115,19 @@ def slices_figure(
         f"input ({input})": maps["image"],
         f"translation ({trans})": maps["translation"],
         f"reconstruction ({input})": maps["reconstruction"],
-        "error map": error_maps,
+        "deviation of draws": np.sqrt(maps["variance"]),
+        "anomaly score": error_maps,
         "segmentation": maps["image"],
     }
-    figure, axes = _panels(len(groups), len(columns), (10, 2.1 * len(groups) + 0.6))
+    highest = np.sqrt(maps["variance"][maps["brainmask"]].max())
+    norms = {"deviation of draws": Normalize(0, highest), "anomaly score": norm}
+    if not highest:  # Cyclic UNet has a single draw
+        del columns["deviation of draws"]
+    figure, axes = _panels(len(groups), len(columns), (2 * len(columns), 2.1 * len(groups) + 0.6))
     for row, (i, group) in zip(axes, groups.items(), strict=True):
-        for ax, images in zip(row, columns.values(), strict=True):
-            if images is error_maps:
-                colours = ax.imshow(images[i][crop].T, cmap="inferno", norm=norm)
+        for ax, (name, images) in zip(row, columns.items(), strict=True):
+            if name in norms:
+                colours = ax.imshow(images[i][crop].T, cmap="inferno", norm=norms[name])
             else:
                 ax.imshow(to_grey(images[i][crop]), **GREY)
         _outline(row[-1], prediction[i][crop], PREDICTION_STYLE)
@@ -117,7 +135,7 @@ def slices_figure(
         row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{maps['names'][i]}", fontsize=9)
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title, fontsize=11)
-    figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="squared cyclic error")
+    figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=meaning)
     marks = {label: PREDICTION_STYLE, "truth": TRUTH_STYLE}
     handles = [Line2D([], [], label=label, **style) for label, style in marks.items()]
     on_grey = {"facecolor": "0.3", "labelcolor": "white"}
@@ -134,6 +152,7 @@ def scan_figure(
     threshold: float,
     aspect: float,
     title: str,
+    meaning: str,
 ) -> Figure:
     """Slices of one scan, a column each: the scan, its anomaly map, and what is marked, outlined on the scan.
 
@@ -146,6 +165,7 @@ def scan_figure(
         threshold: score from which on a pixel is marked.
         aspect: length of a pixel along W for one along H.
         title: of the whole.
+        meaning: of the scores.
     """
     crop = _bounding_box(images > WINDOW[0])
     scored = anomaly[anomaly > 0]
@@ -164,7 +184,7 @@ def scan_figure(
     for x, side, ha in ((0.03, "R", "left"), (0.97, "L", "right")):
         where = {"transform": axes[0, 0].transAxes, "ha": ha, "va": "top"}
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
-    bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label="anomaly score (line: threshold)")
+    bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -198,15 +218,18 @@ def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]])
     return figure
 
 
-def dice_threshold_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float]) -> Figure:
+def dice_threshold_figure(
+    scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float], meaning: str
+) -> Figure:
     """The mean over slices of Dice against the threshold, with the chosen ones marked.
 
     Args:
         scores: [N, H, W], -inf where a score does not count.
         truth: [N, H, W] bool.
         thresholds: `oracle`, and `validation` if there is one.
+        meaning: of the scores.
     """
-    figure, ax = _chart("threshold (squared cyclic error)", "mean Dice over slices")
+    figure, ax = _chart(f"threshold ({meaning})", "mean Dice over slices")
     ax.plot(*dice_curve(scores, truth), color=BLUE, label="mean Dice")
     dice = {name: mean_over_slices(overlap_at(scores, truth, t)["dice"]) for name, t in thresholds.items()}
     _mark_thresholds(ax, scores, thresholds, {name: f", Dice {value:.3f}" for name, value in dice.items()})
@@ -215,9 +238,9 @@ def dice_threshold_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Map
     return figure
 
 
-def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float]) -> Figure:
+def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float], meaning: str) -> Figure:
     """How many healthy and lesion pixels have which score; arguments as in `dice_threshold_figure`."""
-    figure, ax = _chart("squared cyclic error", "pixels")
+    figure, ax = _chart(meaning, "pixels")
     finite = np.isfinite(scores)
     root_edges = np.linspace(0, np.sqrt(np.max(scores, where=finite, initial=1e-6)), 61)
     kinds = {"healthy": finite & ~truth, "lesion": finite & truth}

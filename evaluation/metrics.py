@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import median_filter
 from scipy.stats import bootstrap, rankdata
 from skimage.morphology import isotropic_erosion
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -69,6 +70,14 @@ def scored_region(brainmask: ArrayLike) -> BoolArray:
     # around the image says that it does not.
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     return np.stack([isotropic_erosion(one, radius)[1:-1, 1:-1] for one in padded])
+
+
+def smooth_scores(scores: FloatArray, how: str) -> FloatArray:
+    """Scores [N, H, W] under a median filter of each slice: "none", or "median3", "median5" for its width in px.
+
+    Lesions are larger than the stray pixels that a rim or a vessel gives, which a median takes away.
+    """
+    return scores if how == "none" else median_filter(scores, size=(1, *2 * (int(how.removeprefix("median")),)))
 
 
 def cut_scores(scores: ArrayLike, brainmask: ArrayLike) -> FloatArray:

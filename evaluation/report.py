@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch.utils.tensorboard import SummaryWriter
 
 from .figures import draw_scores, write_figures
-from .metrics import by_lesion_size, evaluate, ranked_scores
+from .metrics import by_lesion_size, evaluate, ranked_scores, smooth_scores
 from .results import Maps, write_scores
 from .tables import METHODS, size_table, table
 
@@ -20,21 +20,27 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) 
 
     `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
     """
-    cyclic_error, intensity = (
-        evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
-        for key in ("scores", "image")
-    )
-    metrics, baseline = (
-        evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
-        for evaluation in (cyclic_error, intensity)
-    )
-    metrics = {**run, **metrics, "baseline_intensity": baseline}
+    smooth = run["sampling_settings"]["smooth"]
+    maps = {
+        split: {**group, "unsmoothed": group["scores"], "scores": smooth_scores(group["scores"], smooth)}
+        for split, group in maps.items()
+    }
+    found = {
+        key: evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
+        for key in ("scores", "image", *(["unsmoothed"] if smooth != "none" else []))
+    }
+    blocks = {
+        key: evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
+        for key, evaluation in found.items()
+    }
+    metrics = {**run, **blocks["scores"], "baseline_intensity": blocks["image"], "unsmoothed": blocks.get("unsmoothed")}
+    per_slice = found["scores"].per_slice
     ranked = {
         METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
         f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
     }
-    write_scores(results, metrics, maps["test"]["names"], cyclic_error.per_slice)
-    write_figures(results / "figures", draw_scores(maps["test"], metrics, cyclic_error.per_slice, ranked))
+    write_scores(results, metrics, maps["test"]["names"], per_slice)
+    write_figures(results / "figures", draw_scores(maps["test"], metrics, per_slice, ranked))
     write_events(results, metrics, ranked)
     print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
 

@@ -11,7 +11,7 @@ import numpy as np
 from utils.cli import UserError
 
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
-MAPS = ("image", "translation", "reconstruction", "scores", "truth", "brainmask")  # [N, H, W] each
+MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
 
 Maps = Mapping[str, Mapping[str, Any]]  # by split: `names` of the slices, and the arrays named in MAPS
 

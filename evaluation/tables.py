@@ -27,7 +27,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     for one in runs:
         trained = (one["trained_steps"][direction] for direction in ("forward", "backward"))
         steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in trained)
-        rows[(METHODS[one["method"]], steps, *_scores(one))] = None
+        name, smooth = METHODS[one["method"]], one["sampling_settings"]["smooth"]
+        if one["unsmoothed"]:
+            rows[(name, steps, *_scores(one["unsmoothed"]))] = None
+        rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(one))] = None
     header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
     lines = _aligned(header, *rows)
     first = runs[0]

@@ -13,14 +13,44 @@ from .masks import Band
 
 
 class Cycle(NamedTuple):
-    """What a cycle makes of slices [N, 1, H, W]; all of the same shape.
+    """What a cycle makes of slices A [N, 1, H, W]; all of the same shape, and means over the draws of a pixel.
 
-    score: squared cyclic error, the larger the more anomalous; translation: B; reconstruction: A again.
+    error: squared cyclic error; translation: B; reconstruction: A again. Cyclic UNet has a single draw.
     """
 
-    score: Tensor
+    error: Tensor
     translation: Tensor
     reconstruction: Tensor
+
+    def variance(self, image: Tensor) -> Tensor:
+        """Of the draws of the reconstruction around their mean m: mean (A − draw)² − (A − m)²."""
+        return (self.error - (image - self.reconstruction).square()).clamp(min=0)
+
+
+def anomaly_score(image: Tensor, cycle: Cycle, score: str, usual_error: float = 0.0) -> Tensor:
+    """How anomalous each pixel of A [N, 1, H, W] is, from the mean m and the variance v of its reconstructions.
+
+    "errors" is the paper's score, the mean of (A − draw)², which is (A − m)² + v. But v says where the model is unsure,
+    at sulci and ventricles, and nothing about A: "reconstructions" is (A − m)² alone. "standardised" is
+    (A − m)² / (v + c): the same error counts for more where the draws agree. c is what the draws do not show, the noise
+    of A and the errors that all draws share: `usual_error`. In healthy tissue this score is 1 in the mean.
+    """
+    if score == "errors":
+        return cycle.error
+    deviation = (image - cycle.reconstruction).square()
+    return deviation if score == "reconstructions" else deviation / (cycle.variance(image) + usual_error)
+
+
+def usual_error(image: Tensor, cycle: Cycle, healthy: Tensor) -> float:
+    """The constant c of the "standardised" score: the mean of (A − m)² − v over the healthy pixels, bool [N, 1, H, W].
+
+    The variance of the draws and c then add up to the squared error of healthy tissue. At least a hundredth of that, so
+    that no score is divided by 0.
+    """
+    deviation = (image - cycle.reconstruction).square()
+    explained = cycle.variance(image)[healthy].mean()
+    total = deviation[healthy].mean()
+    return float(torch.maximum(total - explained, total / 100))
 
 
 @torch.inference_mode()
@@ -67,15 +97,13 @@ def mmccd(
     *,
     bands: Sequence[Band],
     batch_size: int,
-    average: str = "errors",
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Cycle:
     """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
 
     Bands that hide no brain of a slice are not sampled. Translation and reconstruction are put together in the
     same way, from what each band had hidden; where no band passed, they are the image, which is background there.
-    Every reconstruction is one draw of what the hidden tissue may look like: averaging before the square keeps the
-    variance of the draws out of the score.
+    Every reconstruction is one draw of what the hidden tissue may look like.
 
     Args:
         image: A, [N, 1, H, W], on the translators' device.
@@ -84,8 +112,6 @@ def mmccd(
         backward: B to A.
         bands: the sweep.
         batch_size: network samples at a time; it changes the memory needed, not the scores.
-        average: what is averaged over the bands: the squared "errors", as in the paper, or the "reconstructions",
-            whose mean then has one squared error.
         progress: told after each batch how many samples it had.
     """
     sums = torch.zeros(4, *image.shape, device=image.device)
@@ -102,8 +128,5 @@ def mmccd(
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     *sums, counts = sums
-    score, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
-    translation, reconstruction = (torch.where(counts > 0, mean, image) for mean in (translation, reconstruction))
-    if average == "reconstructions":
-        score = (image - reconstruction).square()
-    return Cycle(score, translation, reconstruction)
+    error, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
+    return Cycle(error, *(torch.where(counts > 0, mean, image) for mean in (translation, reconstruction)))

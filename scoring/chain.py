@@ -54,6 +54,8 @@ def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
         "--timestep_respacing",
         help="sampling steps; 1000 or empty: all; trailing2 and so on: few, well placed (default: the config's, 100)",
     )
+    smooth = "median filter of the scores, 3 or 5 px wide (default: the config's, none; fast has its own)"
+    add("--smooth", choices=["none", "median3", "median5"], help=smooth)
     return parser
 
 
@@ -75,11 +77,12 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
     sampling = {
         "score_model.sampling.use_ddim": None if args.use_ddim is None else args.use_ddim == "True",
         "score_model.sampling.timestep_respacing": args.timestep_respacing,
+        "score_model.sampling.smooth": args.smooth,
     }
     config, given = configs.resolve(args.dataset, config_fields(args) | sampling, overrides)
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
-    if args.sampling:
+    if args.sampling and args.model_name == "diffusion":
         preset = configs.sampling_keys(*configs.SAMPLING[args.sampling], config.score_model.mask.width)
         config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
     backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
@@ -176,14 +179,15 @@ def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> No
 
 def results_name(chain: Chain) -> str:
     """The folder of a test run: what was chained, and how it was sampled."""
-    name = f"{chain.forward.name}__{chain.backward.name}"
-    return name if chain.model_name == "unet" else f"{name}__{sampling_name(chain.config)}"
+    smooth = chain.config.score_model.sampling.smooth
+    how = sampling_name(chain.config) if chain.model_name == "diffusion" else smooth.replace("none", "")
+    return "__".join(filter(None, (chain.forward.name, chain.backward.name, how)))
 
 
-def sampling_settings(chain: Chain) -> dict[str, Any] | None:
-    """All that MMCCD's samples depend on besides its weights, in JSON's types; None for Cyclic UNet."""
+def sampling_settings(chain: Chain) -> dict[str, Any]:
+    """All that the scores depend on besides the weights, in JSON's types."""
     if chain.model_name == "unet":
-        return None
+        return {"smooth": chain.config.score_model.sampling.smooth}
     settings = {"seed": chain.config.seed, **chain.config.score_model.sampling.to_dict()}
     del settings["batch_size"]  # changes the memory needed, not the samples
     return settings
@@ -210,7 +214,7 @@ def sampling_name(config: Any) -> str:
     name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{steps}"
     if respacing not in ("", str(steps)):  # ddim50, trailing2, or 10,15,25 in three sections
         differences.insert(0, respacing.removesuffix(str(steps)).replace(",", "-").replace("ddim", "strided"))
-    for key, label in (("stride", f"stride{sampling.stride}"), ("average", sampling.average)):
+    for key, label in (("stride", f"stride{sampling.stride}"), ("score", sampling.score), ("smooth", sampling.smooth)):
         if sampling[key] != paper[f"score_model.sampling.{key}"]:
             differences.append(label)
     return "_".join([name, *differences])

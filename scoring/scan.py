@@ -13,8 +13,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from datasets.brats2021 import resize_image, resize_mask
 from datasets.subject import BRATS_SLICES, normalise
-from evaluation.figures import scan_figure
-from evaluation.metrics import scored_region
+from evaluation.figures import SCORE_MEANINGS, scan_figure
+from evaluation.metrics import scored_region, smooth_scores
+from models.cycle import anomaly_score
 from utils.cli import UserError
 from utils.experiment import RECORD
 from utils.grid import SAME, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
@@ -121,8 +122,11 @@ def axial_axis(affine: np.ndarray) -> int:
     return io_orientation(affine)[:, 0].tolist().index(2)
 
 
-def score_scan(scorer: Scorer, scan: Scan) -> np.ndarray:
-    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its eroded brain."""
+def score_scan(scorer: Scorer, scan: Scan, usual_error: float) -> np.ndarray:
+    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its eroded brain.
+
+    `usual_error` is the constant of the standardised score, from the test run of the same translators.
+    """
     size = scorer.config.data.image_size
     images, brains = (
         torch.from_numpy(np.moveaxis(stack[:, :, scan.numbers], 2, 0)[:, None].copy())
@@ -132,7 +136,8 @@ def score_scan(scorer: Scorer, scan: Scan) -> np.ndarray:
     brains = torch.stack([resize_mask(brain, size) for brain in brains])
 
     announce(scorer, brains)
-    scores = scorer.score(images, brains).score
+    scores = anomaly_score(images, scorer.cycle(images, brains), scorer.score_kind, usual_error)
+    scores = torch.from_numpy(smooth_scores(scores[:, 0].numpy(), scorer.config.score_model.sampling.smooth))[:, None]
     scores = scores.where(torch.from_numpy(scored_region(brains[:, 0].numpy()))[:, None], 0)
     scores = F.interpolate(scores, scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
     on_slices = np.zeros(scan.slices_grid.shape, dtype=np.float32)
@@ -159,7 +164,7 @@ def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float,
     print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {paths[-1]}")
 
 
-def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: dict[str, float]) -> Figure:
+def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: dict[str, float], score: str) -> Figure:
     """The scan's most anomalous axial slices, as radiologists look at them, numbered as in its file."""
     image, mask = normalise(scan.volume, **quantiles), (anomaly >= threshold).astype(np.uint8)
     turn = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
@@ -173,7 +178,7 @@ def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: di
         for i in picked
     ]
     title = f"{scan.path.name}: the slices with the most marked, most first (R: the patient's right)"
-    look = {"threshold": threshold, "aspect": sizes[1] / sizes[0], "title": title}
+    look = {"threshold": threshold, "aspect": sizes[1] / sizes[0], "title": title, "meaning": SCORE_MEANINGS[score]}
     return scan_figure(image[picked], anomaly[picked], mask[picked] > 0, labels, **look)
 
 

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from datasets.brats2021 import BraTS2021Dataset
 from datasets.loader import all_slices
+from evaluation.metrics import scored_region
 from guided_diffusion import checkpoint, dist_util
 from models.build import create_masked_translator, create_network
-from models.cycle import Cycle, cyclic_unet, mmccd, slices_and_bands
+from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
 from models.masks import sweep
 from utils.cli import UserError
 from utils.device import autocast, pick_precision, speed_up
@@ -31,6 +32,7 @@ class Scorer:
         self.precision = pick_precision(self.config.precision, device)
         self.bands = sweep(self.config.data.image_size, sampling.stride)
         self.masked_translator = None  # Cyclic UNet has none
+        self.score_kind = sampling.score if chain.model_name == "diffusion" else "errors"
         self.networks = []
         try:
             for name, found in ((chain.model_name, chain.forward), ("unet", chain.backward)):
@@ -54,7 +56,7 @@ class Scorer:
             samples = len(slices_and_bands(brainmask, self.masked_translator, self.bands))
         return samples * self.passes_a_sample
 
-    def score(self, image: Tensor, brainmask: Tensor, desc: str = "scoring") -> Cycle:
+    def cycle(self, image: Tensor, brainmask: Tensor, desc: str = "scoring") -> Cycle:
         """The cycle of slices [N, 1, H, W], on the CPU, behind a progress bar over the network passes.
 
         Of several processes each makes its share of the slices, and all get the whole.
@@ -69,8 +71,7 @@ class Scorer:
                 "progress": lambda samples: bar.update(samples * self.passes_a_sample),
             }
             if self.masked_translator:
-                how |= {"bands": self.bands, "average": sampling.average}
-                cycle = mmccd(image, brainmask, self.masked_translator, backward, **how)
+                cycle = mmccd(image, brainmask, self.masked_translator, backward, bands=self.bands, **how)
             else:
                 cycle = cyclic_unet(image, forward, backward, **how)
         shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
@@ -105,13 +106,19 @@ def announce(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
 
 def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
-    cost = announce(scorer, *(batch["brainmask"] for batch in slices.values()))
+    cost = announce(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
     maps = {}
-    for split, batch in slices.items():
+    for split in sorted(slices, reverse=True):  # validation first: it says what an error is usual
+        batch = slices[split]
         image, brainmask = batch[scorer.config.data.input], batch["brainmask"]
-        cycle = scorer.score(image, brainmask, f"scoring {split}")
-        images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": cycle.score}
+        cycle = scorer.cycle(image, brainmask, f"scoring {split}")
+        if "usual_error" not in cost:
+            scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
+            cost["usual_error"] = usual_error(image, cycle, scored & ~batch["seg"])
+        scores = anomaly_score(image, cycle, scorer.score_kind, cost["usual_error"])
+        images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
         images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction}
+        images["variance"] = cycle.variance(image)
         maps[split] = {key: value[:, 0].numpy() for key, value in images.items()} | {"names": batch["name"]}
     return maps, cost
 
