@@ -32,7 +32,7 @@ METHODS = {  # what it is called, and its colour
     "intensity": ("input's intensity", "0.5"),
     "cyclic_unet": ("Cyclic UNet", "#7570b3"),
     "mmccd": ("MMCCD, fast", "#d95f02"),
-    "mmccd_errors": ("MMCCD, fast, errors averaged", "#e6ab02"),
+    "mmccd_errors": ("MMCCD, the paper's score of the same draws", "#e6ab02"),
 }
 METHODS_OF = {"unet": ("cyclic_unet", "intensity"), "diffusion": ("mmccd", "mmccd_errors")}
 
@@ -221,7 +221,8 @@ def anomaly_scores(
 
     Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
     """
-    from scoring.scorer import Scorer, load_slices
+    from evaluation.metrics import smooth_scores
+    from scoring.scorer import Scorer, create_maps, load_slices
 
     flags = [
         *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--seed={forward.seed}"),
@@ -230,23 +231,23 @@ def anomaly_scores(
     ]
     with open_folder(str(args.logdir)) as experiments:
         chain = find_chain(chain_parser("").parse_args(flags), [], experiments)
-    config = chain.config
-    config.precision, config.score_model.sampling.average = "auto", "errors"
-    scorer = Scorer(chain, device)
+    chain.config.precision = "auto"
+    splits = ("val", "test") if last else ("val",)
+    for split in splits:
+        slices[split] = slices.get(split) or load_slices(chain.config, split)
+    if slices["val"] is None:
+        raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
+    maps, _ = create_maps(Scorer(chain, device), {split: slices[split] for split in splits})
     scored = {}
-    for split in ("val", "test") if last else ("val",):
-        of_split = slices[split] = slices.get(split) or load_slices(config, split)
-        if of_split is None:
-            raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
-        image, brainmask = of_split[config.data.input], of_split["brainmask"]
-        name = f"{split}: seed {forward.seed}, {checkpoint_forward.name}"
-        cycle = scorer.score(image, brainmask, name)
-        # One sweep serves both averages.
-        maps = ((image - cycle.reconstruction).square(), cycle.score)
-        maps = (cycle.score, image) if forward.model_name == "unet" else maps
+    for split, group in maps.items():
+        found = (group["scores"], group["image"])
+        if forward.model_name == "diffusion":  # one sweep serves both scores
+            smooth = chain.config.score_model.sampling.smooth
+            errors = (group["image"] - group["reconstruction"]) ** 2 + group["variance"]
+            found = smooth_scores(group["scores"], smooth), errors
         scored[split] = {
-            method: tuple(array[:, 0].numpy() for array in (score, of_split["seg"], brainmask))
-            for method, score in zip(METHODS_OF[forward.model_name], maps, strict=True)
+            method: (scores, group["truth"], group["brainmask"])
+            for method, scores in zip(METHODS_OF[forward.model_name], found, strict=True)
         }
     return scored
 

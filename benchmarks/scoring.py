@@ -229,7 +229,7 @@ def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
                 bands=sweep.bands,
                 batch_size=sweep.config.score_model.sampling.batch_size,
             )
-        return cycle.score
+        return cycle.error
 
     return work
 

@@ -51,11 +51,11 @@ def main() -> None:
         return np.where(where[0, 0], score[0, 0], 0)[crop].T
 
     cycle = cyclic_unet(image, load("unet", "forward")[0], backward, batch_size=1)
-    top = float(cycle.score[brain].quantile(0.99))
+    top = float(cycle.error[brain].quantile(0.99))
     draw_cycle(
         args.output_dir / "cycle.png",
         [grey(image), grey(cycle.translation), grey(cycle.reconstruction)],
-        errors(cycle.score, brain),
+        errors(cycle.error, brain),
         example["seg"][0].numpy()[crop].T,
         top,
     )

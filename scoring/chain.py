@@ -114,11 +114,15 @@ def find_translator(
         return TrainedTranslator(checkpoint.stem, checkpoint, config, {})
     if not {"model_name", "training_process", "config"} <= set(record):
         raise UserError(f"{checkpoint.parent / RECORD} is not what training writes: restore it")
-    if (record["model_name"], record["training_process"]) != (model_name, direction):
+    trained = dict(leaves(record["config"]))
+    if record["training_process"] != direction:  # the same mapping, seen from the cycle the other way around
+        trained |= {"data.input": trained.get("data.trans"), "data.trans": trained.get("data.input")}
+    asked, fixed = dict(leaves(config)), config.copy_and_resolve_references()
+    same_mapping = all(trained.get(key) == asked[key] for key in ("data.input", "data.trans"))
+    if record["model_name"] != model_name or not (record["training_process"] == direction or same_mapping):
         kind = f"{record['training_process']} {record['model_name']}"
         raise UserError(f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} that is asked for")
-    asked, fixed = dict(leaves(config)), config.copy_and_resolve_references()
-    for key, value in leaves(record["config"]):
+    for key, value in trained.items():
         if not key.startswith(HELD[model_name]):
             continue
         value = tuple(value) if isinstance(value, list) else value
