@@ -133,7 +133,7 @@ def measure(
     passes = cost["network_passes"] / sum(len(batch["seg"]) for batch in slices.values())
     for score, smooth in product(SCORING["score"] if method == "diffusion" else ["errors"], SCORING["smooth"]):
         scores = {
-            split: smooth_scores(anomaly_score(*cycle_of(group), score, cost["usual_error"]), smooth)
+            split: smooth_scores(anomaly_score(*cycle_of(group), score, cost["usual_error"]).numpy(), smooth)
             for split, group in maps.items()
         }
         for split in maps:
@@ -163,10 +163,12 @@ def chain_of(
 
 def cycle_of(group: dict) -> tuple[Any, Any]:
     """The image and the cycle that error maps hold: the mean error is (A − m)² + v."""
+    import torch
+
     from models.cycle import Cycle
 
     image, translation, reconstruction, variance = (
-        group[key] for key in ("image", "translation", "reconstruction", "variance")
+        torch.from_numpy(group[key]) for key in ("image", "translation", "reconstruction", "variance")
     )
     return image, Cycle((image - reconstruction) ** 2 + variance, translation, reconstruction)
 

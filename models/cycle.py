@@ -45,12 +45,12 @@ def usual_error(image: Tensor, cycle: Cycle, healthy: Tensor) -> float:
     """The constant c of the "standardised" score: the mean of (A − m)² − v over the healthy pixels, bool [N, 1, H, W].
 
     The variance of the draws and c then add up to the squared error of healthy tissue. At least a hundredth of that, so
-    that no score is divided by 0.
+    that no score is divided by 0; 1 where no pixel is healthy.
     """
-    deviation = (image - cycle.reconstruction).square()
-    explained = cycle.variance(image)[healthy].mean()
-    total = deviation[healthy].mean()
-    return float(torch.maximum(total - explained, total / 100))
+    if not healthy.any():
+        return 1.0
+    total = (image - cycle.reconstruction)[healthy].square().mean()
+    return float(torch.maximum(total - cycle.variance(image)[healthy].mean(), total / 100).clamp(min=1e-6))
 
 
 @torch.inference_mode()

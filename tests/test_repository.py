@@ -25,6 +25,7 @@ CHAIN = (
     "use_ddim",
     "sampling",
     "timestep_respacing",
+    "smooth",
 )
 FLAGS = {
     "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name", "overwrite"),

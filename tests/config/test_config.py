@@ -52,7 +52,8 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.training.keep_last": 0,
     "score_model.sampling.batch_size": 32,
     "score_model.sampling.stride": 2,
-    "score_model.sampling.average": "errors",
+    "score_model.sampling.score": "errors",
+    "score_model.sampling.smooth": "none",
     "score_model.sampling.use_ddim": True,
     "score_model.sampling.eta": 0.0,
     "score_model.sampling.timestep_respacing": "100",
@@ -234,8 +235,8 @@ def test_flags_go_before_overrides():
         ("score_model.training.save_interval=-1", "training.save_interval=-1 must be at least 1"),
         ("score_model.sampling.batch_size=0", "sampling.batch_size=0 must be at least 1"),
         (
-            "score_model.sampling.average=scores",
-            "average='scores' is not known: choose one of errors, reconstructions",
+            "score_model.sampling.score=scores",
+            "score='scores' is not known: choose one of errors, reconstructions, standardised",
         ),
     ],
 )

@@ -24,6 +24,7 @@ def maps() -> dict[str, np.ndarray]:
     brainmask[:, 3:21, 3:21] = True
     truth[:, 8:12, 8:14] = True
     grey = {key: rng.normal(size=shape) for key in ("image", "translation", "reconstruction")}
+    grey["variance"] = np.zeros(shape)
     scores = (rng.normal(size=shape) + 2 * truth) ** 2
     names = [f"S{i}_80" for i in range(len(truth))]
     return {"names": names, "scores": scores, "truth": truth, "brainmask": brainmask, **grey}
@@ -35,7 +36,12 @@ def labelled(maps: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def draw(maps: dict, **options) -> dict:
     summary, per_slice = evaluate(*labelled(maps), n_resamples=10, **options)
-    metrics = summary | {"input": "flair", "trans": "t2", "by_lesion_size": by_lesion_size(per_slice)}
+    metrics = summary | {
+        "input": "flair",
+        "trans": "t2",
+        "score": "errors",
+        "by_lesion_size": by_lesion_size(per_slice),
+    }
     ranked = {"method": ranked_scores(*labelled(maps)), "intensity": ranked_scores(*labelled(maps))}
     return draw_scores(maps, metrics, per_slice, ranked)
 
@@ -95,7 +101,7 @@ def test_precision_recall_has_the_area_that_its_legend_says(maps):
 def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
     scores = cut_scores(maps["scores"], maps["brainmask"])
     threshold, dice = best_threshold(scores, maps["truth"])
-    figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2})
+    figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2}, "error")
     curve, oracle, validation = figure.axes[0].lines
     x, y = curve.get_data()
     assert len(x) == len(np.unique(scores[np.isfinite(scores)]))
@@ -107,7 +113,7 @@ def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
 
 def test_histograms_hold_every_scored_pixel(maps):
     scores = cut_scores(maps["scores"], maps["brainmask"])
-    figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0})
+    figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0}, "error")
     healthy, lesion = (patch.get_xy() for patch in figure.axes[0].patches)
     for outline, pixels in ((healthy, ~maps["truth"]), (lesion, maps["truth"])):
         counts = outline[1:122:2, 1][:60]
@@ -132,7 +138,7 @@ def test_a_scans_report_shows_scan_scores_and_what_is_marked():
     anomaly[0, 6:9, 7:12] = rng.uniform(1, 9, (3, 5))
     marked = anomaly >= 4
     labels = ["slice 8", "slice 3"]
-    figure = scan_figure(images, anomaly, marked, labels, threshold=4.0, aspect=1.5, title="head.nii")
+    figure = scan_figure(images, anomaly, marked, labels, threshold=4.0, aspect=1.5, title="head.nii", meaning="error")
     *panels, bar = figure.axes
     panels = np.reshape(panels, (3, 2))
     assert [ax.get_title() for ax in panels[0]] == labels
@@ -157,6 +163,6 @@ def test_a_scan_without_any_score_can_be_drawn(tmp_path):
     images = np.full((1, 9, 9), -3.0)
     images[0, 3:6, 3:6] = 0
     nothing = np.zeros_like(images)
-    figure = scan_figure(images, nothing, nothing > 0, ["slice 0"], threshold=2.0, aspect=1, title="")
+    figure = scan_figure(images, nothing, nothing > 0, ["slice 0"], threshold=2.0, aspect=1, title="", meaning="error")
     write_figures(tmp_path / "figures", {"report": figure})
     assert matplotlib.image.imread(tmp_path / "figures/report.png").std() > 0

@@ -554,3 +554,14 @@ def test_lesion_sizes_of_too_few_slices():
         assert thirds[name]["oracle_dice"] is None
         assert thirds[name]["area_bounds"] is None
     assert metrics.by_lesion_size({"lesion_area": np.zeros(3)})["large"]["n_slices"] == 0
+
+
+@pytest.mark.parametrize(("how", "width"), [("median3", 3), ("median5", 5)])
+def test_scores_are_smoothed_slice_by_slice(how, width):
+    scores = np.random.default_rng(0).normal(size=(3, 12, 10))
+    padded = np.pad(scores, [(0, 0), *2 * [2 * (width // 2,)]], mode="symmetric")
+    expected = [
+        [[np.median(one[i : i + width, j : j + width]) for j in range(10)] for i in range(12)] for one in padded
+    ]
+    np.testing.assert_allclose(metrics.smooth_scores(scores, how), expected)
+    np.testing.assert_array_equal(metrics.smooth_scores(scores, "none"), scores)

@@ -14,6 +14,7 @@ def test_chance_is_the_lesions_share_of_the_ranked_pixels():
     scores = np.random.default_rng(0).normal(size=truth.shape)
     summary = evaluate(scores, truth, brainmask, n_resamples=10).summary
     run = {"method": "cyclic_unet", "input": "flair", "trained_steps": {"forward": 1, "backward": 1}}
+    run |= {"sampling_settings": {"smooth": "none"}, "unsmoothed": None}
     printed = table([{**run, **summary, "baseline_intensity": summary}])
 
     _, ranked_truth = ranked_scores(scores, truth, brainmask)

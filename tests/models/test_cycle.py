@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.cycle import cyclic_unet, mmccd, slices_and_bands
+from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
 from models.masked_diffusion import MaskedDiffusionTranslator
 from models.masks import sweep
 
@@ -88,20 +88,20 @@ def test_cyclic_unet_is_the_formula(image):
     cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
     torch.testing.assert_close(cycle.translation, 2 * image + 1)
     torch.testing.assert_close(cycle.reconstruction, (2 * image + 1) / 3)
-    torch.testing.assert_close(cycle.score, ((image - 1) / 3) ** 2)
+    torch.testing.assert_close(cycle.error, ((image - 1) / 3) ** 2)
 
 
 def test_cyclic_unet_of_networks(image, translator, randomise):
     cycle = cyclic_unet(image, translator, translator, batch_size=2)
     with torch.no_grad():
         expected = (image - translator(translator(image))) ** 2
-    assert_same(cycle.score, expected)
-    assert not cycle.score.requires_grad
-    assert cycle.score.min() >= 0
+    assert_same(cycle.error, expected)
+    assert not cycle.error.requires_grad
+    assert cycle.error.min() >= 0
 
 
 def test_a_perfect_cycle_has_no_error(image):
-    assert not cyclic_unet(image, torch.neg, torch.neg, batch_size=2).score.any()
+    assert not cyclic_unet(image, torch.neg, torch.neg, batch_size=2).error.any()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -111,21 +111,59 @@ def test_a_perfect_cycle_has_no_error(image):
 def test_mmccd_is_the_slow_reference(score, image, brainmask, forward, translator):
     expected = slow_mmccd(image, brainmask, forward, translator, skip=True)
     cycle = score()
-    assert cycle.score.shape == image.shape
+    assert cycle.error.shape == image.shape
     for got, want in zip(cycle, expected, strict=True):
         assert_same(got[:, 0].numpy(), want)
     assert expected[0].std() > 0.1  # the comparison is not one of zeros
 
 
-def test_reconstructions_are_averaged_before_the_error_if_asked(score, image):
-    """The variance of the reconstructions is what the two scores differ by, and no more."""
-    errors, reconstructions = score(), score(average="reconstructions")
-    assert_same(reconstructions.reconstruction, errors.reconstruction)
-    assert_same(reconstructions.translation, errors.translation)
-    assert_same(reconstructions.score, (image - errors.reconstruction) ** 2)
-    variance = errors.score - reconstructions.score
-    assert variance.min() > -1e-5
-    assert variance.max() > 0.1
+@pytest.mark.parametrize("kind", ["errors", "reconstructions", "standardised"])
+def test_scores_are_made_of_the_mean_and_the_variance_of_the_draws(score, image, brainmask, forward, translator, kind):
+    """Against draws that are all kept: one slice and one band at a time."""
+    cycle, c = score(), 0.3
+    for i in range(len(image)):
+        hidden = (
+            forward.mask(BANDS)[:, 0] & (forward.mask(BANDS)[:, 0] & brainmask[i, 0]).flatten(1).any(1)[:, None, None]
+        )
+        with torch.no_grad():
+            draws = torch.stack([translator(forward.sample(image[i : i + 1], [band]))[0, 0] for band in BANDS])
+        draws = torch.where(hidden, draws, torch.nan).double()
+        mean, variance = draws.nanmean(0), (draws.square().nanmean(0) - draws.nanmean(0).square())
+        expected = {
+            "errors": (image[i, 0] - draws).square().nanmean(0),
+            "reconstructions": (image[i, 0] - mean).square(),
+            "standardised": (image[i, 0] - mean).square() / (variance + c),
+        }[kind]
+        got = anomaly_score(image, cycle, kind, c)[i, 0]
+        seen = hidden.any(0)
+        assert_same(got[seen], expected[seen])
+        assert variance[seen].max() > 0.1
+
+
+def test_a_single_draw_has_no_variance(image):
+    cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
+    assert not cycle.variance(image).any()
+    assert torch.equal(anomaly_score(image, cycle, "errors"), cycle.error)
+
+
+def test_the_standardised_score_of_healthy_tissue_is_1_in_the_mean():
+    """If draws vary by v around what A varies around by v + c, whatever v is; lesions have no part in c."""
+    generator = torch.Generator().manual_seed(0)
+    mean, noise, *draws = torch.randn(42, 4, 1, 64, 64, generator=generator)
+    variance, c = torch.rand(4, 1, 64, 64, generator=generator), 0.5
+    image = mean + (variance + c).sqrt() * noise
+    draws = mean + variance.sqrt() * torch.stack(draws)
+    healthy = torch.ones_like(image, dtype=torch.bool)
+    healthy[:, :, :8] = False
+    image[~healthy] += 10
+    cycle = Cycle((image - draws).square().mean(0), mean, draws.mean(0))
+    found = usual_error(image, cycle, healthy)
+    assert found == pytest.approx(c, abs=0.08)
+    assert anomaly_score(image, cycle, "standardised", found)[healthy].mean() == pytest.approx(1, abs=0.1)
+    assert anomaly_score(image, cycle, "standardised", found)[~healthy].mean() > 20
+    assert usual_error(image, cycle, torch.zeros_like(healthy)) == 1
+    perfect = cycle._replace(error=0 * image, reconstruction=image)
+    assert 0 < usual_error(image, perfect, healthy) < 1e-5
 
 
 def test_skipped_bands_change_nothing_inside_the_brain(score, image, brainmask, forward, translator):
@@ -175,20 +213,20 @@ def test_without_brain_there_is_no_score(score, image, brainmask):
     brainmask = brainmask.clone()
     brainmask[1] = False
     cycle = score(brainmask=brainmask)
-    assert not cycle.score[1].any()
+    assert not cycle.error[1].any()
     assert torch.equal(cycle.translation[1], image[1])
     assert torch.equal(cycle.reconstruction[1], image[1])
-    assert_same(cycle.score[0], score().score[0])
+    assert_same(cycle.error[0], score().error[0])
 
 
 def test_no_brain_at_all(score, image, brainmask):
-    assert not score(brainmask=torch.zeros_like(brainmask)).score.any()
+    assert not score(brainmask=torch.zeros_like(brainmask)).error.any()
 
 
 def test_what_no_band_saw_is_the_image(score, image, brainmask):
     """The second brain lies in rows 6 … 8 and columns 10 … 11: no band that hides it reaches the corner."""
     cycle = score()
-    assert not cycle.score[1, 0, :2, :2].any()
+    assert not cycle.error[1, 0, :2, :2].any()
     assert torch.equal(cycle.translation[1, 0, :2, :2], image[1, 0, :2, :2])
     assert torch.equal(cycle.reconstruction[1, 0, :2, :2], image[1, 0, :2, :2])
 
@@ -197,16 +235,16 @@ def test_a_lesion_scores_under_the_bands_that_hid_it(image, brainmask, forward):
     """With a stand-in that imagines 0 everywhere, and a backward translator that keeps it, the score is A²."""
     forward.sample = lambda image, bands: torch.zeros_like(image)
     cycle = mmccd(image, brainmask, forward, lambda b: b, bands=BANDS, batch_size=7)
-    torch.testing.assert_close(cycle.score[brainmask], image[brainmask] ** 2)
+    torch.testing.assert_close(cycle.error[brainmask], image[brainmask] ** 2)
 
 
 def test_progress_is_told_of_each_batch(score, brainmask, forward):
     seen = []
-    shown = score(progress=seen.append).score
+    shown = score(progress=seen.append).error
     assert sum(seen) == len(slices_and_bands(brainmask, forward, BANDS))
     assert seen[:-1] == [7] * (len(seen) - 1)
     assert 1 <= seen[-1] <= 7
-    assert torch.equal(shown, score().score)
+    assert torch.equal(shown, score().error)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import pytest
 import config as configs
 from scoring.chain import Chain, TrainedTranslator, results_name, sampling_name, sampling_settings
 
+FAST = {key.rpartition(".")[2]: value for key, value in configs.sampling_keys(*configs.SAMPLING["fast"], 16).items()}
+
 # Keys of the config below score_model.sampling, but for the seed; every one of these samples differs from the others.
 SAMPLINGS = {
     "paper": {},
@@ -26,10 +28,14 @@ SAMPLINGS = {
     "50 in other sections": {"timestep_respacing": "25,15,10"},
     "50 in two sections": {"timestep_respacing": "25,25"},
     "stride": {"stride": 8},
-    "average": {"average": "reconstructions"},
-    "fast": {"timestep_respacing": "trailing2", "stride": 4, "average": "reconstructions"},
-    "fast, eta": {"timestep_respacing": "trailing2", "stride": 4, "average": "reconstructions", "eta": 0.5},
-    "fast, seed": {"timestep_respacing": "trailing2", "stride": 4, "average": "reconstructions", "seed": 1},
+    "score": {"score": "reconstructions"},
+    "another score": {"score": "standardised"},
+    "smooth": {"smooth": "median3"},
+    "another smooth": {"smooth": "median5"},
+    "fast": FAST,
+    "fast, eta": FAST | {"eta": 0.5},
+    "fast, seed": FAST | {"seed": 1},
+    "fast, but unsmoothed": FAST | {"smooth": "none"},
     "nearly fast": {"timestep_respacing": "trailing2", "stride": 4},
 }
 
@@ -82,4 +88,5 @@ def test_what_samples_the_same_has_the_same_name(same):
 def test_nothing_is_sampled_by_cyclic_unet():
     chain = chain_of("unet", eta=0.5, seed=1)
     assert results_name(chain) == "masked__unet"
-    assert sampling_settings(chain) is None
+    assert sampling_settings(chain) == {"smooth": "none"}
+    assert results_name(chain_of("unet", smooth="median3")) == "masked__unet__median3"

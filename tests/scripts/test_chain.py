@@ -338,14 +338,30 @@ def test_sampling_presets(run_mmccd, workspace):
     """Bands are 8 px wide: `fast` sweeps them by 2 px, `paper` pixel by pixel; a flag beside a preset holds."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
-    average = "--config.score_model.sampling.average"
-    spelling = ("--timestep_respacing=trailing2", f"{average}=reconstructions")
+    score = "--config.score_model.sampling.score"
+    spelling = ("--timestep_respacing=trailing2", f"{score}=standardised", "--smooth=median3")
     _, spelt_out = run_mmccd(*spelling, name=f"{MASKED}__fast", stride=2)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
-    errors = f"{MASKED}__ddim2_trailing_stride2"
-    _, other = run_mmccd("--sampling=fast", f"{average}=errors", name=errors, stride=None)
-    assert (other["test_scores"] >= maps["test_scores"] - 1e-5).all()
-    run_mmccd(*spelling, name=f"{MASKED}__ddim2_trailing_stride8_reconstructions")
+    others = {"errors": "", "reconstructions": "_reconstructions"}
+    of_kind = {
+        kind: run_mmccd(
+            *("--sampling=fast", f"{score}={kind}", "--smooth=none"),
+            name=f"{MASKED}__ddim2_trailing_stride2{suffix}",
+            stride=None,
+        )
+        for kind, suffix in others.items()
+    }
+    deviation, variance = (maps["test_image"] - maps["test_reconstruction"]) ** 2, maps["test_variance"]
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    np.testing.assert_allclose(of_kind["reconstructions"][1]["test_scores"], deviation, **close)
+    np.testing.assert_allclose(of_kind["errors"][1]["test_scores"], deviation + variance, **close)
+    np.testing.assert_allclose(maps["test_scores"], deviation / (variance + fast["usual_error"]), **close)
+    unsmoothed, _ = run_mmccd(
+        *("--sampling=fast", "--smooth=none"), name=f"{MASKED}__ddim2_trailing_stride2_standardised", stride=None
+    )
+    assert fast["unsmoothed"]["auprc"] == unsmoothed["auprc"] != fast["auprc"]
+    assert unsmoothed["unsmoothed"] is None
+    run_mmccd(*spelling, name=f"{MASKED}__ddim2_trailing_stride8_standardised_median3")
     _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
     _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)
     assert np.array_equal(paper["test_scores"], spelt_out["test_scores"])

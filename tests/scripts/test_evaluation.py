@@ -22,6 +22,8 @@ RUN = {
     "image_size": 32,
     "checkpoints": {"forward": "forward.pt", "backward": "backward.pt"},
     "trained_steps": {"forward": 4, "backward": None},
+    "sampling_settings": {"smooth": "none"},
+    "score": "errors",
 }
 N_TEST = 7
 
@@ -40,6 +42,7 @@ def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]
         "image": image + truth,
         "translation": reconstruction,
         "reconstruction": reconstruction,
+        "variance": np.zeros_like(image),
         "scores": ((image - reconstruction + quality * truth) ** 2).astype(np.float32),
         "truth": truth,
         "brainmask": brainmask,

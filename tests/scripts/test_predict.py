@@ -399,7 +399,8 @@ def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp
         ("use_ddim", False),
         ("timestep_respacing", "ddim5"),
         ("stride", 4),
-        ("average", "reconstructions"),
+        ("score", "reconstructions"),
+        ("smooth", "median3"),
     ],
 )
 def test_a_threshold_of_another_sampling_is_refused(experiments, predict, tmp_path, key, value):
@@ -589,7 +590,7 @@ def test_the_report_shows_slices_front_up_and_numbered_as_in_the_file(tmp_path, 
     turned, turned_anomaly = (nibabel.Nifti1Image(volume, AFFINE).as_reoriented(turn) for volume in (head(2), anomaly))
     path = save(tmp_path / "scan.nii.gz", voxels(turned), turned.affine)
     scan, scores = read_scan(path, GRID, NORMALISATION, None), voxels(turned_anomaly)
-    figure = draw_report(scan, scores, 5.0, NORMALISATION)
+    figure = draw_report(scan, scores, 5.0, NORMALISATION, "errors")
     first, second, scores_of_first = figure.axes[:3]
     numbers = [4, 9] if "S" in axcodes else [9, 4]
     assert first.get_title() == f"slice {numbers[0]}\n1.5 cm² marked, score ≤ 8"
