@@ -47,7 +47,9 @@ def test_scaling_prints_its_ratios_and_memory():
     assert re.findall(r"^(\d) subjects: [1-9]\d* MiB$", done.stdout, re.MULTILINE) == ["3", "4"]
 
 
-def test_a_learning_curve_is_drawn_once_and_its_models_are_taken_apart(write_slices, tmp_path):
+@pytest.fixture
+def slices(write_slices, tmp_path) -> Path:
+    """One slice for each split, with a lesion in the last two."""
     images = torch.rand(3, 4, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
     brain = np.pad(np.ones((40, 40), np.uint8), 12)
     lesion = np.pad(np.ones((8, 8), np.uint8), 28)
@@ -59,7 +61,11 @@ def test_a_learning_curve_is_drawn_once_and_its_models_are_taken_apart(write_sli
             "brainmask": brain,
         }
         write_slices(tmp_path / "slices", split, {kind: {("A", 1): image} for kind, image in shown.items()})
-    where = (f"--data_dir={tmp_path / 'slices'}", "--gpu_id=cpu")
+    return tmp_path / "slices"
+
+
+def test_a_learning_curve_is_drawn_once(slices, tmp_path):
+    where = (f"--data_dir={slices}", "--gpu_id=cpu")
     files = {flag: tmp_path / name for flag, name in {"csv": "curve.csv", "figure": "curve.png"}.items()}
     curve = (
         *where,
@@ -83,9 +89,21 @@ def test_a_learning_curve_is_drawn_once_and_its_models_are_taken_apart(write_sli
     assert "pass/s" not in done.stderr  # the second time all was known
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
 
-    done = run_benchmark("limits", *where, f"--logdir={tmp_path / 'curve/seed1'}", "--seed=1")
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^(?:A|B|variance) .*(?: +[\d.]+){5}$", done.stdout, re.MULTILINE)) == 9
+
+def test_every_score_of_either_input_is_measured_once(slices, tmp_path):
+    path = tmp_path / "scores.csv"
+    flags = (f"--data_dir={slices}", "--gpu_id=cpu", f"--csv={path}", f"--logdir={tmp_path / 'scores'}")
+    flags += ("--seeds", "1", "--widths", "8", "--iterations=1", "--workers=2", "--test", str(slices))
+    for _ in range(2):
+        done = run_benchmark("scores", *flags)
+        assert done.returncode == 0, done.stderr
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        settings = {(row["split"], row["input"], row["method"], row["score"], row["smooth"]) for row in rows}
+        assert len(rows) == len(settings) == 2 * 2 * (3 + 9)  # splits, inputs, and what is made of one or several draws
+        assert all(0 < float(row["auprc"]) <= 1 for row in rows)
+        assert len({row["auprc"] for row in rows if row["method"] == "diffusion" and row["input"] == "t2"}) > 3
+    assert "pass/s" not in done.stderr  # the second time all was known
 
 
 def test_explained_variance_is_that_of_a_closed_form():

@@ -339,7 +339,7 @@ def test_sampling_presets(run_mmccd, workspace):
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
     score = "--config.score_model.sampling.score"
-    spelling = ("--timestep_respacing=trailing2", f"{score}=standardised", "--smooth=median3")
+    spelling = ("--timestep_respacing=trailing2", f"{score}=standardised", "--smooth=median5")
     _, spelt_out = run_mmccd(*spelling, name=f"{MASKED}__fast", stride=2)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
     others = {"errors": "", "reconstructions": "_reconstructions"}
@@ -361,7 +361,7 @@ def test_sampling_presets(run_mmccd, workspace):
     )
     assert fast["unsmoothed"]["auprc"] == unsmoothed["auprc"] != fast["auprc"]
     assert unsmoothed["unsmoothed"] is None
-    run_mmccd(*spelling, name=f"{MASKED}__ddim2_trailing_stride8_standardised_median3")
+    run_mmccd(*spelling, name=f"{MASKED}__ddim2_trailing_stride8_standardised_median5")
     _, paper = run_mmccd("--sampling=paper", "--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=None)
     _, spelt_out = run_mmccd("--timestep_respacing=2", name=f"{MASKED}__ddim2", stride=1)
     assert np.array_equal(paper["test_scores"], spelt_out["test_scores"])

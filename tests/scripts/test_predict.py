@@ -16,7 +16,7 @@ from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.records import NORMALISATION
-from evaluation.metrics import scored_region
+from evaluation.metrics import scored_region, smooth_scores
 from scoring.scan import LARGEST_BRAIN, SHOWN, axial_axis, draw_report, pick_slices, read_scan
 from scoring.scan import RESULTS as RESULT_FILES
 from utils.grid import SliceGeometry
@@ -31,16 +31,19 @@ GRID = SliceGeometry("LPS", (SPACING,) * 3, SHAPE[:2])
 LESION = apply_affine(AFFINE, [19, 12, 7])  # mm
 
 FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
-METHODS = {
-    "cyclic_unet": (),
-    "mmccd": (
-        "--model_name=diffusion",
-        "--experiment_name_forward=masked",
-        "--timestep_respacing=5",
-        "--config.score_model.sampling.stride=8",
-    ),
+MMCCD = (
+    "--model_name=diffusion",
+    "--experiment_name_forward=masked",
+    "--timestep_respacing=5",
+    "--config.score_model.sampling.stride=8",
+)
+STANDARDISED = (*MMCCD, "--config.score_model.sampling.score=standardised", "--smooth=median3")
+METHODS = {"cyclic_unet": (), "mmccd": MMCCD, "standardised": STANDARDISED}
+RESULTS = {
+    "cyclic_unet": f"{FORWARD}__{BACKWARD}",
+    "mmccd": f"masked__{BACKWARD}__ddim5_stride8",
+    "standardised": f"masked__{BACKWARD}__ddim5_stride8_standardised_median3",
 }
-RESULTS = {"cyclic_unet": f"{FORWARD}__{BACKWARD}", "mmccd": f"masked__{BACKWARD}__ddim5_stride8"}
 
 
 def head(seed: int, modality: str = "flair", shape=SHAPE, affine=AFFINE) -> np.ndarray:
@@ -147,7 +150,8 @@ def test_the_anomaly_of_a_test_slice_is_the_test_scripts_error(place, whole, met
         of_slice = anomaly[:, :, int(name.removeprefix("C_"))]
         inside = scored_region(maps["test_brainmask"])[0]
         assert 100 < np.count_nonzero(inside) < np.count_nonzero(maps["test_brainmask"])
-        np.testing.assert_allclose(of_slice[inside], maps["test_scores"][0][inside], rtol=1e-6, atol=1e-5)
+        scores = smooth_scores(maps["test_scores"], "median3" if method == "standardised" else "none")[0]
+        np.testing.assert_allclose(of_slice[inside], scores[inside], rtol=1e-5, atol=1e-5)
     assert not of_slice[~inside].any()
     assert np.count_nonzero(anomaly.any(axis=(0, 1))) == np.count_nonzero(head(2).any(axis=(0, 1)))
 
@@ -335,6 +339,20 @@ def test_a_threshold_by_flag_needs_no_test_run(experiments, whole, predict, tmp_
     assert done.code == 0, done.stderr
     assert "as --threshold says" in done.stdout
     np.testing.assert_array_equal(voxels(load(tmp_path, "C_flair", "mask")), anomaly >= threshold)
+
+
+def test_the_standardised_score_needs_a_test_run_even_so(experiments, predict, tmp_path):
+    """Which says what an error is usual, if not which threshold to take."""
+    flags = ("--threshold=3", f"--logdir={experiments}", "--slices", 7, 8, *STANDARDISED)
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
+    assert done.code == 0, done.stderr
+    assert "threshold: 3, as --threshold says" in done.stdout
+    forget_the_test(experiments)
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags)
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "to find a threshold and what an error is usual" in line
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture
