@@ -192,7 +192,6 @@ def test_both_sides_compute_the_same_pass(exact_config):
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_both_sides_score_the_same_slice(exact_config, preset):
     part = scoring.part_of(scoring.whole_sweep(exact_config, preset), 3)
-    part.config.score_model.sampling.average = "errors"  # the plain way has no other
     plain = scoring.prepare_plain_score(part, CPU)()
     optimised = scoring.prepare_optimised_score(part, CPU, 2)()
     assert plain.std() > 1e-2

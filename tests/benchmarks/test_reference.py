@@ -134,7 +134,7 @@ def test_plain_dropout_has_the_same_probability(randomise):
 def test_the_plain_scores_are_those_of_the_cycle(denoiser, backward, make_translator, brainmask):
     image = drawn(4, 1, SIZE, SIZE, seed=3)
     translator = make_translator(denoiser)
-    want = mmccd(image, brainmask, translator, backward, bands=BANDS, batch_size=7).score
+    want = mmccd(image, brainmask, translator, backward, bands=BANDS, batch_size=7).error
     got = plain_mmccd(image, brainmask, make_translator(plain_network(denoiser)), plain_network(backward), BANDS)
     assert largest_difference(got, want) < 1e-4
     assert want[:3].flatten(1).std(1).min() > 0.1  # a score of every slice that has a brain
