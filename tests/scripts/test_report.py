@@ -1,5 +1,7 @@
 """`python -m evaluation.tables`: one table for several test runs."""
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.xdist_group("scripts")  # with test_chain.py, whose runs are reported
@@ -27,6 +29,20 @@ def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subpr
         assert row.split() == printed.split()
     for folder in folders:
         assert str(folder / "figures") in done.stdout
+
+
+def test_results_of_an_earlier_version_are_to_be_made_again(workspace, chain, as_subprocess, repository, tmp_path):
+    """Which said nothing of smoothing, or of what error is usual; its error maps lack the variance."""
+    metrics = json.loads((workspace / "experiments/results" / UNETS / "metrics.json").read_text(encoding="utf-8"))
+    for key in ("score", "usual_error", "unsmoothed"):
+        del metrics[key]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"sampling_settings": None}), encoding="utf-8")
+    done = as_subprocess("-m", "evaluation.tables", tmp_path, cwd=repository)
+    assert done.code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"{tmp_path / 'metrics.json'} is damaged" in line
+    assert "run modality_cyclic_test.py" in line
 
 
 @pytest.mark.parametrize("state", ["no such folder", "no metrics.json"])
