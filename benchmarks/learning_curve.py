@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.points import Row, read_points, write_points
+from benchmarks.points import Row, read_points, run_training, write_points
 from benchmarks.timing import print_table
 from scoring.chain import chain_parser, find_chain
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import open_folder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SCORES = ("auprc", "oracle_dice", "validation_dice")
 METHODS = {  # what it is called, and its colour
     "intensity": ("input's intensity", "0.5"),
@@ -143,18 +141,14 @@ def train(args: argparse.Namespace, trainings: list[Training]) -> None:
 
 def train_one(args: argparse.Namespace, training: Training) -> None:
     iterations = args.diffusion_iterations if training.model_name == "diffusion" else args.unet_iterations
-    command = [
-        *(sys.executable, REPOSITORY / "modality_cyclic_train.py"),
+    flags = [
         *(f"--{flag}={getattr(args, flag)}" for flag in ("dataset", "data_dir", "gpu_id")),
         *(f"--model_name={training.model_name}", f"--training_process={training.process}"),
         *(f"--seed={training.seed}", f"--logdir={training.folder.parent}"),
         f"--config.score_model.training.iterations={iterations}",
         f"--config.score_model.training.save_interval={iterations // args.saves}",
     ]
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.workers > 1 else {})
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise UserError(f"{training.folder.name} of seed {training.seed}: {ended.stderr.strip().splitlines()[-1]}")
+    run_training(f"{training.folder.name} of seed {training.seed}", *flags, one_thread=args.workers > 1)
 
 
 # ----------------------------------------------------------------------------------------------------------

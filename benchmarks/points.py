@@ -1,13 +1,33 @@
-"""Measured points in a CSV file: a benchmark that was interrupted reads them and adds what is missing."""
+"""What benchmarks that train and measure share: both resume where they were interrupted.
+
+A training is an ordinary experiment. Measured points lie in a CSV file, and a second run adds what is missing.
+"""
 
 import csv
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 Row = dict[str, float | None]  # what was measured at a point, by column; None where it is undefined
+
+
+def run_training(what: str, *flags: str, one_thread: bool) -> None:
+    """Run modality_cyclic_train.py to its end; a training that has ended already is left as it is.
+
+    A UserError that says what failed, with the last line of its stderr.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    command = [sys.executable, REPOSITORY / "modality_cyclic_train.py", *flags]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise UserError(f"{what}: {ended.stderr.strip().splitlines()[-1]}")
 
 
 def read_points(path: Path, kind: type, columns: Sequence[str]) -> dict[Any, Row]:

@@ -10,7 +10,6 @@ to test on.
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.points import Row, read_points, write_points
+from benchmarks.points import Row, read_points, run_training, write_points
 from benchmarks.timing import print_table
 from scoring.chain import Chain, chain_parser, find_chain
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import Folder
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CYCLES = (("flair", "t2"), ("t2", "flair"))  # input, trans
 
 
@@ -97,17 +95,13 @@ def train(
     args: argparse.Namespace, seed: int, model_name: str, input: str, trans: str, process: str, width: int
 ) -> None:
     """Bring one training to its end; one that has ended already is left as it is."""
-    command = [
-        *(sys.executable, REPOSITORY / "modality_cyclic_train.py", "--dataset=phantom"),
-        *(f"--data_dir={args.data_dir}", f"--gpu_id={args.gpu_id}", f"--seed={seed}"),
+    flags = [
+        *("--dataset=phantom", f"--data_dir={args.data_dir}", f"--gpu_id={args.gpu_id}", f"--seed={seed}"),
         *(f"--model_name={model_name}", f"--training_process={process}", f"--input={input}", f"--trans={trans}"),
         *(f"--logdir={logdir(args, seed, width)}", f"--config.score_model.training.iterations={args.iterations}"),
         *([f"--config.score_model.mask.width={width}"] if width else []),
     ]
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.workers > 1 else {})
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise UserError(f"{model_name} of seed {seed}: {ended.stderr.strip().splitlines()[-1]}")
+    run_training(f"{model_name} of seed {seed}", *flags, one_thread=args.workers > 1)
 
 
 def logdir(args: argparse.Namespace, seed: int, width: int) -> Path:

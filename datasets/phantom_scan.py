@@ -72,7 +72,7 @@ def scan(rng: np.random.Generator, anatomy: Anatomy, tumour: Tumour, modality: s
 
 
 def contrast(rng: np.random.Generator, anatomy: Anatomy, modality: str) -> np.ndarray:
-    """The healthy head before the scanner has its way with it, in units of grey matter. [V] float32"""
+    """The healthy head before acquisition, in units of grey matter. [V] float32"""
     wm, fluid = (rng.uniform(*TISSUE_CONTRAST[modality][tissue]) for tissue in ("wm", "csf"))
     fields = {scale: smooth_noise(rng, anatomy.brain.shape, scale)[anatomy.brain] for scale in HETEROGENEITY[modality]}
     solid = anatomy.gm + wm * anatomy.wm + anatomy.ageing * (AGEING_CONTRAST[modality] - wm)

@@ -108,7 +108,7 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
     cost = announce(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
     maps = {}
-    for split in sorted(slices, reverse=True):  # validation first: it says what an error is usual
+    for split in sorted(slices, key=lambda split: split != "val"):  # first, since it says what an error is usual
         batch = slices[split]
         image, brainmask = batch[scorer.config.data.input], batch["brainmask"]
         cycle = scorer.cycle(image, brainmask, f"scoring {split}")
