@@ -168,9 +168,8 @@ def find_threshold(
     folder = f"results/{results_name(chain)}"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
-    remedy = f"run {test_command(args, overrides)} to find a threshold, or give --threshold"
-    if standardised:
-        remedy = f"run {test_command(args, overrides)} to find a threshold and what an error is usual"
+    test = f"run {test_command(args, overrides)} to find a threshold"
+    remedy = f"{test} and what an error is usual" if standardised else f"{test}, or give --threshold"
     metrics = read_metrics(path.parent, remedy)
     tested, now = (
         {direction: short(where) for direction, where in checkpoints.items()}
@@ -186,7 +185,9 @@ def find_threshold(
         return args.threshold, usual_error, "as --threshold says"
     threshold = metrics["validation"] and metrics["validation"]["threshold"]
     if not threshold:
-        raise UserError(f"{path} has no validation threshold: preprocess validation slices and {remedy}")
+        raise UserError(
+            f"{path} has no validation threshold: preprocess validation slices and {test}, or give --threshold"
+        )
     return threshold, usual_error, f"the validation threshold in {experiments.address(path)}"
 
 

@@ -1,9 +1,10 @@
-"""Which score of MMCCD's draws finds the most: every score, smoothing, width of the bands and input, over three seeds.
+"""How MMCCD finds the most: scores, smoothings, steps, bands, their widths and both inputs, over three seeds.
 
     python benchmarks/scores.py --data_dir ./datasets/phantom
 
 For every seed it trains with modality_cyclic_train.py: a UNet in both directions, which serve either input, and a
-masked diffusion for each input and width. The slices are swept once with each; all scores come from that sweep.
+masked diffusion for each input and width. The slices are swept once with each sampling; all scores and smoothings come
+from that sweep.
 Interrupted, the same command resumes: training from its checkpoints, scoring from the CSV. --test names other cohorts
 to test on.
 """
@@ -37,6 +38,8 @@ class Point(NamedTuple):
     input: str
     method: str  # unet or diffusion
     width: int  # px of a band; 0 for the UNet
+    steps: str  # respacing of the timesteps; none for the UNet
+    bands: int  # of the sweep, in the width of one; 0 for the UNet
     seed: int
     score: str
     smooth: str
@@ -62,10 +65,10 @@ def main() -> None:
         list(tqdm(done, total=len(trainings), desc="training", unit="network"))
 
     rows = read_points(args.csv, Point, COLUMNS)
-    methods = [("unet", 0), *(("diffusion", width) for width in args.widths)]
-    for seed, cycle, method in product(args.seeds, CYCLES, methods):
+    diffusions = [("diffusion", width, *sampling) for width in args.widths for sampling in args.samplings]
+    for seed, cycle, method in product(args.seeds, CYCLES, [("unet", 0, "none", 0), *diffusions]):
         for cohort in (args.data_dir, *args.test):
-            if not any(p[0] == cohort.name and p[2:6] == (cycle[0], *method, seed) for p in rows):
+            if not any(p[0] == cohort.name and p[2:8] == (cycle[0], *method, seed) for p in rows):
                 rows |= dict(measure(args, cohort, seed, *cycle, *method))
                 write_points(args.csv, Point, COLUMNS, rows)
     show(rows)
@@ -80,6 +83,8 @@ def parse_args() -> argparse.Namespace:
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, data order and noise; one run each")
     add("--widths", type=int, nargs="+", default=[4, 8], help="of the bands that are trained with, px")
+    samplings = "DDIM steps, and how many bands of the sweep lie in the width of one, as STEPS:BANDS"
+    add("--samplings", type=steps_and_bands, nargs="+", default=[("trailing2", 4)], help=samplings)
     add("--iterations", type=int, default=1200, help="training steps of each network")
     workers = "trainings at a time, with one thread each if several"
     add("--workers", type=int, default=os.cpu_count() or 1, help=workers)
@@ -89,6 +94,12 @@ def parse_args() -> argparse.Namespace:
     if args.iterations < 1 or args.workers < 1:
         raise UserError("--iterations and --workers must be at least 1")
     return args
+
+
+def steps_and_bands(text: str) -> tuple[str, int]:
+    """STEPS and BANDS of a sampling; a ValueError, as argparse expects, for anything else."""
+    steps, bands = text.split(":")
+    return steps, int(bands)
 
 
 def train(
@@ -110,16 +121,26 @@ def logdir(args: argparse.Namespace, seed: int, width: int) -> Path:
 
 
 def measure(
-    args: argparse.Namespace, cohort: Path, seed: int, input: str, trans: str, method: str, width: int
+    args: argparse.Namespace,
+    cohort: Path,
+    seed: int,
+    input: str,
+    trans: str,
+    method: str,
+    width: int,
+    steps: str,
+    bands: int,
 ) -> Iterator[tuple[Point, Row]]:
     """Every score of one cycle, on the validation and test slices of a cohort; passes are those of a slice."""
-    from config import SCORING
+    from config import SCORING, sampling_keys
     from evaluation.metrics import smooth_scores
     from models.cycle import anomaly_score
     from scoring.scorer import Scorer, create_maps, load_slices
     from utils.device import pick_device
 
     chain = chain_of(args, cohort, seed, input, trans, method, width)
+    if method == "diffusion":
+        chain.config.update_from_flattened_dict(sampling_keys(steps, bands, "standardised", "none", width))
     slices = {split: load_slices(chain.config, split) for split in ("val", "test")}
     if slices["val"] is None:
         raise UserError(f"{cohort} has no validation slices: preprocess some")
@@ -132,7 +153,7 @@ def measure(
         }
         for split in maps:
             row = {"passes": passes, **accuracy(scores, maps, split)}
-            yield Point(cohort.name, split, input, method, width, seed, score, smooth), row
+            yield Point(cohort.name, split, input, method, width, steps, bands, seed, score, smooth), row
 
 
 def chain_of(
@@ -149,7 +170,7 @@ def chain_of(
     checkpoints = [newest_ema(Folder(folder), name) for name in (forward, backward)]
     flags = [
         *("--dataset=phantom", f"--data_dir={cohort}", f"--input={input}", f"--trans={trans}", f"--seed={seed}"),
-        *(f"--model_name={method}", "--sampling=fast"),
+        *(f"--model_name={method}",),
         *(f"--checkpoint_{side}={path}" for side, path in zip(("forward", "backward"), checkpoints, strict=True)),
     ]
     return find_chain(chain_parser("").parse_args(flags), [], Folder(folder))
@@ -187,11 +208,11 @@ def show(rows: dict[Point, Row]) -> None:
     for point, row in rows.items():
         by_setting.setdefault(point._replace(seed=0), []).append(row)
     lines = [
-        [*(str(value) for value in (*point[:5], *point[6:])), f"{found[0]['passes']:,.0f}"]
+        [*(str(value) for value in (*point[:7], *point[8:])), f"{found[0]['passes']:,.0f}"]
         + [over_seeds([row[column] for row in found]) for column in COLUMNS[1:]]
         for point, found in sorted(by_setting.items(), key=lambda item: (item[0][1] != "val", item[0]))
     ]
-    header = ["cohort", "slices", "input", "method", "width", "score", "smooth", "passes a slice"]
+    header = ["cohort", "slices", "input", "method", "width", "steps", "bands", "score", "smooth", "passes a slice"]
     print_table([*header, "AUPRC", "oracle Dice", "validation Dice"], lines)
 
 

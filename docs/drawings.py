@@ -1,4 +1,4 @@
-"""Draw the README's two drawings, the modality cycle and the masked diffusion, with the demo's own slices.
+"""Draw the modality cycle, the masked diffusion and the standardised score, with the demo's own slices.
 
 make demo && python docs/drawings.py
 """
@@ -21,6 +21,7 @@ def main() -> None:
 
     from datasets.brats2021 import BraTS2021Dataset
     from evaluation.figures import to_grey
+    from evaluation.results import ERROR_MAPS, read_maps
     from models.build import create_masked_translator, create_network
     from models.cycle import cyclic_unet
     from models.masks import Band
@@ -76,9 +77,17 @@ def main() -> None:
         top,
     )
 
+    names = [f"{kind}_phantom_t2_flair" for kind in ("diffusion_forward", "unet_backward")]
+    run, maps = read_maps(args.logdir / "results" / f"{'__'.join(names)}__fast" / ERROR_MAPS)
+    draw_standardised(
+        args.output_dir / "standardised.png",
+        {key: value[args.slice][crop].T for key, value in maps["test"].items() if key != "names"},
+        run["usual_error"],
+    )
+
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description="Draw the modality cycle and the masked diffusion, after `make demo`.")
+    parser = ArgumentParser(description="Draw the method and the standardised score, after `make demo`.")
     parser.add_argument("--slice", type=int, default=9, help="number of the test slice that is shown")
     parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="where the drawings are written")
     parser.add_argument("--logdir", type=Path, default=Path("experiments"), help="folder of the demo's experiments")
@@ -101,6 +110,13 @@ class Canvas:
         """Put an image with its middle at (x, y) and a label above it."""
         self.axes.imshow(image, extent=(x - 0.5, x + 0.5, y - 0.5, y + 0.5), **colours)
         self.axes.text(x, y + 0.56, label, ha="center", va="bottom", fontsize=10)
+
+    def outline(self, x: float, y: float, mask) -> None:
+        """Outline a mask on the image that has its middle at (x, y)."""
+        height, width = mask.shape
+        columns = [x - 0.5 + (i + 0.5) / width for i in range(width)]
+        rows = [y + 0.5 - (i + 0.5) / height for i in range(height)]
+        self.axes.contour(columns, rows, mask, levels=[0.5], colors="#56b4e9", linewidths=1.4)
 
     def box(self, x: float, y: float, text: str) -> None:
         """Put a network's name into a rounded box."""
@@ -131,10 +147,7 @@ def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
     for x, picture, label in zip(places, [*pictures, error], labels, strict=True):
         colours = GREY if picture is not error else {"cmap": "inferno", "vmin": 0, "vmax": top}
         canvas.picture(x, 0.6, picture, label, **colours)
-    height, width = truth.shape
-    columns = [places[0] - 0.5 + (i + 0.5) / width for i in range(width)]
-    rows = [0.6 + 0.5 - (i + 0.5) / height for i in range(height)]
-    canvas.axes.contour(columns, rows, truth, levels=[0.5], colors="#56b4e9", linewidths=1.4)
+    canvas.outline(places[0], 0.6, truth)
     for left, right, name in zip(
         places,
         places[1:],
@@ -167,6 +180,34 @@ def draw_masked_diffusion(path: Path, pictures: list, error, top: float) -> None
         5.6, 0.4, "repeated for every band, over the whole slice in both directions;\n"
         "a pixel's score is the mean over the bands that hid it"
     )  # fmt: skip
+    canvas.save(path)
+
+
+def draw_standardised(path: Path, maps: dict, usual_error: float) -> None:
+    """What the draws of a slice are made into, from its error maps [W, H]; brightness goes by the root of an error."""
+    from matplotlib.colors import PowerNorm
+
+    from evaluation.figures import WINDOW
+
+    grey = {"cmap": "gray", "vmin": WINDOW[0], "vmax": WINDOW[1]}
+    error = (maps["image"] - maps["reconstruction"]) ** 2
+    brain = maps["brainmask"]
+    pictures = {
+        "A": (maps["image"], grey),
+        "m: mean of its draws": (maps["reconstruction"], grey),
+        "√v: their deviation": (maps["variance"] ** 0.5, {"cmap": "inferno", "vmin": 0}),
+        "(A − m)²": (error, None),
+        "(A − m)² / (v + c)": (error / (maps["variance"] + usual_error), None),
+    }
+    canvas = Canvas(5.7, 1.45)
+    for i, (label, (picture, colours)) in enumerate(pictures.items()):
+        if colours is None:
+            picture = picture * brain
+            highest = sorted(picture[brain])[int(0.99 * brain.sum())]
+            colours = {"cmap": "inferno", "norm": PowerNorm(0.5, vmin=0, vmax=highest)}
+        x = 0.65 + 1.1 * i
+        canvas.picture(x, 0.58, picture, label, **colours)
+        canvas.outline(x, 0.58, maps["truth"])
     canvas.save(path)
 
 

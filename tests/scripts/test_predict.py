@@ -347,6 +347,13 @@ def test_the_standardised_score_needs_a_test_run_even_so(experiments, predict, t
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
     assert done.code == 0, done.stderr
     assert "threshold: 3, as --threshold says" in done.stdout
+    (metrics,) = (experiments / "results").glob("diffusion*standardised*/metrics.json")
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"validation": None}))
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
+    assert done.code == 0, done.stderr
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags[1:])
+    assert done.code == 2
+    assert done.stderr.endswith("to find a threshold, or give --threshold\n")
     forget_the_test(experiments)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags)
     assert done.code == 2
