@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from datasets.cohorts import VOLUME_SUFFIXES
@@ -30,25 +30,27 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     from utils.device import pick_device
 
     scans = find_scans(args.scan)
+    others = find_others(args, scans)
     refuse_to_overwrite(args.output_dir, scans)
     dist_util.setup()
     experiments.writes = False
     chain = find_chain(args, overrides, experiments)
-    forward, backward = chain.forward, chain.backward
     require_same_preprocessing(chain)
-    geometry = trained_geometry(forward if forward.preprocessing.get("grid") else backward)
-    normalisations = [translator.preprocessing.get("normalisation") for translator in (forward, backward)]
-    quantiles = normalisations[0] or normalisations[1] or NORMALISATION
+    translators = chain.translators.values()
+    geometry = trained_geometry(next((one for one in translators if one.preprocessing.get("grid")), chain.forward))
+    normalisations = (translator.preprocessing.get("normalisation") for translator in translators)
+    quantiles = next(filter(None, normalisations), NORMALISATION)
     threshold, usual_error, origin = find_threshold(args, overrides, experiments, chain)
     scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
-    print(f"forward:   {experiments.address(forward.checkpoint)}")
-    print(f"backward:  {experiments.address(backward.checkpoint)}\nthreshold: {threshold:.6g}, {origin}")
+    for direction, checkpoint in chain.checkpoints.items():
+        print(f"{direction + ':':10} {experiments.address(checkpoint)}")
+    print(f"threshold: {threshold:.6g}, {origin}")
 
     failures = []
     for name, path in scans.items():
         print(f"\n{path}")
         try:
-            scan = read_scan(path, geometry, quantiles, args.slices)
+            scan = read_scan(path, geometry, quantiles, args.slices, others.get(name))
         except UserError as error:
             if args.scan.is_file():
                 raise
@@ -80,6 +82,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="a volume of the input modality, .nii or .nii.gz; or a folder, for every volume directly in it except "
         "*_anomaly and *_mask. Skull-stripped, with a background of 0",
     )
+    other = "for --score one_way: the same in the modality that is translated to; files of a folder by the same names"
+    add("--scan_trans", type=local_path, help=other)
     results = "NAME_anomaly.nii.gz, NAME_mask.nii.gz and NAME_report.png"
     add("--output_dir", type=local_path, required=True, help=f"where {results} go")
     default = "the validation threshold of the same translators' test run"
@@ -128,6 +132,23 @@ def find_scans(path: Path) -> dict[str, Path]:
     if not scans:
         raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
     return scans
+
+
+def find_others(args: argparse.Namespace, scans: Mapping[str, Path]) -> dict[str, Path]:
+    """The volumes of the other modality that the one-way score needs, by the names of their scans.
+
+    A UserError if they are not there, or not needed.
+    """
+    if (args.scan_trans is None) != (args.score == "cycle"):
+        raise UserError("--score one_way and --scan_trans go together: the translation is compared with that scan")
+    if args.scan_trans is None:
+        return {}
+    in_folder = args.scan.is_dir()
+    others = {name: args.scan_trans / path.name if in_folder else args.scan_trans for name, path in scans.items()}
+    for path in others.values():
+        if not path.is_file():
+            raise UserError(f"no volume {path}: check --scan_trans")
+    return others
 
 
 def refuse_to_overwrite(output_dir: Path, scans: Iterable[str]) -> None:

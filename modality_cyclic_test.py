@@ -46,16 +46,16 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     config = chain.config
     require_same_preprocessing(chain, Path(config.data.data_dir))
     scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
-    slices = {split: load_slices(config, split) for split in ("test", "val")}
+    slices = {split: load_slices(chain, split) for split in ("test", "val")}
     checkpoints = {direction: experiments.address(path) for direction, path in chain.checkpoints.items()}
-    print(f"{config}\nforward:  {checkpoints['forward']}\nbackward: {checkpoints['backward']}")
+    print(config, *(f"{direction + ':':9} {address}" for direction, address in checkpoints.items()), sep="\n")
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
     dist_util.shut_down()
     if not experiments.writes:
         return
     run = {
-        "method": "mmccd" if args.model_name == "diffusion" else "cyclic_unet",
+        "method": chain.method,
         "input": config.data.input,
         "trans": config.data.trans,
         "image_size": config.data.image_size,
@@ -66,7 +66,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
     }
     results = experiments.local / "results" / results_name(chain)
-    data = {split: fingerprint(config.data.data_dir, split, kinds_scored(config)) for split in maps}
+    data = {split: fingerprint(config.data.data_dir, split, kinds_scored(chain)) for split in maps}
     write_record(results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
     write_maps(results / ERROR_MAPS, run, maps)
     experiments.remove(f"results/{results.name}", "events.out.tfevents.*")

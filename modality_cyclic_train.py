@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from models import BASELINES, MODEL_HELP, TRANSLATORS
 from utils.cli import UserError, config_fields, parse_run_args, run, run_parser
 from utils.storage import Folder, StorageError, open_folder
 
@@ -25,18 +26,24 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
 
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
-    from datasets.loader import training_batches
+    from datasets.loader import all_slices, training_batches
     from evaluation.figures import side_by_side
     from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
-    from models.build import create_losses, create_masked_translator, create_network, translate_example
+    from models.build import (
+        create_losses,
+        create_masked_translator,
+        create_network,
+        create_reconstructor,
+        translate_example,
+    )
     from utils import experiment
     from utils.device import pick_device, pick_precision, speed_up
     from utils.files import locked
 
-    config, _ = configs.resolve(args.dataset, config_fields(args), overrides)
-    configs.check(config)
+    config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name)
+    configs.check(config, args.model_name)
     dist_util.setup()
     first = dist_util.rank() == 0
     experiments.writes = first
@@ -52,11 +59,12 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
-        network = create_network(args.model_name, config.score_model.model)
+        network = create_network(args.model_name, config.score_model)
         share = dist_util.share(training.batch_size)
         losses, schedule_sampler = create_losses(args.model_name, config, share)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
+        create_reconstructor(args.model_name, network, config)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -101,25 +109,38 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
             except StorageError as error:
                 logger.info(f"warning: {error}; the next save tries again")
 
-        loop = TrainLoop(
-            model=speed_up(network, device, training=True),
-            compute_losses=lambda model, batch, step: losses(
-                model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
-            ),
-            batches_from=lambda step: training_batches(
-                dataset, training.batch_size, config.seed, step, share=share, workers=dataset.workers
-            ),
-            directory=directory,
-            logger=logger,
-            settings=training,
-            precision=precision,
-            seed=config.seed,
-            schedule_sampler=schedule_sampler,
-            on_save=show_and_store,
-        )
+        def descend() -> None:
+            TrainLoop(
+                model=speed_up(network, device, training=True),
+                compute_losses=lambda model, batch, step: losses(
+                    model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
+                ),
+                batches_from=lambda step: training_batches(
+                    dataset, training.batch_size, config.seed, step, share=share, workers=dataset.workers
+                ),
+                directory=directory,
+                logger=logger,
+                settings=training,
+                precision=precision,
+                seed=config.seed,
+                schedule_sampler=schedule_sampler,
+                on_save=show_and_store,
+            ).run()
+
+        def count() -> None:
+            slices = all_slices(dataset)
+            network.fit(slices[image], slices[target])
+            state = network.state_dict()
+            paths = checkpoint.paths_of(directory, training.ema_rate, 0)
+            checkpoint.save(paths, {"model": state, "ema": state, "opt": {"step": 0}})
+            show_and_store(network.to(device), 0)
+
         try:
             with plain_errors(directory, experiments):
-                loop.run()
+                if args.model_name != "histogram":
+                    descend()
+                elif first:
+                    count()
                 logger.info(f"done, all in {experiments.address(directory)}")
         finally:
             logger.close()
@@ -157,11 +178,14 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--training_process", default="forward", choices=["forward", "backward"], help="input → trans, or back")
-    models = "diffusion: MMCCD's forward translator"
-    add("--model_name", default="unet", choices=["unet", "diffusion"], help=models)
+    add("--model_name", default="unet", choices=[*TRANSLATORS, *BASELINES], help=MODEL_HELP)
     add("--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})")
     add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
+    if args.model_name in BASELINES and args.training_process == "backward":
+        raise UserError(
+            f"--model_name {args.model_name} reconstructs the input modality: there is no way back to train"
+        )
     if args.model_name == "diffusion" and args.training_process == "backward":
         raise UserError("in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward")
     return args, overrides

@@ -228,7 +228,7 @@ def anomaly_scores(
     chain.config.precision = "auto"
     splits = ("val", "test") if last else ("val",)
     for split in splits:
-        slices[split] = slices.get(split) or load_slices(chain.config, split)
+        slices[split] = slices.get(split) or load_slices(chain, split)
     if slices["val"] is None:
         raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
     maps, _ = create_maps(Scorer(chain, device), {split: slices[split] for split in splits})

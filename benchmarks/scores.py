@@ -141,7 +141,7 @@ def measure(
     chain = chain_of(args, cohort, seed, input, trans, method, width)
     if method == "diffusion":
         chain.config.update_from_flattened_dict(sampling_keys(steps, bands, "standardised", "none", width))
-    slices = {split: load_slices(chain.config, split) for split in ("val", "test")}
+    slices = {split: load_slices(chain, split) for split in ("val", "test")}
     if slices["val"] is None:
         raise UserError(f"{cohort} has no validation slices: preprocess some")
     maps, cost = create_maps(Scorer(chain, pick_device(args.gpu_id)), slices)

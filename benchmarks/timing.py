@@ -192,7 +192,7 @@ def untrained_network(model_name: str, config: Any) -> Any:
     from models.build import create_network
 
     torch.manual_seed(config.seed)
-    network = create_network(model_name, config.score_model.model)
+    network = create_network(model_name, config.score_model)
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d) and not (module.weight.is_meta or module.weight.any()):
             module.reset_parameters()

@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from models import BASELINES
 from utils.cli import UserError, did_you_mean
 from utils.device import PRECISIONS
 from utils.experiment import leaves, require_name
@@ -36,23 +37,31 @@ def get_config(dataset: str) -> ConfigDict:
     return CONFIGS[dataset]().lock()
 
 
-def resolve(dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[ConfigDict, set[str]]:
+def resolve(
+    dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str], model_name: str = "unet"
+) -> tuple[ConfigDict, set[str]]:
     """The config of a run: the data set's, then the flags that were given, then `--config.KEY=VALUE`.
 
     Args:
         dataset: name of the config.
         flags_given: dotted key of the config to the flag's value, None where the flag was not given.
         overrides: arguments of the form `--config.KEY=VALUE`.
+        model_name: of the forward translator. A baseline translates the input modality to itself.
 
     Returns:
         The config, locked, and the keys that the user set.
 
-    A UserError as from `get_config` and `override`.
+    A UserError as from `get_config` and `override`, or for a target modality that a baseline has not.
     """
     config = get_config(dataset)
     given = {key: value for key, value in flags_given.items() if value is not None}
     config.update_from_flattened_dict(given)
-    return config, {*given, *override(config, overrides)}
+    keys = {*given, *override(config, overrides)}
+    if model_name in BASELINES:
+        if "data.trans" in keys:
+            raise UserError(f"--model_name {model_name} reconstructs the input modality itself: leave out --trans")
+        config.data.trans = config.data.input
+    return config, keys
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
@@ -90,8 +99,8 @@ def sampling_keys(steps: str, bands_a_width: int, score: str, smooth: str, band_
     }
 
 
-def check(config: ConfigDict) -> None:
-    """Refuse values that no run can work with, before anything is written.
+def check(config: ConfigDict, model_name: str = "unet") -> None:
+    """Refuse values that no run of `model_name` can work with, before anything is written.
 
     A UserError names the first value that is out of range.
     """
@@ -99,7 +108,7 @@ def check(config: ConfigDict) -> None:
     model, width = score_model.model, score_model.mask.width
     for flag, modality in (("--input", data.input), ("--trans", data.trans)):
         require_name(flag, modality)
-    if data.input == data.trans:
+    if data.input == data.trans and model_name not in BASELINES:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not model.channel_mult:
         raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
@@ -110,7 +119,10 @@ def check(config: ConfigDict) -> None:
     for key, known in names.items():
         if values[key] not in known:
             raise UserError(f"{key}={values[key]!r} is not known: choose one of {', '.join(known)}")
-    for key, (least, most) in {**_BOUNDS, "score_model.mask.width": (1, data.image_size)}.items():
+    bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)}
+    if model_name == "ddpm":
+        bounds |= {"score_model.baselines.noise_timestep": (0, max(score_model.diffusion.steps - 1, 0))}
+    for key, (least, most) in bounds.items():
         if not least <= values[key] <= most:
             allowed = f"be at least {least}" if most == inf else f"lie in {least} … {most}"
             raise UserError(f"{key}={values[key]} must {allowed}")
@@ -143,6 +155,8 @@ _BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
         ("training", (1, inf), ("iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval")),
         ("training", (0, inf), ("lr", "weight_decay", "lr_decay_factor", "keep_last")),
         ("training", (0, 1), ("ema_rate",)),
+        ("baselines", (1, inf), ("latent_channels", "noise_size")),
+        ("baselines", (0, inf), ("noise_std",)),
         ("sampling", (1, inf), ("batch_size",)),
         ("sampling", (0, 1), ("eta",)),
     )

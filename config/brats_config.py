@@ -40,6 +40,14 @@ def get_config() -> ConfigDict:
     mask.width = 16
     mask.stride = 2  # between the starts that training draws from
 
+    score_model.baselines = baselines = ConfigDict()
+    baselines.latent_channels = 8  # of the autoencoder's bottleneck: a 32nd of the pixels
+    baselines.noise_size = (
+        16  # of the denoising autoencoder's grid of noise, and its deviation: a fifth of the range of
+    )
+    baselines.noise_std = 1.2  # the brain, −3 … 3 (Kascenas et al. 2022)
+    baselines.noise_timestep = 249  # that ddpm noises a slice to: 250 of 1000 steps (Wyatt et al. 2022)
+
     score_model.training = training = ConfigDict()
     training.iterations = 100_000
     training.batch_size = 32

@@ -33,7 +33,7 @@ def main() -> None:
     def load(model_name: str, direction: str):
         checkpoint = newest_ema(Folder(args.logdir), f"{model_name}_{direction}_phantom_t2_flair")
         config = ConfigDict(read_record(checkpoint.parent)["config"])
-        network = create_network(model_name, config.score_model.model)
+        network = create_network(model_name, config.score_model)
         load_weights(network, checkpoint)
         return network.eval(), config
 

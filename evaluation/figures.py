@@ -119,6 +119,11 @@ def slices_figure(
         "anomaly score": error_maps,
         "segmentation": maps["image"],
     }
+    if (maps["translation"] == maps["reconstruction"]).all():  # no way back: of a baseline, or one way
+        del columns[f"translation ({trans})"]
+        columns = {
+            key.replace(f"reconstruction ({input})", f"output ({trans})"): value for key, value in columns.items()
+        }
     highest = np.sqrt(maps["variance"][maps["brainmask"]].max())
     norms = {"deviation of draws": Normalize(0, highest), "anomaly score": norm}
     if not highest:  # Cyclic UNet has a single draw

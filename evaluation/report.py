@@ -10,9 +10,9 @@ from scipy.stats import rankdata
 from torch.utils.tensorboard import SummaryWriter
 
 from .figures import draw_scores, write_figures
-from .metrics import by_lesion_size, evaluate, ranked_scores, smooth_scores
+from .metrics import average_precision, by_lesion_size, evaluate, ranked_scores, smooth_scores
 from .results import Maps, write_scores
-from .tables import METHODS, size_table, table
+from .tables import METHODS, intensity_name, size_table, table
 
 
 def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
@@ -21,28 +21,44 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) 
     `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
     """
     smooth = run["sampling_settings"]["smooth"]
+    sign = better_sign(maps.get("val", maps["test"]))
     maps = {
-        split: {**group, "unsmoothed": group["scores"], "scores": smooth_scores(group["scores"], smooth)}
+        split: {
+            **group,
+            "unsmoothed": group["scores"],
+            "scores": smooth_scores(group["scores"], smooth),
+            "intensity": sign * group["image"],
+        }
         for split, group in maps.items()
     }
     found = {
         key: evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
-        for key in ("scores", "image", *(["unsmoothed"] if smooth != "none" else []))
+        for key in ("scores", "intensity", *(["unsmoothed"] if smooth != "none" else []))
     }
     blocks = {
         key: evaluation.summary | {"by_lesion_size": by_lesion_size(evaluation.per_slice)}
         for key, evaluation in found.items()
     }
-    metrics = {**run, **blocks["scores"], "baseline_intensity": blocks["image"], "unsmoothed": blocks.get("unsmoothed")}
+    metrics = {**run, **blocks["scores"], "unsmoothed": blocks.get("unsmoothed")}
+    metrics["baseline_intensity"] = blocks["intensity"] | {"sign": sign}
     per_slice = found["scores"].per_slice
     ranked = {
         METHODS[run["method"]]: ranked_scores(*labelled(maps["test"], "scores")),
-        f"intensity ({run['input']})": ranked_scores(*labelled(maps["test"], "image")),
+        intensity_name(metrics): ranked_scores(*labelled(maps["test"], "intensity")),
     }
     write_scores(results, metrics, maps["test"]["names"], per_slice)
     write_figures(results / "figures", draw_scores(maps["test"], metrics, per_slice, ranked))
     write_events(results, metrics, ranked)
     print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
+
+
+def better_sign(group: Mapping[str, Any]) -> int:
+    """1, or −1 if lesions are rather dark: which of the intensity and its negative has the higher AUPRC on slices."""
+    found = {
+        sign: average_precision(*ranked_scores(sign * group["image"], group["truth"], group["brainmask"]))
+        for sign in (1, -1)
+    }
+    return -1 if found[-1] > found[1] else 1
 
 
 def labelled(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -71,10 +71,11 @@ def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first
         raise UserError(f"no {METRICS} in {results}: {remedy}")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["checkpoints"]["forward"] + metrics["checkpoints"]["backward"]  # both are names
+        "".join(metrics["checkpoints"].values())  # all are names
         metrics["validation"] and metrics["validation"]["threshold"]
         for key in ("usual_error", "unsmoothed"):  # which earlier versions did not write
             metrics[key]
+        metrics["baseline_intensity"]["sign"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
     return metrics

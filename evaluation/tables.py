@@ -14,7 +14,17 @@ from utils.storage import local_path
 
 from .results import read_metrics, read_per_slice
 
-METHODS = {"cyclic_unet": "Cyclic UNet", "mmccd": "MMCCD"}
+METHODS = {
+    "cyclic_unet": "Cyclic UNet",
+    "mmccd": "MMCCD",
+    "cyclic_histogram": "histogram cycle",
+    "autoencoder": "autoencoder",
+    "dae": "denoising autoencoder",
+    "ddpm": "AnoDDPM",
+    "one_way_unet": "UNet, one way",
+    "one_way_diffusion": "masked diffusion, one way",
+    "one_way_histogram": "histogram, one way",
+}
 CHOICES = ("oracle", "validation")  # of a threshold
 SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
 
@@ -23,10 +33,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of test runs (contents of metrics.json), the bare intensity first, with 95 % intervals."""
     rows: dict[tuple[str, ...], None] = {}
     for one in runs:
-        rows[(f"intensity ({one['input']})", "none", *_scores(one["baseline_intensity"]))] = None
+        rows[(intensity_name(one), "none", *_scores(one["baseline_intensity"]))] = None
     for one in runs:
-        trained = (one["trained_steps"][direction] for direction in ("forward", "backward"))
-        steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in trained)
+        steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in one["trained_steps"].values())
         name, smooth = METHODS[one["method"]], one["sampling_settings"]["smooth"]
         if one["unsmoothed"]:
             rows[(name, steps, *_scores(one["unsmoothed"]))] = None
@@ -45,10 +54,15 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def intensity_name(metrics: Mapping[str, Any]) -> str:
+    """What the bare intensity is called in tables and figures of a test run; inverted where lesions are dark."""
+    return f"{'inverted ' if metrics['baseline_intensity']['sign'] < 0 else ''}intensity ({metrics['input']})"
+
+
 def size_table(metrics: Mapping[str, Any]) -> str:
     """A table of one test run (contents of metrics.json) by the size of the lesions."""
     rows = []
-    methods = {f"intensity ({metrics['input']})": metrics["baseline_intensity"]}
+    methods = {intensity_name(metrics): metrics["baseline_intensity"]}
     methods[METHODS[metrics["method"]]] = metrics
     for size in metrics["by_lesion_size"]:
         for method, block in methods.items():

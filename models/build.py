@@ -12,44 +12,60 @@ from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVa
 from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
+from .baselines import (
+    Autoencoder,
+    DenoisingUNet,
+    HistogramTranslator,
+    PartialDiffusion,
+    denoising_losses,
+    diffusion_losses,
+)
 from .masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
 from .masks import Band
 from .translator import UNetTranslator, translation_losses
 
-NETWORKS = {"unet": UNetTranslator, "diffusion": MaskedConditionalUNet}
+# Of the UNet's settings, `score_model.model`. What else there is, create_network knows.
+NETWORKS = {"unet": UNetTranslator, "diffusion": MaskedConditionalUNet, "dae": UNetTranslator, "ddpm": DenoisingUNet}
+
+Losses = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
-def create_network(model_name: str, model_config: ConfigDict) -> UNetTranslator | MaskedConditionalUNet:
-    """The network of a translator, `unet` or `diffusion`, with fresh weights.
+def create_network(model_name: str, score_model: ConfigDict) -> nn.Module:
+    """The network of `--model_name`, with fresh weights.
 
     A ValueError for widths that the norm's groups or the heads do not divide.
     """
-    return NETWORKS[model_name](**model_config)
+    if model_name == "histogram":
+        return HistogramTranslator()
+    model = score_model.model
+    if model_name == "autoencoder":
+        latent_channels = score_model.baselines.latent_channels
+        return Autoencoder(model.model_channels, model.channel_mult, model.norm_groups, latent_channels)
+    return NETWORKS[model_name](**model)
 
 
 def create_losses(
     model_name: str, config: ConfigDict, share: slice = slice(None)
-) -> tuple[Callable[[nn.Module, Tensor, Tensor, int], Tensor], ScheduleSampler | None]:
+) -> tuple[Losses, ScheduleSampler | None]:
     """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
 
     They are given the `share` of every batch. Beside them comes the diffusion's schedule sampler, if there is one. A
     ValueError as from `create_diffusion`, or for an unknown schedule sampler.
     """
-    if model_name == "unet":
+    if model_name in ("unet", "autoencoder", "histogram"):
         return lambda model, image, target, step: translation_losses(model, image, target), None
     score_model = config.score_model
+    drawn = {"seed": config.seed, "batch_size": score_model.training.batch_size, "share": share}
+    if model_name == "dae":
+        noise = {key: score_model.baselines[key] for key in ("noise_size", "noise_std")}
+        return lambda model, image, target, step: denoising_losses(model, image, **noise, **drawn, step=step), None
     diffusion = create_diffusion(score_model.diffusion)
     schedule_sampler = create_named_schedule_sampler(score_model.training.schedule_sampler, diffusion)
-    losses = partial(
-        masked_diffusion_losses,
-        diffusion=diffusion,
-        schedule_sampler=schedule_sampler,
-        band_width=score_model.mask.width,
-        band_stride=score_model.mask.stride,
-        seed=config.seed,
-        batch_size=score_model.training.batch_size,
-        share=share,
-    )
+    drawn |= {"diffusion": diffusion, "schedule_sampler": schedule_sampler}
+    if model_name == "ddpm":
+        return lambda model, image, target, step: diffusion_losses(model, image, **drawn, step=step), schedule_sampler
+    bands = {"band_width": score_model.mask.width, "band_stride": score_model.mask.stride}
+    losses = partial(masked_diffusion_losses, **bands, **drawn)
     return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
 
 
@@ -67,29 +83,45 @@ def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -
     )
 
 
+def create_reconstructor(model_name: str, network: nn.Module, config: ConfigDict) -> nn.Module:
+    """What maps slices to slices in a single pass: the network, or the whole chain of steps of `ddpm`.
+
+    A ValueError as from `create_diffusion`.
+    """
+    if model_name != "ddpm":
+        return network
+    score_model, sampling = config.score_model, config.score_model.sampling
+    last = score_model.baselines.noise_timestep
+    diffusion = create_diffusion(score_model.diffusion, sampling.timestep_respacing, last + 1)
+    return PartialDiffusion(network, diffusion, seed=config.seed, use_ddim=sampling.use_ddim)
+
+
 @torch.no_grad()
 def translate_example(model_name: str, network: nn.Module, image: Tensor, config: ConfigDict) -> tuple[Tensor, Tensor]:
     """What a network in training is shown of `image`, and its translation: [1, 1, H, W] all.
 
     For a diffusion model a band in the middle is hidden, and shown as grey.
     """
-    if model_name == "unet":
-        return image, network(image)
+    if model_name != "diffusion":
+        return image, create_reconstructor(model_name, network, config)(image)
     translator = create_masked_translator(network, config)
     middle = [Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)]
     return image.masked_fill(translator.mask(middle).to(image.device), 0.0), translator.sample(image, middle)
 
 
-def create_diffusion(diffusion_config: ConfigDict, timestep_respacing: str = "") -> SpacedDiffusion:
-    """The diffusion process, with all its steps or respaced to fewer.
+def create_diffusion(
+    diffusion_config: ConfigDict, timestep_respacing: str = "", first_steps: int | None = None
+) -> SpacedDiffusion:
+    """The diffusion process, with all its steps or respaced to fewer, of all or only of its first ones.
 
     A ValueError for an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing that
     cannot be had.
     """
     steps = diffusion_config.steps
-    use_timesteps = space_timesteps(steps, timestep_respacing)
-    if len(use_timesteps) == 1:  # one step leads from pure noise to x_0: it is the last, not the first
-        use_timesteps = {steps - 1}
+    spaced = first_steps or steps
+    use_timesteps = space_timesteps(spaced, timestep_respacing)
+    if len(use_timesteps) == 1:  # one step leads from the noisiest to x_0: it is the last, not the first
+        use_timesteps = {spaced - 1}
     betas = get_named_beta_schedule(diffusion_config.noise_schedule, steps)
     if betas.max() > 1:
         raise ValueError(f"steps={steps} is too few for a {diffusion_config.noise_schedule} noise schedule")

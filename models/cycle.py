@@ -61,10 +61,12 @@ def cyclic_unet(
     *,
     batch_size: int,
     progress: Callable[[int], object] = lambda samples: None,
+    reference: Tensor | None = None,
 ) -> Cycle:
     """Cyclic UNet: (A − backward(forward(A)))² of every pixel, for image A [N, 1, H, W].
 
-    `batch_size` slices at a time; `progress` is told after each batch how many it had.
+    `batch_size` slices at a time; `progress` is told after each batch how many it had. With `reference`, the end is
+    compared with that instead of A.
     """
     translation, reconstruction = torch.empty_like(image), torch.empty_like(image)
 
@@ -73,7 +75,8 @@ def cyclic_unet(
         reconstruction[batch] = backward(translation[batch])
 
     in_batches(pass_over, list(range(len(image))), batch_size, progress)
-    return Cycle((image - reconstruction).square(), translation, reconstruction)
+    reference = image if reference is None else reference
+    return Cycle((reference - reconstruction).square(), translation, reconstruction)
 
 
 def slices_and_bands(
@@ -98,6 +101,7 @@ def mmccd(
     bands: Sequence[Band],
     batch_size: int,
     progress: Callable[[int], object] = lambda samples: None,
+    reference: Tensor | None = None,
 ) -> Cycle:
     """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
 
@@ -113,7 +117,9 @@ def mmccd(
         bands: the sweep.
         batch_size: network samples at a time; it changes the memory needed, not the scores.
         progress: told after each batch how many samples it had.
+        reference: what the end of the cycle is compared with, if not A.
     """
+    reference = image if reference is None else reference
     sums = torch.zeros(4, *image.shape, device=image.device)
 
     def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
@@ -122,11 +128,11 @@ def mmccd(
         hidden = forward.mask(bands_of).to(image.device)
         translation = forward.sample(image[index], bands_of)
         reconstruction = backward(translation)
-        error = (image[index] - reconstruction).square()
+        error = (reference[index] - reconstruction).square()
         found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
         sums.index_add_(1, index, found)  # all at once: a batch that is tried again must not count twice
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     *sums, counts = sums
     error, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
-    return Cycle(error, *(torch.where(counts > 0, mean, image) for mean in (translation, reconstruction)))
+    return Cycle(error, *(torch.where(counts > 0, mean, reference) for mean in (translation, reconstruction)))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models import BASELINES, MODEL_HELP, TRANSLATORS
 from utils.cli import ArgumentParser, UserError, config_fields, did_you_mean, run_parser
 from utils.storage import Folder, local_path
 
@@ -18,27 +19,47 @@ class TrainedTranslator(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The two translators of a cycle. The forward one's config is that of the run."""
+    """The translators of a cycle, or the only one of a way without return. The forward one's config is the run's."""
 
-    model_name: str  # of the forward translator: unet or diffusion
+    model_name: str  # of the forward translator
     forward: TrainedTranslator
-    backward: TrainedTranslator
+    backward: TrainedTranslator | None  # none for a baseline, which ends where it began, and for the one-way score
 
     @property
     def config(self) -> Any:
         return self.forward.config
 
     @property
+    def translators(self) -> dict[str, TrainedTranslator]:
+        return {"forward": self.forward} | ({"backward": self.backward} if self.backward else {})
+
+    @property
     def checkpoints(self) -> dict[str, Path]:
-        return {"forward": self.forward.checkpoint, "backward": self.backward.checkpoint}
+        return {direction: translator.checkpoint for direction, translator in self.translators.items()}
+
+    @property
+    def reference(self) -> str:
+        """The modality that the end of the cycle is compared with."""
+        return self.config.data.input if self.backward else self.config.data.trans
+
+    @property
+    def method(self) -> str:
+        """As metrics.json has it, and `METHODS` in evaluation/tables.py."""
+        if self.model_name in BASELINES:
+            return self.model_name
+        cycles = {"unet": "cyclic_unet", "diffusion": "mmccd", "histogram": "cyclic_histogram"}
+        return cycles[self.model_name] if self.backward else f"one_way_{self.model_name}"
 
 
 def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     """A parser with the flags that say which translators are chained, and how MMCCD samples."""
     parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
-    methods = "unet: Cyclic UNet; diffusion: MMCCD"
-    add("--model_name", "--model", default="unet", choices=["unet", "diffusion"], help=methods)
+    add("--model_name", "--model", default="unet", choices=[*TRANSLATORS, *BASELINES], help=MODEL_HELP)
+    one_way = (
+        "what is scored: the error of the cycle, or that of the translation, where the other modality is there, too"
+    )
+    add("--score", default="cycle", choices=["cycle", "one_way"], help=one_way)
     for direction, model in (("forward", "{model}"), ("backward", "unet")):
         default = f"(default: {model}_{direction}_{{dataset}}_{{trans}}_{{input}})"
         add(f"--experiment_name_{direction}", help=f"experiment of the {direction} translator {default}")
@@ -64,14 +85,22 @@ HELD_BY_BOTH = ("data.input", "data.trans", "data.image_size")
 HELD = {
     "unet": (*HELD_BY_BOTH, "score_model.model."),
     "diffusion": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion.", "score_model.mask.width"),
+    "histogram": HELD_BY_BOTH,
+    "autoencoder": (*HELD_BY_BOTH, "score_model.model.", "score_model.baselines.latent_channels"),
+    "dae": (*HELD_BY_BOTH, "score_model.model."),
+    "ddpm": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion."),
 }
+# How AnoDDPM samples, unless the user says otherwise: ancestrally, and all steps.
+ANODDPM = {"score_model.sampling.use_ddim": False, "score_model.sampling.timestep_respacing": ""}
 
 
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:
-    """The forward and the backward translator that the flags name.
+    """The forward and, for a cycle, the backward translator that the flags name.
 
     A UserError as from `find_translator`, or for a value that no run can work with.
     """
+    if args.score == "one_way" and args.model_name in BASELINES:
+        raise UserError(f"--model_name {args.model_name} translates to no other modality: leave out --score one_way")
     import config as configs
 
     sampling = {
@@ -79,14 +108,17 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
         "score_model.sampling.timestep_respacing": args.timestep_respacing,
         "score_model.sampling.smooth": args.smooth,
     }
-    config, given = configs.resolve(args.dataset, config_fields(args) | sampling, overrides)
+    config, given = configs.resolve(args.dataset, config_fields(args) | sampling, overrides, args.model_name)
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
+    preset = ANODDPM if args.model_name == "ddpm" else {}
     if args.sampling and args.model_name == "diffusion":
         preset = configs.sampling_keys(*configs.SAMPLING[args.sampling], config.score_model.mask.width)
-        config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
-    backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
-    configs.check(config)
+    config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
+    backward = None
+    if args.score == "cycle" and args.model_name in TRANSLATORS:
+        backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
+    configs.check(config, args.model_name)
     return Chain(args.model_name, forward, backward)
 
 
@@ -101,12 +133,14 @@ def find_translator(
     from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD, experiment_name, leaves, read_record, require_name
 
-    model_name = args.model_name if direction == "forward" else "unet"
+    model_name = args.model_name
+    if direction == "backward" and model_name == "diffusion":
+        model_name = "unet"
     flag, checkpoint = f"experiment_name_{direction}", getattr(args, f"checkpoint_{direction}")
     if checkpoint is None:
         kind = (model_name, direction, args.dataset, config.data.trans, config.data.input)
         name = require_name(f"--{flag}", getattr(args, flag) or experiment_name(*kind))
-        checkpoint = newest_ema(experiments, name)
+        checkpoint = newest_ema(experiments, name, reverse_cycle(args, config, experiments))
     elif not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{direction}")
     record = read_record(checkpoint.parent)
@@ -135,10 +169,22 @@ def find_translator(
     return TrainedTranslator(name, checkpoint, fixed, record.get("data", {}))
 
 
-def newest_ema(experiments: Folder, name: str) -> Path:
+def reverse_cycle(args: argparse.Namespace, config: Any, experiments: Folder) -> str:
+    """The flags that chain the UNets of the cycle in the other direction, if these are there."""
+    from utils.experiment import experiment_name
+
+    directions, kind = ("forward", "backward"), (args.dataset, config.data.input, config.data.trans)
+    names = [experiment_name("unet", direction, *kind) for direction in directions]
+    if args.model_name != "unet" or not all(experiments.names(name) for name in names):
+        return ""
+    flags = [f"--experiment_name_{here}={name}" for here, name in zip(directions, reversed(names), strict=True)]
+    return f", or chain the networks of the other direction by {' '.join(flags)}"
+
+
+def newest_ema(experiments: Folder, name: str, remedy: str = "") -> Path:
     """The EMA weights of an experiment after the most steps, pulled with its config.json where that is needed.
 
-    A UserError if there is no such experiment, or it has saved nothing yet.
+    A UserError if there is no such experiment, which ends in `remedy`, or it has saved nothing yet.
     """
     from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import RECORD
@@ -147,7 +193,7 @@ def newest_ema(experiments: Folder, name: str) -> Path:
     experiments.pull(name, RECORD, *list(saved(experiments.names(name), EMA).values())[-1:])
     if not directory.is_dir():
         there = [path.name for path in logdir.iterdir() if path.is_dir()] if logdir.is_dir() else []
-        raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, there)}; train it first")
+        raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, there)}; train it first{remedy}")
     averages = saved(directory, EMA)
     if not averages:
         raise UserError(f"experiment {name!r} has no EMA checkpoint in {directory}; train it first")
@@ -163,7 +209,7 @@ def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> No
     """
     from datasets.records import read_preprocessing
 
-    found = {str(one.checkpoint): one.preprocessing for one in (chain.forward, chain.backward)}
+    found = {str(one.checkpoint): one.preprocessing for one in chain.translators.values()}
     if data_dir:
         found[str(data_dir)] = read_preprocessing(data_dir)
     remedies = {
@@ -185,15 +231,34 @@ def results_name(chain: Chain) -> str:
     """The folder of a test run: what was chained, and how it was sampled."""
     smooth = chain.config.score_model.sampling.smooth
     how = sampling_name(chain.config) if chain.model_name == "diffusion" else smooth.replace("none", "")
-    return "__".join(filter(None, (chain.forward.name, chain.backward.name, how)))
+    if chain.model_name == "ddpm":
+        how = "_".join(filter(None, (partial_name(chain.config), how)))
+    one_way = "one_way" if chain.method.startswith("one_way") else ""
+    return "__".join(filter(None, (*(one.name for one in chain.translators.values()), one_way, how)))
+
+
+def partial_name(config: Any) -> str:
+    """How AnoDDPM sampled, where that differs from its paper: `ddim100`, `noise400`, … or nothing."""
+    from config import get_config
+
+    sampling, paper = config.score_model.sampling, get_config("brats")
+    last = config.score_model.baselines.noise_timestep
+    differences = [f"noise{last + 1}"] if last != paper.score_model.baselines.noise_timestep else []
+    if sampling.use_ddim or sampling.timestep_respacing:
+        kind = "ddim" if sampling.use_ddim else "ancestral"
+        differences.append(f"{kind}{sampling.timestep_respacing.replace(',', '-')}")
+    return "_".join(differences + ([f"seed{config.seed}"] if config.seed != paper.seed else []))
 
 
 def sampling_settings(chain: Chain) -> dict[str, Any]:
     """All that the scores depend on besides the weights, in JSON's types."""
-    if chain.model_name == "unet":
-        return {"smooth": chain.config.score_model.sampling.smooth}
-    settings = {"seed": chain.config.seed, **chain.config.score_model.sampling.to_dict()}
-    del settings["batch_size"]  # changes the memory needed, not the samples
+    sampling = chain.config.score_model.sampling.to_dict()
+    if chain.model_name not in ("diffusion", "ddpm"):
+        return {"smooth": sampling["smooth"]}
+    del sampling["batch_size"]  # changes the memory needed, not the samples
+    settings = {"seed": chain.config.seed, **sampling}
+    if chain.model_name == "ddpm":
+        settings["noise_timestep"] = chain.config.score_model.baselines.noise_timestep
     return settings
 
 

@@ -43,6 +43,7 @@ class Scan(NamedTuple):
     brain: np.ndarray  # bool [H, W, D]
     numbers: np.ndarray  # which of the D slices are to be scored
     warnings: list[str]
+    reference: np.ndarray  # float32 [H, W, D]: what the cycle ends in, the image or the other modality
 
 
 def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
@@ -58,7 +59,13 @@ def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
         raise UserError(f"{record} is not what training writes: restore it") from error
 
 
-def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], slices: tuple[int, int] | None) -> Scan:
+def read_scan(
+    path: Path,
+    geometry: SliceGeometry,
+    quantiles: dict[str, float],
+    slices: tuple[int, int] | None,
+    other: Path | None = None,
+) -> Scan:
     """Read a scan, put it on slices like those of the training data, and normalise it as these were.
 
     Args:
@@ -66,6 +73,7 @@ def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], 
         geometry: of the training data's slices.
         quantiles: `percentage_lower` and `percentage_upper`, as preprocessing has them.
         slices: the scan's own axial slices [start, stop) that are asked for; None: all.
+        other: volume of the same head in the modality that it is translated to, in the same space; None: not needed.
 
     A UserError if it cannot be read or normalised, has not so many slices, or no brain in them.
     """
@@ -79,6 +87,7 @@ def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], 
         image = normalise(moved, **quantiles)
     except ValueError as error:
         raise UserError(f"{path} cannot be scored, {error}") from error
+    reference = read_onto(other, slices_grid, quantiles, moved != 0) if other else image
 
     chosen = brain
     if slices:
@@ -114,7 +123,24 @@ def read_scan(path: Path, geometry: SliceGeometry, quantiles: dict[str, float], 
     if header["sform_code"] == header["qform_code"] == 0:
         directions = ", ".join(nibabel.aff2axcodes(grid.affine))
         warnings.append(f"its header does not say how it lies: its axes are taken to lead to {directions}")
-    return Scan(path, volume, grid, chosen, slices_grid, image, moved != 0, numbers, warnings)
+    return Scan(path, volume, grid, chosen, slices_grid, image, moved != 0, numbers, warnings, reference)
+
+
+def read_onto(path: Path, slices_grid: VoxelGrid, quantiles: dict[str, float], brain: np.ndarray) -> np.ndarray:
+    """A volume on slices [H, W, D] of a scan with this brain there, normalised.
+
+    A UserError if it cannot be read or normalised, or lies elsewhere.
+    """
+    volume, grid = read_volume(path)
+    try:
+        if not np.isfinite(volume).all():
+            raise ValueError("some voxels are not finite")
+        moved = resample_intensities(volume, grid.affine, slices_grid)
+        if np.count_nonzero(brain & (moved != 0)) < np.count_nonzero(brain) / 2:
+            raise ValueError("less than half of the scan's brain lies in it: register the two")
+        return normalise(moved, **quantiles)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be compared with, {error}") from error
 
 
 def axial_axis(affine: np.ndarray) -> int:
@@ -128,15 +154,16 @@ def score_scan(scorer: Scorer, scan: Scan, usual_error: float) -> np.ndarray:
     `usual_error` is the constant of the standardised score, from the test run of the same translators.
     """
     size = scorer.config.data.image_size
-    images, brains = (
+    images, reference, brains = (
         torch.from_numpy(np.moveaxis(stack[:, :, scan.numbers], 2, 0)[:, None].copy())
-        for stack in (scan.image, scan.brain.view(np.uint8))
+        for stack in (scan.image, scan.reference, scan.brain.view(np.uint8))
     )
-    images = torch.stack([resize_image(image, size) for image in images])
+    images, reference = (torch.stack([resize_image(one, size) for one in stack]) for stack in (images, reference))
     brains = torch.stack([resize_mask(brain, size) for brain in brains])
 
     announce(scorer, brains)
-    scores = anomaly_score(images, scorer.cycle(images, brains), scorer.score_kind, usual_error)
+    cycle = scorer.cycle(images, brains, reference)
+    scores = anomaly_score(reference, cycle, scorer.score_kind, usual_error)
     scores = torch.from_numpy(smooth_scores(scores[:, 0].numpy(), scorer.config.score_model.sampling.smooth))[:, None]
     scores = scores.where(torch.from_numpy(scored_region(brains[:, 0].numpy()))[:, None], 0)
     scores = F.interpolate(scores, scan.slices_grid.shape[:2], mode="bilinear", antialias=True)

@@ -11,7 +11,7 @@ from datasets.brats2021 import BraTS2021Dataset
 from datasets.loader import all_slices
 from evaluation.metrics import scored_region
 from guided_diffusion import checkpoint, dist_util
-from models.build import create_masked_translator, create_network
+from models.build import create_masked_translator, create_network, create_reconstructor
 from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
 from models.masks import sweep
 from utils.cli import UserError
@@ -21,7 +21,7 @@ from .chain import Chain, sampling_name
 
 
 class Scorer:
-    """Both translators of a cycle, loaded: turns slices of any number into anomaly scores.
+    """The translators of a chain, loaded: turns slices of any number into anomaly scores.
 
     A UserError for a config that no network or diffusion can be made of, or weights that do not fit it.
     """
@@ -31,20 +31,21 @@ class Scorer:
         sampling = self.config.score_model.sampling
         self.precision = pick_precision(self.config.precision, device)
         self.bands = sweep(self.config.data.image_size, sampling.stride)
-        self.masked_translator = None  # Cyclic UNet has none
+        self.reference = chain.reference
+        self.masked_translator = None  # all but MMCCD have none
         self.score_kind = sampling.score if chain.model_name == "diffusion" else "errors"
-        self.networks = []
         try:
-            for name, found in ((chain.model_name, chain.forward), ("unet", chain.backward)):
-                network = create_network(name, found.config.score_model.model)
-                load_weights(network, found.checkpoint)
-                self.networks.append(speed_up(network.eval(), device, training=False))
+            self.forward = load_translator(chain, "forward", device)
+            self.backward = load_translator(chain, "backward", device) if chain.backward else nn.Identity()
             if chain.model_name == "diffusion":
-                self.masked_translator = create_masked_translator(self.networks[0], self.config)
+                self.masked_translator = create_masked_translator(self.forward, self.config)
+            else:
+                self.forward = create_reconstructor(chain.model_name, self.forward, self.config)
         except ValueError as error:
             raise UserError(str(error)) from error
-        steps = self.masked_translator.diffusion.num_timesteps if self.masked_translator else 1
-        self.passes_a_sample = steps + 1  # forward, and one back
+        sampled = self.masked_translator or self.forward
+        self.steps = sampled.diffusion.num_timesteps if hasattr(sampled, "diffusion") else 1
+        self.passes_a_sample = self.steps + bool(chain.backward)
 
     def passes(self, brainmask: Tensor) -> int:
         """The network passes that slices with these brain masks [N, 1, H, W] take.
@@ -56,26 +57,38 @@ class Scorer:
             samples = len(slices_and_bands(brainmask, self.masked_translator, self.bands))
         return samples * self.passes_a_sample
 
-    def cycle(self, image: Tensor, brainmask: Tensor, desc: str = "scoring") -> Cycle:
+    def cycle(self, image: Tensor, brainmask: Tensor, reference: Tensor, desc: str = "scoring") -> Cycle:
         """The cycle of slices [N, 1, H, W], on the CPU, behind a progress bar over the network passes.
 
-        Of several processes each makes its share of the slices, and all get the whole.
+        Its end is compared with `reference`, the same slices in the modality that `self.reference` names. Of several
+        processes each makes its share of the slices, and all get the whole.
         """
         share = dist_util.share(len(image))
-        image, brainmask = image[share].to(self.device), brainmask[share].to(self.device)
-        sampling, (forward, backward) = self.config.score_model.sampling, self.networks
+        image, brainmask, reference = (slices[share].to(self.device) for slices in (image, brainmask, reference))
+        sampling = self.config.score_model.sampling
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
             how = {
                 "batch_size": sampling.batch_size,
                 "progress": lambda samples: bar.update(samples * self.passes_a_sample),
+                "reference": reference,
             }
             if self.masked_translator:
-                cycle = mmccd(image, brainmask, self.masked_translator, backward, bands=self.bands, **how)
+                cycle = mmccd(image, brainmask, self.masked_translator, self.backward, bands=self.bands, **how)
             else:
-                cycle = cyclic_unet(image, forward, backward, **how)
+                cycle = cyclic_unet(image, self.forward, self.backward, **how)
         shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
         return Cycle(*(torch.cat(field) for field in zip(*shares, strict=True)))
+
+
+def load_translator(chain: Chain, direction: str, device: torch.device) -> nn.Module:
+    """A trained network, ready on the device; errors as from `Scorer`."""
+    found = chain.translators[direction]
+    masked = chain.model_name == "diffusion" and direction == "forward"
+    name = "unet" if chain.model_name == "diffusion" and not masked else chain.model_name
+    network = create_network(name, found.config.score_model)
+    load_weights(network, found.checkpoint)
+    return speed_up(network.eval(), device, training=False)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -97,8 +110,8 @@ def announce(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
     precision = str(scorer.precision).removeprefix("torch.")
     print(f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {precision}")
     if scorer.masked_translator:
-        samples, steps = passes // scorer.passes_a_sample, scorer.passes_a_sample - 1
-        print(f"({samples:,} slices with a band hidden × {steps} steps forward and 1 back)")
+        samples, back = passes // scorer.passes_a_sample, scorer.passes_a_sample - scorer.steps
+        print(f"({samples:,} slices with a band hidden × {scorer.steps} steps forward and {back} back)")
         if scorer.device.type == "cpu" and not sampling_name(scorer.config).startswith("fast"):
             print("that takes long on a CPU: --sampling fast makes far fewer")
     return {"precision": precision, "network_passes": passes}
@@ -110,32 +123,34 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     maps = {}
     for split in sorted(slices, key=lambda split: split != "val"):  # first, since it says what an error is usual
         batch = slices[split]
-        image, brainmask = batch[scorer.config.data.input], batch["brainmask"]
-        cycle = scorer.cycle(image, brainmask, f"scoring {split}")
+        image, reference, brainmask = (
+            batch[kind] for kind in (scorer.config.data.input, scorer.reference, "brainmask")
+        )
+        cycle = scorer.cycle(image, brainmask, reference, f"scoring {split}")
         if "usual_error" not in cost:
             scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
-            cost["usual_error"] = usual_error(image, cycle, scored & ~batch["seg"])
-        scores = anomaly_score(image, cycle, scorer.score_kind, cost["usual_error"])
+            cost["usual_error"] = usual_error(reference, cycle, scored & ~batch["seg"])
+        scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
         images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
         images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction}
-        images["variance"] = cycle.variance(image)
+        images["variance"] = cycle.variance(reference)
         maps[split] = {key: value[:, 0].numpy() for key, value in images.items()} | {"names": batch["name"]}
     return maps, cost
 
 
-def kinds_scored(config: Any) -> list[str]:
+def kinds_scored(chain: Chain) -> list[str]:
     """What scoring reads of each slice."""
-    return [config.data.input, "seg", "brainmask"]
+    return [*dict.fromkeys((chain.config.data.input, chain.reference)), "seg", "brainmask"]
 
 
-def load_slices(config: Any, split: str) -> dict | None:
+def load_slices(chain: Chain, split: str) -> dict | None:
     """All slices of a split as one batch; None, with a word about it, if there are no validation slices.
 
-    A UserError if there are no test slices, or not of the input modality.
+    A UserError if there are no test slices, or not of the modalities that are scored.
     """
-    data, first = config.data, dist_util.rank() == 0
+    data, first = chain.config.data, dist_util.rank() == 0
     if split == "val" and not any(Path(data.data_dir, split).glob("*/*.npy")):
         print(f"no validation slices in {data.data_dir}: only the oracle threshold can be shown")
         return None
-    where = (data.data_dir, split, kinds_scored(config), data.image_size)
+    where = (data.data_dir, split, kinds_scored(chain), data.image_size)
     return all_slices(BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first))

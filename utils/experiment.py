@@ -23,7 +23,7 @@ _FREE = (
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
 )
 # What earlier versions did not record: an experiment without it resumes with any value.
-_NOT_ALWAYS_KNOWN = ("data.grid.",)
+_NOT_ALWAYS_KNOWN = ("data.grid.", "config.score_model.baselines.")
 
 
 def experiment_name(model_name: str, direction: str, dataset: str, trans: str, input: str) -> str:

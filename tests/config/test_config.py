@@ -13,6 +13,7 @@ import config as configs
 import modality_cyclic_test
 import modality_cyclic_train
 from config import SAMPLING, brats_config, check, get_config, leaves, override, resolve, sampling_keys
+from models import BASELINES
 from models.build import create_network
 from utils.cli import UserError
 
@@ -39,6 +40,10 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.diffusion.rescale_timesteps": False,
     "score_model.mask.width": 16,
     "score_model.mask.stride": 2,
+    "score_model.baselines.latent_channels": 8,
+    "score_model.baselines.noise_size": 16,
+    "score_model.baselines.noise_std": 1.2,
+    "score_model.baselines.noise_timestep": 249,
     "score_model.training.iterations": 100_000,
     "score_model.training.batch_size": 32,
     "score_model.training.lr": 1e-4,
@@ -388,7 +393,7 @@ def slices(tmp_path, write_slices):
 
 @pytest.fixture
 def run_everything(slices, tmp_path, monkeypatch):
-    """Train and test both methods in this process, a few steps of each."""
+    """Train and test the methods in this process, a few steps of each."""
 
     def call(main, *args):
         shared = ("--gpu_id=cpu", f"--data_dir={slices}", f"--logdir={tmp_path / 'experiments'}", *OVERRIDES)
@@ -401,6 +406,9 @@ def run_everything(slices, tmp_path, monkeypatch):
         call(modality_cyclic_train.main, "--model_name=diffusion")
         call(modality_cyclic_test.main)
         call(modality_cyclic_test.main, "--model_name=diffusion")
+        for baseline in BASELINES:
+            call(modality_cyclic_train.main, f"--model_name={baseline}")
+        call(modality_cyclic_test.main, "--model_name=ddpm")
 
     return everything
 
@@ -430,4 +438,4 @@ def test_a_dead_key_of_the_network_is_refused_by_it(brats):
     with brats.unlocked():
         brats.score_model.model.dead = 1
     with pytest.raises(TypeError, match="dead"):
-        create_network("unet", brats.score_model.model)
+        create_network("unet", brats.score_model)

@@ -15,7 +15,7 @@ def test_chance_is_the_lesions_share_of_the_ranked_pixels():
     summary = evaluate(scores, truth, brainmask, n_resamples=10).summary
     run = {"method": "cyclic_unet", "input": "flair", "trained_steps": {"forward": 1, "backward": 1}}
     run |= {"sampling_settings": {"smooth": "none"}, "unsmoothed": None}
-    printed = table([{**run, **summary, "baseline_intensity": summary}])
+    printed = table([{**run, **summary, "baseline_intensity": summary | {"sign": 1}}])
 
     _, ranked_truth = ranked_scores(scores, truth, brainmask)
     ranked, scored = ranked_truth.mean(), truth[scored_region(brainmask)].mean()

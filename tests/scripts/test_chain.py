@@ -242,7 +242,9 @@ def test_error_maps_give_the_scores_again(results, method):
         np.testing.assert_allclose(maps["test_scores"], error, rtol=1e-5, atol=1e-6)
 
     for key, block in {"scores": metrics, "image": metrics["baseline_intensity"]}.items():
-        cut, truth = cut_scores(maps, "test", key), maps["test_truth"]
+        sign = block.get("sign", 1)
+        maps["test_scored"], maps["val_scored"] = (sign * maps[f"{split}_{key}"] for split in ("test", "val"))
+        cut, truth = cut_scores(maps, "test", "scored"), maps["test_truth"]
         ranked = maps["test_brainmask"] | truth
         assert block["auprc"] == pytest.approx(average_precision_score(truth[ranked], cut[ranked]))
         assert block["auroc"] == pytest.approx(roc_auc_score(truth[ranked], cut[ranked]))
@@ -252,7 +254,7 @@ def test_error_maps_give_the_scores_again(results, method):
         assert block["oracle"]["dice"] == pytest.approx(best_dice(cut, truth))
         assert block["validation"]["dice"] == pytest.approx(dice(cut, truth, validation).mean())
         # The validation threshold is the best there is, on slices that are not the test's.
-        val_cut, val_truth = cut_scores(maps, "val", key), maps["val_truth"]
+        val_cut, val_truth = cut_scores(maps, "val", "scored"), maps["val_truth"]
         assert dice(val_cut, val_truth, validation).mean() == pytest.approx(best_dice(val_cut, val_truth))
 
 
@@ -431,16 +433,20 @@ def test_without_validation_slices_there_is_no_validation_threshold(workspace, r
 # Drawings
 
 
-def test_the_readmes_drawings_are_drawn(workspace, chain, as_subprocess, repository, tmp_path):
+def test_the_drawings_of_the_docs_are_drawn(workspace, chain, in_process, as_subprocess, repository, tmp_path):
     names = {"diffusion_forward_phantom_t2_flair": "masked"}
     names |= {name: name for name in UNETS.split("__")}
     for name, experiment in names.items():
         (tmp_path / name).symlink_to(workspace / "experiments" / experiment)
+    fast = (*DATA, "--model_name=diffusion", "--sampling=fast", f"--logdir={tmp_path}")
+    done = in_process(TEST, *fast, cwd=workspace)
+    assert done.code == 0, done.stderr
     flags = (f"--logdir={tmp_path}", f"--output_dir={tmp_path}", "--slice=1")
     done = as_subprocess(repository / "docs/drawings.py", *flags, cwd=workspace)
     assert done.code == 0, done.stderr
     assert "Warning" not in done.stderr
-    for name, shape in (("cycle", (1.55, 7.85)), ("masked_diffusion", (3.15, 8.55))):
+    drawings = {"cycle": (1.55, 7.85), "masked_diffusion": (3.15, 8.55), "standardised": (1.45, 5.7)}
+    for name, shape in drawings.items():
         assert f"drew {tmp_path / name}.png" in done.stdout
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
         assert picture.shape[0] / picture.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.02)
