@@ -37,6 +37,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
     from scoring.scorer import Scorer, create_maps, kinds_scored, load_slices
+    from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.experiment import describe_run, write_record
 
@@ -45,8 +46,11 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     chain = find_chain(args, overrides, experiments)
     config = chain.config
     require_same_preprocessing(chain, Path(config.data.data_dir))
-    scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
+    device, name = pick_device(dist_util.gpu_id(args.gpu_id)), results_name(chain)
     slices = {split: load_slices(chain, split) for split in ("test", "val")}
+    if args.select == "validation":
+        chain, name = best_on_validation(chain, experiments, slices["val"], device), f"{name}__selected"
+    scorer = Scorer(chain, device)
     checkpoints = {direction: experiments.address(path) for direction, path in chain.checkpoints.items()}
     print(config, *(f"{direction + ':':9} {address}" for direction, address in checkpoints.items()), sep="\n")
 
@@ -65,7 +69,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         "checkpoints": checkpoints,
         "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
     }
-    results = experiments.local / "results" / results_name(chain)
+    results = experiments.local / "results" / name
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(chain)) for split in maps}
     write_record(results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
     write_maps(results / ERROR_MAPS, run, maps)
@@ -84,6 +88,8 @@ def score_again(path: Path) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = chain_parser(__doc__)
+    select = "newest: the last EMA weights; validation: of all saved weights those with the best validation AUPRC"
+    parser.add_argument("--select", default="newest", choices=["newest", "validation"], help=select)
     add = parser.add_mutually_exclusive_group().add_argument
     add(
         "--compare",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from utils.cli import UserError
@@ -63,3 +64,9 @@ def write_points(path: Path, kind: type, columns: Sequence[str], rows: Mapping[A
         writer.writerow((*kind._fields, *columns))
         for point, row in rows.items():
             writer.writerow((*point, *("" if row[name] is None else f"{row[name]:.6g}" for name in columns)))
+
+
+def over_seeds(values: list[float]) -> str:
+    """The mean, and the range where there is more than one."""
+    text = f"{mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.3f} … {max(values):.3f})"

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.points import Row, read_points, run_training, write_points
+from benchmarks.points import Row, over_seeds, read_points, run_training, write_points
 from benchmarks.timing import print_table
 from scoring.chain import Chain, chain_parser, find_chain
 from utils.cli import ArgumentParser, UserError, run
@@ -214,12 +213,6 @@ def show(rows: dict[Point, Row]) -> None:
     ]
     header = ["cohort", "slices", "input", "method", "width", "steps", "bands", "score", "smooth", "passes a slice"]
     print_table([*header, "AUPRC", "oracle Dice", "validation Dice"], lines)
-
-
-def over_seeds(values: list[float]) -> str:
-    """The mean, and the range where there is more than one."""
-    text = f"{mean(values):.3f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.3f} … {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from . import brats_config, phantom_config
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
 # How MMCCD samples and scores, by name: the DDIM steps; the bands of the sweep in the width of one band (so many see
 # each pixel, in either direction); the score, and how it is smoothed. docs/speed.md shows what each costs and scores.
-SAMPLING = {"paper": ("100", 8, "errors", "none"), "fast": ("trailing2", 4, "standardised", "median5")}
+SAMPLING = {"paper": ("100", 8, "errors", "none"), "fast": ("trailing2", 2, "standardised", "median5")}
 # How a score is made of the draws of each pixel (see models/cycle.py), and smoothed (see evaluation/metrics.py).
 SCORING = {"score": ("errors", "reconstructions", "standardised"), "smooth": ("none", "median3", "median5")}
 MODALITIES = ("flair", "t1", "t1ce", "t2")

@@ -15,7 +15,7 @@ from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
 from utils.random import keyed_generator
 
-BACKGROUND = -3.0  # in slices as preprocessing writes them
+BACKGROUND = -3.0 + 1e-3  # in slices as preprocessing writes them, and what resizing makes of it
 
 
 class HistogramTranslator(nn.Module):

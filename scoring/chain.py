@@ -170,14 +170,20 @@ def find_translator(
 
 
 def reverse_cycle(args: argparse.Namespace, config: Any, experiments: Folder) -> str:
-    """The flags that chain the UNets of the cycle in the other direction, if these are there."""
+    """The flags that take the UNets of the cycle in the other direction, if these are there."""
+    from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import experiment_name
 
-    directions, kind = ("forward", "backward"), (args.dataset, config.data.input, config.data.trans)
-    names = [experiment_name("unet", direction, *kind) for direction in directions]
-    if args.model_name != "unet" or not all(experiments.names(name) for name in names):
+    turned = {"forward": "backward", "backward": "forward"}
+    if args.model_name == "diffusion":  # which leads in one direction only
+        del turned["forward"]
+    kind = (args.dataset, config.data.input, config.data.trans)
+    names = {here: experiment_name("unet", there, *kind) for here, there in turned.items()}
+    if args.model_name not in ("unet", "diffusion") or not all(
+        saved(experiments.local / name, EMA) for name in names.values()
+    ):
         return ""
-    flags = [f"--experiment_name_{here}={name}" for here, name in zip(directions, reversed(names), strict=True)]
+    flags = (f"--experiment_name_{here}={name}" for here, name in names.items())
     return f", or chain the networks of the other direction by {' '.join(flags)}"
 
 

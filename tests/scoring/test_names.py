@@ -36,7 +36,7 @@ SAMPLINGS = {
     "fast, eta": FAST | {"eta": 0.5},
     "fast, seed": FAST | {"seed": 1},
     "fast, but unsmoothed": FAST | {"smooth": "none"},
-    "nearly fast": {"timestep_respacing": "trailing2", "stride": 4},
+    "nearly fast": {"timestep_respacing": "trailing2", "stride": 8},
 }
 
 

@@ -337,18 +337,18 @@ def test_respacing_as_the_public_library_spells_it(run_mmccd):
 
 
 def test_sampling_presets(run_mmccd, workspace):
-    """Bands are 8 px wide: `fast` sweeps them by 2 px, `paper` pixel by pixel; a flag beside a preset holds."""
+    """Bands are 8 px wide: `fast` sweeps them by 4 px, `paper` pixel by pixel; a flag beside a preset holds."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
     score = "--config.score_model.sampling.score"
     spelling = ("--timestep_respacing=trailing2", f"{score}=standardised", "--smooth=median5")
-    _, spelt_out = run_mmccd(*spelling, name=f"{MASKED}__fast", stride=2)
+    _, spelt_out = run_mmccd(*spelling, name=f"{MASKED}__fast", stride=4)
     assert np.array_equal(maps["test_scores"], spelt_out["test_scores"])
     others = {"errors": "", "reconstructions": "_reconstructions"}
     of_kind = {
         kind: run_mmccd(
             *("--sampling=fast", f"{score}={kind}", "--smooth=none"),
-            name=f"{MASKED}__ddim2_trailing_stride2{suffix}",
+            name=f"{MASKED}__ddim2_trailing_stride4{suffix}",
             stride=None,
         )
         for kind, suffix in others.items()
@@ -359,7 +359,7 @@ def test_sampling_presets(run_mmccd, workspace):
     np.testing.assert_allclose(of_kind["errors"][1]["test_scores"], deviation + variance, **close)
     np.testing.assert_allclose(maps["test_scores"], deviation / (variance + fast["usual_error"]), **close)
     unsmoothed, _ = run_mmccd(
-        *("--sampling=fast", "--smooth=none"), name=f"{MASKED}__ddim2_trailing_stride2_standardised", stride=None
+        *("--sampling=fast", "--smooth=none"), name=f"{MASKED}__ddim2_trailing_stride4_standardised", stride=None
     )
     assert fast["unsmoothed"]["auprc"] == unsmoothed["auprc"] != fast["auprc"]
     assert unsmoothed["unsmoothed"] is None

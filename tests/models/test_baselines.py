@@ -1,0 +1,188 @@
+"""The baselines against closed forms and brute force."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion.resample import create_named_schedule_sampler
+from models.baselines import (
+    Autoencoder,
+    DenoisingUNet,
+    HistogramTranslator,
+    PartialDiffusion,
+    coarse_noise,
+    denoising_losses,
+    diffusion_losses,
+)
+
+SIZE = 16
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The histogram cycle
+
+
+def brute_force(a: np.ndarray, b: np.ndarray, bins: int) -> np.ndarray:
+    """E[B | A] of every bin by a loop; empty ones from np.interp over those that are not."""
+    low, high = a.min(), a.max()
+    index = np.minimum(((a - low) / (high - low) * bins).astype(int), bins - 1)
+    filled = [k for k in range(bins) if (index == k).any()]
+    return np.interp(np.arange(bins), filled, [b[index == k].mean() for k in filled])
+
+
+@pytest.mark.parametrize("bins", [4, 64, 1000])
+def test_the_histogram_is_the_mean_of_b_in_every_bin_of_a(bins):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=500).astype(np.float32)
+    b = np.sin(3 * a) + 0.1 * rng.normal(size=500).astype(np.float32)
+    network = HistogramTranslator(bins)
+    network.fit(torch.from_numpy(a).reshape(5, 1, 10, 10), torch.from_numpy(b).reshape(5, 1, 10, 10))
+    np.testing.assert_allclose(network.means, brute_force(a, b, bins), rtol=1e-4, atol=1e-5)
+    shown = torch.tensor([[a.min() - 5, a.min()], [a.max(), a.max() + 5]])
+    first, last = network.means[0].item(), network.means[-1].item()
+    assert network(shown).flatten().tolist() == pytest.approx([first, first, last, last])
+    (found,) = network(torch.tensor([0.25]))
+    middle = int((0.25 - a.min()) / (a.max() - a.min()) * bins)
+    assert found == network.means[middle]
+
+
+def test_a_fitted_histogram_is_in_its_state(images):
+    network, other = HistogramTranslator(), HistogramTranslator()
+    network.fit(images, 2 * images)
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(images), network(images))
+    assert (other(images) - 2 * images).abs().max() < 0.1
+
+
+def test_a_histogram_of_a_single_intensity_is_the_mean():
+    network = HistogramTranslator(8)
+    network.fit(torch.full((4,), 2.0), torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert network(torch.tensor([2.0, -7.0, 9.0])).tolist() == [3.0, 3.0, 3.0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The autoencoder
+
+
+def test_the_bottleneck_is_a_32nd_of_the_pixels():
+    network = Autoencoder(8, (1, 1, 2, 2, 2), norm_groups=4, latent_channels=8)
+    sizes = []
+    for layer in network:
+        layer.register_forward_hook(lambda module, args, output: sizes.append(output[0].numel()))
+    image = torch.zeros(2, 1, 64, 64)
+    assert network(image).shape == image.shape
+    assert min(sizes) == 64 * 64 // 32  # and all that follows is made of these
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The denoising autoencoder
+
+
+def test_coarse_noise_has_the_statistics_of_interpolated_noise():
+    """At a node of the grid the deviation is `std`, between nodes less; the shift spreads that over all pixels."""
+    size, grid, std = 32, 8, 1.5
+    noise = coarse_noise(4000, size, grid, std, torch.Generator().manual_seed(0))[:, 0].double()
+    nodes = np.clip((np.arange(size) + 0.5) * grid / size - 0.5, 0, grid - 1)
+    weights = np.stack([np.interp(nodes, np.arange(grid), np.eye(grid)[k]) for k in range(grid)], axis=1)
+    axis = (weights**2).sum(1).mean()  # the mean over a line of pixels of the variance of each
+    variance = noise.var(dim=0)
+    assert variance.mean().item() == pytest.approx((std * axis) ** 2 / 1, rel=0.03)
+    assert variance.std() / variance.mean() < 0.06
+    assert noise.mean().abs() < 0.02
+
+    def correlation(apart: int) -> float:
+        return float((noise * noise.roll(apart, 2)).mean() / variance.mean())
+
+    assert correlation(1) > 0.85
+    assert abs(correlation(size // 2)) < 0.05
+
+
+def test_denoising_leaves_the_background_alone_and_is_the_squared_error(images):
+    images = images.clamp(min=-2.9)
+    images[:, :, :4] = -3.0
+    seen = []
+
+    def model(noisy):
+        seen.append(noisy)
+        return noisy
+
+    losses = denoising_losses(model, images, noise_size=4, noise_std=1.0, seed=0, step=7)
+    assert torch.equal(seen[0][:, :, :4], images[:, :, :4])
+    assert (seen[0][:, :, 4:] != images[:, :, 4:]).all()
+    assert losses.tolist() == pytest.approx([((a - b) ** 2).mean().item() for a, b in zip(*seen, images, strict=True)])
+
+
+@pytest.mark.parametrize("kind", ["dae", "ddpm"])
+def test_noise_belongs_to_a_samples_place_in_the_batch(images, kind, make_diffusion):
+    diffusion = make_diffusion(50)
+    sampler = create_named_schedule_sampler("uniform", diffusion)
+
+    def losses(images, **share):
+        if kind == "dae":
+            return denoising_losses(lambda x: 0.5 * x, images, noise_size=4, noise_std=1.0, seed=0, step=3, **share)
+        process = {"diffusion": diffusion, "schedule_sampler": sampler}
+        return diffusion_losses(lambda x, t: 0.5 * x, images, **process, seed=0, step=3, **share)
+
+    whole = losses(images)
+    assert torch.equal(losses(images[1:], batch_size=3, share=slice(1, 3)), whole[1:])
+    assert len(set(whole.tolist())) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------
+# AnoDDPM
+
+
+def alphas_cumprod(steps: int) -> np.ndarray:
+    return np.cumprod(1 - np.linspace(0.1 / steps, 20 / steps, steps))  # of linear β, as Ho et al. 2020 for 1000
+
+
+class Told(nn.Module):
+    """A denoiser that knows x_0, and notes what it is given."""
+
+    def __init__(self, x_start: torch.Tensor):
+        super().__init__()
+        self.x_start, self.given = x_start, []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.given.append((x.clone(), t.tolist()))
+        return self.x_start[: len(x)]
+
+
+@pytest.mark.parametrize("use_ddim", [True, False])
+def test_a_slice_is_noised_to_its_timestep_and_denoised_from_there(images, make_diffusion, use_ddim):
+    steps, last = 1000, 249
+    diffusion = make_diffusion(steps, use_timesteps=list(range(last + 1)))
+    model = Told(images)
+    found = PartialDiffusion(model, diffusion, seed=0, use_ddim=use_ddim)(images)
+    assert [t for _, t in model.given] == [[t] * 3 for t in range(last, -1, -1)]
+    first = model.given[0][0]
+    alpha_bar = alphas_cumprod(steps)[last]
+    noise = (first - alpha_bar**0.5 * images) / (1 - alpha_bar) ** 0.5
+    assert (noise - noise[:1]).abs().max() < 1e-4  # the same for every slice
+    assert noise[0].mean().item() == pytest.approx(0, abs=0.2)
+    assert noise[0].std().item() == pytest.approx(1, abs=0.15)
+    torch.testing.assert_close(found, images, rtol=0, atol=1e-3)  # who knows x_0 arrives there
+
+
+def test_a_reconstruction_depends_on_no_other_slice(images, make_diffusion, randomise, model_config):
+    network = randomise(DenoisingUNet(**model_config))
+    partial = PartialDiffusion(network, make_diffusion(40, use_timesteps=[0, 5, 9]), seed=0, use_ddim=False)
+    with torch.no_grad():
+        together, alone = partial(images), partial(images[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(PartialDiffusion(network, partial.diffusion, seed=1, use_ddim=False)(images), together)
+
+
+def test_the_loss_is_that_of_predicting_the_slice(images, make_diffusion):
+    diffusion = make_diffusion(50)
+    sampler = create_named_schedule_sampler("uniform", diffusion)
+    losses = diffusion_losses(
+        lambda x, t: torch.zeros_like(x), images, diffusion=diffusion, schedule_sampler=sampler, seed=0, step=0
+    )
+    assert losses.tolist() == pytest.approx((images**2).flatten(1).mean(1).tolist(), rel=1e-5)
