@@ -1,6 +1,6 @@
 # make install: the environment.   make test: environment and all tests.
 # make azurite: the server for the tests on object storage, from npm; without it they are skipped.
-# make demo:    from nothing to a scored Cyclic UNet and a scored MMCCD; finished steps are not repeated.
+# make demo:    from nothing to Cyclic UNet and MMCCD, scored on two inputs; finished steps are not repeated.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -32,13 +32,19 @@ lint: install
 
 # The demo: an empty file in $(DONE) stands for each finished step. An interrupted training goes on where it was saved.
 
-RUN := unet_backward_phantom_t2_flair
-UNET_RESULTS := experiments/results/unet_forward_phantom_t2_flair__$(RUN)
-MMCCD_RESULTS := experiments/results/diffusion_forward_phantom_t2_flair__$(RUN)__fast
+# FLAIR → T2 → FLAIR, and with the same two UNets T2 → FLAIR → T2.
+FORWARD := unet_forward_phantom_t2_flair
+BACKWARD := unet_backward_phantom_t2_flair
+MMCCD := --dataset phantom --model_name diffusion
+T2 := --input t2 --trans flair
+T2_UNET := --experiment_name_forward $(BACKWARD) --experiment_name_backward $(FORWARD)
+RESULTS := $(addprefix experiments/results/, $(FORWARD)__$(BACKWARD) \
+	diffusion_forward_phantom_t2_flair__$(BACKWARD)__fast \
+	$(BACKWARD)__$(FORWARD) diffusion_forward_phantom_flair_t2__$(FORWARD)__fast)
 
-demo: $(DONE)/test_unet $(DONE)/test_mmccd
+demo: $(addprefix $(DONE)/, test_unet test_mmccd test_unet_t2 test_mmccd_t2)
 	@echo
-	@$(PY) -m evaluation.tables $(UNET_RESULTS) $(MMCCD_RESULTS)
+	@$(PY) -m evaluation.tables $(RESULTS)
 
 $(DONE)/cohort: .venv/installed
 	$(PY) ./datasets/phantom.py
@@ -56,14 +62,26 @@ $(DONE)/unet_backward: $(DONE)/slices
 	$(PY) modality_cyclic_train.py --dataset phantom --training_process backward
 	@touch $@
 
-$(DONE)/diffusion_forward: $(DONE)/slices
-	$(PY) modality_cyclic_train.py --dataset phantom --model_name diffusion
+$(DONE)/diffusion: $(DONE)/slices
+	$(PY) modality_cyclic_train.py $(MMCCD)
+	@touch $@
+
+$(DONE)/diffusion_t2: $(DONE)/slices
+	$(PY) modality_cyclic_train.py $(MMCCD) $(T2)
 	@touch $@
 
 $(DONE)/test_unet: $(DONE)/unet_forward $(DONE)/unet_backward
 	$(PY) modality_cyclic_test.py --dataset phantom
 	@touch $@
 
-$(DONE)/test_mmccd: $(DONE)/diffusion_forward $(DONE)/unet_backward
-	$(PY) modality_cyclic_test.py --dataset phantom --model_name diffusion --sampling fast
+$(DONE)/test_unet_t2: $(DONE)/unet_forward $(DONE)/unet_backward
+	$(PY) modality_cyclic_test.py --dataset phantom $(T2) $(T2_UNET)
+	@touch $@
+
+$(DONE)/test_mmccd: $(DONE)/diffusion $(DONE)/unet_backward
+	$(PY) modality_cyclic_test.py $(MMCCD) --sampling fast
+	@touch $@
+
+$(DONE)/test_mmccd_t2: $(DONE)/diffusion_t2 $(DONE)/unet_forward
+	$(PY) modality_cyclic_test.py $(MMCCD) --sampling fast $(T2) --experiment_name_backward $(FORWARD)
 	@touch $@

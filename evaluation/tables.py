@@ -30,13 +30,15 @@ SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A table of test runs (contents of metrics.json), the bare intensity first, with 95 % intervals."""
+    """A table of test runs (contents of metrics.json), of each input the bare intensity first, with 95 % intervals."""
     rows: dict[tuple[str, ...], None] = {}
-    for one in runs:
+    inputs = list(dict.fromkeys(one["input"] for one in runs))
+    for one in sorted(runs, key=lambda one: inputs.index(one["input"])):
         rows[(intensity_name(one), "none", *_scores(one["baseline_intensity"]))] = None
-    for one in runs:
         steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in one["trained_steps"].values())
         name, smooth = METHODS[one["method"]], one["sampling_settings"]["smooth"]
+        if len(inputs) > 1:
+            name += f" ({one['input']})"
         if one["unsmoothed"]:
             rows[(name, steps, *_scores(one["unsmoothed"]))] = None
         rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(one))] = None

@@ -106,6 +106,28 @@ def test_every_score_of_either_input_is_measured_once(slices, tmp_path):
     assert "pass/s" not in done.stderr  # the second time all was known
 
 
+def test_all_methods_are_compared_once(slices, tmp_path):
+    files = {flag: tmp_path / name for flag, name in {"csv": "all.csv", "figure": "all.png"}.items()}
+    flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'all'}", "--seeds", "1", "--iterations=1"]
+    flags += ["--workers=2", "--cycles", "flair:t2", "t2:flair", *(f"--{flag}={path}" for flag, path in files.items())]
+    methods = ("dae", "cyclic_histogram", "cyclic_unet", "mmccd", "one_way_unet")
+    for _ in range(2):
+        done = run_benchmark("comparison", *flags, "--methods", *methods)
+        assert done.returncode == 0, done.stderr
+        with files["csv"].open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        settings = {(row["input"], row["method"], row["smooth"]) for row in rows}
+        assert len(rows) == len(settings) == 2 * 2 * (len(methods) + 1)  # inputs, smoothings; and the intensity
+        assert {row["method"] for row in rows} == {*methods, "intensity"}
+        assert all(0 < float(row["auprc"]) <= 1 for row in rows)
+        with (tmp_path / "all_slices.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(rows)  # of one test slice each
+        assert re.search(r"^flair → t2 → flair, as it is$", done.stdout, re.MULTILINE)
+    assert "8 trainings, 0 of them to be done" in done.stdout  # 2 autoencoders and diffusions, and pairs of the others
+    assert "pass/s" not in done.stderr  # the second time all was known
+    assert files["figure"].read_bytes().startswith(b"\x89PNG")
+
+
 def test_explained_variance_is_that_of_a_closed_form():
     a, noise = np.random.default_rng(0).standard_normal((2, 100_000))
     assert phantom_fidelity.explained(a, np.cos(a)) == pytest.approx(1, abs=0.02)  # any function, not lines alone

@@ -17,6 +17,14 @@ def test_chance_is_the_lesions_share_of_the_ranked_pixels():
     run |= {"sampling_settings": {"smooth": "none"}, "unsmoothed": None}
     printed = table([{**run, **summary, "baseline_intensity": summary | {"sign": 1}}])
 
+    runs = [
+        {**run, **summary, "input": input, "baseline_intensity": summary | {"sign": sign}}
+        for input, sign in (("flair", 1), ("t2", 1), ("flair", 1), ("t1", -1))
+    ]
+    names = [line.split("  ")[0] for line in table(runs).splitlines()[2:-2]]
+    of_either = [f"{kind} ({input})" for input in ("flair", "t2") for kind in ("intensity", "Cyclic UNet")]
+    assert names == [*of_either, "inverted intensity (t1)", "Cyclic UNet (t1)"]
+
     _, ranked_truth = ranked_scores(scores, truth, brainmask)
     ranked, scored = ranked_truth.mean(), truth[scored_region(brainmask)].mean()
     assert abs(ranked - scored) > 0.01
