@@ -46,11 +46,12 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     chain = find_chain(args, overrides, experiments)
     config = chain.config
     require_same_preprocessing(chain, Path(config.data.data_dir))
-    device, name = pick_device(dist_util.gpu_id(args.gpu_id)), results_name(chain)
+    device = pick_device(dist_util.gpu_id(args.gpu_id))
+    scorer, name = Scorer(chain, device), results_name(chain)
     slices = {split: load_slices(chain, split) for split in ("test", "val")}
     if args.select == "validation":
         chain, name = best_on_validation(chain, experiments, slices["val"], device), f"{name}__selected"
-    scorer = Scorer(chain, device)
+        scorer = Scorer(chain, device)
     checkpoints = {direction: experiments.address(path) for direction, path in chain.checkpoints.items()}
     print(config, *(f"{direction + ':':9} {address}" for direction, address in checkpoints.items()), sep="\n")
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from models import BASELINES, MODEL_HELP, TRANSLATORS
-from utils.cli import UserError, config_fields, parse_run_args, run, run_parser
+from utils.cli import BASELINES, MODEL_HELP, TRANSLATORS, UserError, config_fields, parse_run_args, run, run_parser
 from utils.storage import Folder, StorageError, open_folder
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.points import Row, over_seeds, read_points, run_training, write_points
 from benchmarks.timing import print_table
-from utils.cli import ArgumentParser, UserError, run
+from utils.cli import BASELINES, ArgumentParser, UserError, run
 
 # What is compared: the network of --model_name, and how it is tested.
 METHODS = {
@@ -135,8 +135,6 @@ def cycle(text: str) -> tuple[str, str]:
 
 def tests(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Every input, trans, method and seed."""
-    from models import BASELINES
-
     for seed, method in product(args.seeds, args.methods):
         if method in BASELINES:
             yield from ((input, input, method, seed) for input in dict.fromkeys(input for input, _ in args.cycles))
@@ -151,8 +149,6 @@ def cohorts(args: argparse.Namespace) -> list[Path]:
 
 def needed(args: argparse.Namespace, input: str, trans: str, method: str, seed: int) -> Iterator[Training]:
     """The trainings that a test takes, forward first. Networks of one cycle serve another the other way around."""
-    from models import BASELINES
-
     model_name = METHODS[method][0]
     if model_name in BASELINES:
         yield Training(seed, model_name, "forward", input, None)
@@ -251,7 +247,6 @@ def measure(
     """
     from evaluation.metrics import evaluate, smooth_scores
     from evaluation.report import better_sign, labelled
-    from models import BASELINES
     from scoring.chain import chain_parser, find_chain
     from scoring.scorer import Scorer, create_maps, load_slices
     from scoring.selection import best_on_validation

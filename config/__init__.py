@@ -7,8 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from models import BASELINES
-from utils.cli import UserError, did_you_mean
+from utils.cli import BASELINES, UserError, did_you_mean
 from utils.device import PRECISIONS
 from utils.experiment import leaves, require_name
 

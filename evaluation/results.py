@@ -71,7 +71,7 @@ def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first
         raise UserError(f"no {METRICS} in {results}: {remedy}")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        "".join(metrics["checkpoints"].values())  # all are names
+        "".join(dict(metrics["checkpoints"]).values())  # all are names
         metrics["validation"] and metrics["validation"]["threshold"]
         for key in ("usual_error", "unsmoothed"):  # which earlier versions did not write
             metrics[key]

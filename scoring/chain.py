@@ -4,8 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models import BASELINES, MODEL_HELP, TRANSLATORS
-from utils.cli import ArgumentParser, UserError, config_fields, did_you_mean, run_parser
+from utils.cli import (
+    BASELINES,
+    MODEL_HELP,
+    TRANSLATORS,
+    ArgumentParser,
+    UserError,
+    config_fields,
+    did_you_mean,
+    run_parser,
+)
 from utils.storage import Folder, local_path
 
 

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Every command line, and the flags it is documented with.
 SHARED = ("gpu_id", "dataset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
 CHAIN = (
+    "score",
     "model",
     "experiment_name_forward",
     "experiment_name_backward",
@@ -32,6 +33,7 @@ FLAGS = {
     "modality_cyclic_test.py": (
         *SHARED,
         *CHAIN,
+        "select",
         "compare",
         "rescore",
     ),
@@ -39,6 +41,7 @@ FLAGS = {
         *(flag for flag in SHARED if flag != "data_dir"),
         *CHAIN,
         "scan",
+        "scan_trans",
         "output_dir",
         "threshold",
         "slices",

@@ -10,6 +10,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+# What `--model_name` names. Translators lead from one modality to another, and two make a cycle; a baseline
+# reconstructs the input modality itself.
+TRANSLATORS = ("unet", "diffusion", "histogram")
+BASELINES = ("autoencoder", "dae", "ddpm")
+
+MODEL_HELP = (
+    "unet: Cyclic UNet; diffusion: MMCCD; histogram: a cycle of joint histograms; and what reconstructs the input "
+    "itself: autoencoder, dae (denoising autoencoder), ddpm (AnoDDPM)"
+)
+
 
 class UserError(Exception):
     """A mistake of the user's; its message is one plain sentence that says what to do about it."""

@@ -13,9 +13,8 @@ import config as configs
 import modality_cyclic_test
 import modality_cyclic_train
 from config import SAMPLING, brats_config, check, get_config, leaves, override, resolve, sampling_keys
-from models import BASELINES
 from models.build import create_network
-from utils.cli import UserError
+from utils.cli import BASELINES, UserError
 
 PAPER = {  # Liang et al. 2023, and their published settings
     "seed": 0,

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from models import BASELINES
+from utils.cli import BASELINES
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
 
