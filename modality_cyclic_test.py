@@ -32,7 +32,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     """Make the error maps of the test and validation slices, and score them."""
     # Only now what takes seconds to import.
     from datasets.brats2021 import fingerprint
-    from evaluation.report import score_maps
+    from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, write_maps
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
@@ -40,6 +40,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.experiment import describe_run, write_record
+    from utils.files import replaced
 
     dist_util.setup()
     experiments.writes = dist_util.rank() == 0
@@ -72,19 +73,23 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     }
     results = experiments.local / "results" / name
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(chain)) for split in maps}
-    write_record(results, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
-    write_maps(results / ERROR_MAPS, run, maps)
-    experiments.remove(f"results/{results.name}", "events.out.tfevents.*")
-    score_maps(results, run, maps, experiments.address(results))
+    with replaced(results, "--logdir", EVENTS) as new:
+        write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
+        write_maps(new / ERROR_MAPS, run, maps)
+        score_maps(new, run, maps, experiments.address(results))
+        experiments.remove(f"results/{results.name}", EVENTS)
 
 
 def score_again(path: Path) -> None:
     """Score the error maps of an earlier test run, given by its folder or its file of error maps."""
-    from evaluation.report import score_maps
+    from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, read_maps
+    from utils.files import replaced
 
     path = path / ERROR_MAPS if path.is_dir() else path
-    score_maps(path.parent, *read_maps(path), str(path.parent))
+    run, maps = read_maps(path)
+    with replaced(path.parent, "--rescore", EVENTS) as new:
+        score_maps(new, run, maps, str(path.parent))
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:

@@ -14,9 +14,11 @@ from .metrics import average_precision, by_lesion_size, evaluate, ranked_scores,
 from .results import Maps, write_scores
 from .tables import METHODS, intensity_name, size_table, table
 
+EVENTS = "events.out.tfevents.*"
+
 
 def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) -> None:
-    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
+    """Score error maps; write metrics.json, per_slice.csv, figures and events into a folder, and print the tables.
 
     `run` and `maps` are those of `write_maps`; `address` is what to call the folder `results`.
     """
@@ -31,6 +33,14 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) 
         }
         for split, group in maps.items()
     }
+    for split, group in maps.items():
+        broken = ~np.isfinite(group["unsmoothed"]) & group["brainmask"]
+        if broken.any():
+            where = group["names"][broken.any(axis=(1, 2)).argmax()]
+            n_slices = np.count_nonzero(broken.any(axis=(1, 2)))
+            print(
+                f"warning: {np.count_nonzero(broken)} scores of {n_slices} {split} slices are not finite, first {where}"
+            )
     found = {
         key: evaluate(*labelled(maps["test"], key), val=labelled(maps["val"], key) if "val" in maps else None)
         for key in ("scores", "intensity", *(["unsmoothed"] if smooth != "none" else []))
@@ -71,10 +81,8 @@ def write_events(
 ) -> None:
     """Write the figures in a test run's folder, precision-recall curves and the run's settings for TensorBoard.
 
-    The events of an earlier scoring are replaced. `ranked` holds scores and truth [M] by the name of a curve.
+    `ranked` holds scores and truth [M] by the name of a curve.
     """
-    for earlier in results.glob("events.out.tfevents.*"):
-        earlier.unlink()
     settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
     trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
     scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}

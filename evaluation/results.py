@@ -12,6 +12,7 @@ from utils.cli import UserError
 
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
+MASKS = ("truth", "brainmask")  # which of them are bool; the others are floats
 
 Maps = Mapping[str, Mapping[str, Any]]  # by split: `names` of the slices, and the arrays named in MAPS
 
@@ -20,15 +21,11 @@ def write_maps(path: Path, run: Mapping[str, Any], maps: Maps) -> None:
     """Write error_maps.npz, which is enough to score a test run again without a model.
 
     Args:
-        path: of the file; its folder is made if it is not there, and a UserError raised if that cannot be done.
+        path: of the file, in a folder that is there.
         run: JSON-able, what was chained and how.
         maps: by split, `names` ("{subject}_{slice}") and arrays [N, H, W]; in the file they are called
             test_scores, test_truth and so on.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be made ({error.strerror}): check --logdir") from error
     arrays = {f"{split}_{key}": array for split, group in maps.items() for key, array in group.items()}
     np.savez_compressed(path, run=json.dumps(run), **arrays)
 
@@ -45,8 +42,14 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
         for group in maps.values():
             n_slices, height, width = group["scores"].shape
             shapes = {group[key].shape for key in MAPS} | {(*group["names"].shape, height, width)}
-            if shapes != {(n_slices, height, width)}:
-                raise ValueError(f"arrays of different shapes: {shapes}")
+            if shapes != {(n_slices, height, width)} or not n_slices:
+                raise ValueError(f"arrays of different shapes, or no slices: {shapes}")
+            for key in MAPS:
+                kind = "b" if key in MASKS else "f"
+                if group[key].dtype.kind != kind:
+                    raise ValueError(f"{key} holds {group[key].dtype}")
+            if not (np.isfinite(group["scores"]) & group["brainmask"]).any():
+                raise ValueError("no finite score in any brain")
     except Exception as error:  # whatever NumPy, zip and JSON make of a file that is damaged or another's
         raise UserError(f"{path} cannot be scored ({error}): run modality_cyclic_test.py again") from error
     return run, maps

@@ -1,10 +1,12 @@
 """Files that are there as a whole or not at all, and folders that one process at a time works in."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .cli import UserError
 
@@ -29,6 +31,30 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
         os.fsync(folder)  # the new name, too, is on the disk now
     finally:
         os.close(folder)
+
+
+@contextmanager
+def replaced(folder: Path, flag: str, stale: str) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files take their places there once the block has ended well.
+
+    Files there that fit the pattern `stale` go. Until then, and whatever goes wrong, `folder` is as it was. A UserError
+    if there is no room, or the folder, which `flag` has named, cannot be made or written to.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            new = Path(stack.enter_context(TemporaryDirectory(prefix=".new_", dir=folder.parent)))
+            yield new
+            folder.mkdir(exist_ok=True)
+            for path in folder.glob(stale):
+                path.unlink()
+            for path in sorted(path for path in new.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
+        except OSError as error:
+            remedy = "make room" if error.errno == errno.ENOSPC else f"check {flag}"
+            raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error
 
 
 @contextmanager

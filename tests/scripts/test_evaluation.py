@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import resource
 import subprocess
 import sys
 
@@ -51,6 +52,7 @@ def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]
 
 def write_run(folder, quality: float = 2.0, seed: int = 0, n_test: int = N_TEST) -> None:
     maps = {"test": make_maps(n_test, quality, seed), "val": make_maps(3, quality, seed + 1)}
+    folder.mkdir(exist_ok=True)
     write_maps(folder / "error_maps.npz", RUN, maps)
 
 
@@ -132,6 +134,67 @@ def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, in_proce
     assert len([tag for tag in tags["tensors"] if "precision_recall/" in tag]) == 2
     (event,) = accumulator.Scalars("results/validation_dice")
     assert event.value == pytest.approx(read_metrics(runs / "good")["validation"]["dice"])
+
+
+def contents(folder) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("limit", [0, 1_000, 4_000, 12_000, 30_000])
+def test_where_no_file_can_grow_further_the_earlier_results_stay(in_process, tmp_path, limit):
+    """As on a disk that is full, wherever in the run it is met."""
+    write_run(tmp_path / "run")
+    done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    before = contents(tmp_path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert done.code == 2, done.stderr
+    assert done.stderr.endswith("run cannot be written to (File too large): check --rescore\n")
+    assert contents(tmp_path) == before
+    done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    kept = [name for name in before if "tfevents" not in name.name]
+    assert {name: contents(tmp_path)[name] for name in kept} == {name: before[name] for name in kept}
+
+
+SPOILT = {
+    "truth of whole numbers": {"truth": lambda truth: truth.astype(np.int64)},
+    "no brain": {"brainmask": np.zeros_like},
+    "a brain mask of floats": {"brainmask": lambda mask: mask.astype(np.float32)},
+    "scores of words": {"scores": lambda scores: scores.astype(str)},
+    "nothing finite": {"scores": lambda scores: scores * np.nan},
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(in_process, tmp_path, how):
+    write_run(tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
+    for key, spoil in SPOILT[how].items():
+        maps["test"][key] = spoil(maps["test"][key])
+    write_maps(tmp_path / "error_maps.npz", RUN, maps)
+    before = contents(tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "error_maps.npz" in line
+    assert contents(tmp_path) == before
+
+
+def test_scores_that_are_not_finite_are_counted_and_placed(in_process, tmp_path):
+    maps = make_maps(N_TEST, 2.0, 0)
+    maps["scores"][2, 10, 10:13], maps["scores"][5, 11, 11], maps["scores"][5, 0, 0] = np.nan, np.inf, np.nan
+    write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "warning: 4 scores of 2 test slices are not finite, first S_02_80\n" in done.stdout
 
 
 def test_without_validation_slices(in_process, tmp_path):
