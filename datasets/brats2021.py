@@ -16,6 +16,8 @@ from datasets.records import read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
+BEYOND = 1e4  # no normalised intensity is so far from 0
+
 
 class BraTS2021Dataset(Dataset):
     """Slices of one split, each a dict of tensors [1, image_size, image_size] by kind, and its `name`.
@@ -72,6 +74,8 @@ class BraTS2021Dataset(Dataset):
     def _read(self, files: Mapping[str, str]) -> dict[str, Any]:
         item: dict[str, Any] = {"name": files["name"]}
         for kind, array in self._open(files).items():
+            if kind not in MASKS and not np.abs(array).max() <= BEYOND:
+                raise ValueError(f"{files[kind]} holds values that are not finite, or beyond ±{BEYOND:g}")
             resize = resize_mask if kind in MASKS else resize_image
             item[kind] = resize(torch.from_numpy(np.array(array, dtype=np.float32))[None], self.image_size)
         return item
@@ -82,6 +86,8 @@ class BraTS2021Dataset(Dataset):
         for kind in self.kinds:
             try:
                 arrays[kind] = np.load(files[kind], mmap_mode="r")
+                if arrays[kind].dtype.kind not in "biuf":
+                    raise ValueError(f"values of type {arrays[kind].dtype}")
             except (ValueError, OSError, EOFError) as error:
                 raise ValueError(f"{files[kind]}: {error}") from error
         shapes = {array.shape for array in arrays.values()}

@@ -94,10 +94,16 @@ def load_translator(chain: Chain, direction: str, device: torch.device) -> nn.Mo
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a bare state dict into `network`.
 
-    A UserError if the file is damaged, is no state dict, or fits another network.
+    A UserError if the file is damaged, is no state dict of finite floats, or fits another network.
     """
     try:
-        network.load_state_dict(checkpoint.read_state(path))
+        state = checkpoint.read_state(path)
+        for name, weights in state.items():
+            if not weights.is_floating_point():
+                raise TypeError(f"{name} holds {weights.dtype}")
+            if not weights.isfinite().all():
+                raise TypeError(f"{name} holds weights that are not finite")
+        network.load_state_dict(state)
     except (checkpoint.UnreadableError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit the network that the config describes ({checkpoint.reason(error)})"

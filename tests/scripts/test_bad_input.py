@@ -94,6 +94,9 @@ TRAINING = {
         ["--data_dir=datasets/volumes"],
         ["datasets/volumes/train", "slice S2_80", "flair (48, 48, 2)", "preprocess again"],
     ),
+    "slices that are not finite": (["--data_dir=datasets/nan"], ["S1_flair_80.npy", "not finite", "preprocess again"]),
+    "slices of an absurd range": (["--data_dir=datasets/huge"], ["S1_t2_80.npy", "beyond ±10000"]),
+    "slices of complex numbers": (["--data_dir=datasets/complex"], ["S1_flair_80.npy", "complex64"]),
     "experiment outside": (
         ["--experiment_name=../outside"],
         ["--experiment_name '../outside'", "plain name"],
@@ -167,6 +170,12 @@ TESTING = {
         ["--checkpoint_forward=bare/flipped.pt", "@tiny"],
         ["bare/flipped.pt", "checksum"],
     ),
+    "checkpoint that is not finite": (["--checkpoint_forward=bare/nan.pt", "@tiny"], ["bare/nan.pt", "not finite"]),
+    "checkpoint of whole numbers": (["--checkpoint_forward=bare/whole.pt", "@tiny"], ["bare/whole.pt", "int8"]),
+    "checkpoint of complex numbers": (
+        ["--checkpoint_forward=bare/complex.pt", "@tiny"],
+        ["bare/complex.pt", "complex64"],
+    ),
     "checkpoint without its overrides": (BARE, ["bare/forward.pt", "does not fit"]),
     "forward as backward": (
         [f"--experiment_name_backward={FORWARD}"],
@@ -232,9 +241,13 @@ def place(tmp_path_factory, in_process, tiny, short):
     for name, file, shape in (
         ("two_shapes", "t2/S1_t2_80.npy", (24, 48)),
         ("volumes", "flair/S2_flair_80.npy", (48, 48, 2)),
+        ("nan", "flair/S1_flair_80.npy", np.full((48, 48), np.nan, np.float32)),
+        ("huge", "t2/S1_t2_80.npy", np.full((48, 48), -1e30, np.float32)),
+        ("complex", "flair/S1_flair_80.npy", np.ones((48, 48), np.complex64)),
     ):
         shutil.copytree(folder / "datasets/data", folder / "datasets" / name)
-        np.save(folder / "datasets" / name / "train" / file, np.zeros(shape, np.float32))
+        spoilt = np.zeros(shape, np.float32) if isinstance(shape, tuple) else shape
+        np.save(folder / "datasets" / name / "train" / file, spoilt)
     (folder / "datasets/note.txt").write_text("not a folder")
 
     once = (*tiny, *short, "--config.score_model.training.iterations=1")
@@ -274,6 +287,14 @@ def place(tmp_path_factory, in_process, tiny, short):
     sound = bytearray((bare / "forward.pt").read_bytes())
     sound[len(sound) // 2] ^= 1  # among the weights
     (bare / "flipped.pt").write_bytes(sound)
+    state = torch.load(bare / "forward.pt", weights_only=True)
+    first = next(iter(state))
+    for name, spoilt in (
+        ("nan", torch.full_like(state[first], torch.nan)),
+        ("whole", state[first].to(torch.int8)),
+        ("complex", state[first].to(torch.complex64)),
+    ):
+        torch.save(state | {first: spoilt}, bare / f"{name}.pt")
     torch.save([1, 2, 3], bare / "list.pt")
     torch.save(torch.nn.Conv2d(1, 1, 3), bare / "module.pt")
     return folder
