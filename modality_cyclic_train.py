@@ -81,13 +81,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     where = (data.data_dir, "train", [image, target], data.image_size)
     dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
     with locked(directory, "--logdir", "give another --experiment_name") if first else nullcontext():
-        if first:
-            if args.overwrite:
-                experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
-            # The record of a finished run stays.
-            if max(checkpoint.saved(directory), default=0) < training.iterations:
-                experiment.write_record(directory, record | {"run": experiment.describe_run(device)})
-            experiments.push()  # so that it fails now, not at the first save
+        if first and args.overwrite:
+            experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
         dist_util.barrier()
         logger = create_logger(directory)
         logger.info(f"{name}\n{config}")
@@ -97,6 +92,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
         example = dataset[len(dataset) // 2]
+
+        def record_run() -> None:
+            experiment.write_record(directory, record | {"run": experiment.describe_run(device)})
+            experiments.push()  # so that it fails now, not at the first save
 
         def show_and_store(network: Any, step: int) -> None:
             source = example[image][None].to(device)
@@ -123,10 +122,12 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                 precision=precision,
                 seed=config.seed,
                 schedule_sampler=schedule_sampler,
+                on_start=record_run,
                 on_save=show_and_store,
             ).run()
 
         def count() -> None:
+            record_run()
             slices = all_slices(dataset)
             network.fit(slices[image], slices[target])
             state = network.state_dict()

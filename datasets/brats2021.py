@@ -88,7 +88,7 @@ class BraTS2021Dataset(Dataset):
                 arrays[kind] = np.load(files[kind], mmap_mode="r")
                 if arrays[kind].dtype.kind not in "biuf":
                     raise ValueError(f"values of type {arrays[kind].dtype}")
-            except (ValueError, OSError, EOFError) as error:
+            except Exception as error:  # whatever NumPy makes of a file that is damaged or another's
                 raise ValueError(f"{files[kind]}: {error}") from error
         shapes = {array.shape for array in arrays.values()}
         if len(shapes) > 1 or len(*shapes) != 2:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
+from utils.records import METRICS as RECORD_OF_METRICS
+from utils.records import RUN, parse, read_json
 
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
@@ -36,7 +38,7 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
         raise UserError(f"no {path.name} in {path.parent}: run modality_cyclic_test.py first")
     try:
         with np.load(path) as file:
-            run = json.loads(str(file["run"]))
+            run = parse(str(file["run"]), RUN)
             splits = ("test", "val") if "val_names" in file else ("test",)
             maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *MAPS)} for split in splits}
         for group in maps.values():
@@ -72,16 +74,7 @@ def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first
     path = results / METRICS
     if not path.is_file():
         raise UserError(f"no {METRICS} in {results}: {remedy}")
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        "".join(dict(metrics["checkpoints"]).values())  # all are names
-        metrics["validation"] and metrics["validation"]["threshold"]
-        for key in ("usual_error", "unsmoothed"):  # which earlier versions did not write
-            metrics[key]
-        metrics["baseline_intensity"]["sign"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-    return metrics
+    return read_json(path, RECORD_OF_METRICS, remedy)
 
 
 def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:

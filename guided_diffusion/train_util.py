@@ -84,6 +84,7 @@ class TrainLoop:
         precision: torch.dtype,  # of matrix products and convolutions; float16 with a gradient scaler
         seed: int,  # with the step number, it seeds what the network draws itself (dropout)
         schedule_sampler: ScheduleSampler | None = None,  # whose state is saved, where compute_losses has one
+        on_start: Callable[[], None] = lambda: None,  # called before the first step, once all is loaded
         on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
     ):
         self.model = model
@@ -97,6 +98,7 @@ class TrainLoop:
         self.precision = precision
         self.seed = seed
         self.schedule_sampler = schedule_sampler
+        self.on_start = on_start
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -123,6 +125,7 @@ class TrainLoop:
             return
         if dist_util.rank() == 0:
             self._require_space()
+            self.on_start()
         self.model.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
@@ -223,13 +226,34 @@ class TrainLoop:
     def _load(self, step: int) -> None:
         states = {kind: checkpoint.read_state(path, self.device) for kind, path in self._paths(step).items()}
         self.model.load_state_dict(states["model"])
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise ValueError("its weights are not finite")
         self.ema_model.load_state_dict(states["ema"])
-        self.optimizer.load_state_dict(states["opt"]["optimizer"])
+        if states["opt"]["step"] != step:
+            raise ValueError(f"it holds step {states['opt']['step']}")
+        self._load_optimizer(states["opt"]["optimizer"])
         if states["opt"]["scaler"]:  # saved in float16
             self.scaler.load_state_dict(states["opt"]["scaler"])
         if self.schedule_sampler:
             self.schedule_sampler.load_state_dict(states["opt"]["schedule"])
-        self.step = states["opt"]["step"]
+        self.step = step
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load AdamW's state; a ValueError if it does not fit, which torch would only find in the next step."""
+        settings = [
+            {key: value for key, value in group.items() if key != "lr"} for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state)
+        for before, group in zip(settings, self.optimizer.param_groups, strict=True):
+            if any(group.get(key) != value for key, value in before.items() if key != "params"):
+                raise ValueError("the optimizer has other settings")
+        for parameter in self.trained:
+            moments = self.optimizer.state.get(parameter, {})
+            for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+                moment = moments.get(key)
+                sound = isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point()
+                if not sound or not moment.isfinite().all():
+                    raise ValueError(f"the optimizer has no sound {key}")
 
     def _require_space(self) -> None:
         """Raise a CheckpointError now rather than after hours, if the checkpoints to come will not fit on the disk."""

@@ -154,8 +154,6 @@ def find_translator(
     record = read_record(checkpoint.parent)
     if record is None:
         return TrainedTranslator(checkpoint.stem, checkpoint, config, {})
-    if not {"model_name", "training_process", "config"} <= set(record):
-        raise UserError(f"{checkpoint.parent / RECORD} is not what training writes: restore it")
     trained = dict(leaves(record["config"]))
     if record["training_process"] != direction:  # the same mapping, seen from the cycle the other way around
         trained |= {"data.input": trained.get("data.trans"), "data.trans": trained.get("data.input")}
@@ -170,7 +168,10 @@ def find_translator(
         value = tuple(value) if isinstance(value, list) else value
         if key in given and asked[key] != value:
             raise UserError(f"{key}={asked[key]} contradicts {checkpoint.parent}, which was trained with {value}")
-        fixed.update_from_flattened_dict({key: value})
+        try:
+            fixed.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{checkpoint.parent / RECORD} is damaged ({key}={value!r}): restore it") from error
     name = checkpoint.absolute().parent.name
     if checkpoint.name not in list(saved(checkpoint.parent, EMA).values())[-1:]:
         name += f"_{checkpoint.stem}"  # two checkpoints of an experiment have results of their own

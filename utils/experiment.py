@@ -15,6 +15,7 @@ import torch
 
 from .cli import UserError
 from .files import write_whole
+from .records import EXPERIMENT, read_json
 
 RECORD = "config.json"
 # What may change when training resumes: where the data lie, how long it trains, what it saves and shows.
@@ -50,12 +51,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The config.json in a folder, None where there is none; a UserError if `write_record` did not write it."""
     path = directory / RECORD
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or train again") from error
+    return read_json(path, EXPERIMENT, "restore it, or train again") if path.is_file() else None
 
 
 def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:

@@ -391,11 +391,23 @@ STALE = {
     "trained on since": (train_on, ["of other weights", "ema_0.5_000004.pt", f"{FORWARD}/ema_0.5_000006.pt"]),
     "no validation slices": (lambda folder: rewrite(folder, validation=None), ["no validation threshold"]),
     "nothing predicted": (
-        lambda folder: rewrite(folder, validation={"threshold": None}),
+        lambda folder: rewrite(folder, validation={"threshold": None, "dice": 0.0, "dice_interval": [None, None]}),
         ["no validation threshold"],
     ),
-    "sampled otherwise": (lambda folder: rewrite(folder, sampling_settings={"seed": 7}), ["of another sampling"]),
+    "sampled otherwise": (
+        lambda folder: rewrite(folder, sampling_settings={"smooth": "none", "seed": 7}),
+        ["of another sampling"],
+    ),
     "damaged": (lambda folder: rewrite(folder, checkpoints="?"), ["metrics.json is damaged"]),
+    **{
+        f"a threshold that is {value!r}": (
+            lambda folder, value=value: rewrite(
+                folder, validation={"threshold": value, "dice": 0.5, "dice_interval": [0.4, 0.6]}
+            ),
+            ["metrics.json is damaged"],
+        )
+        for value in (float("nan"), float("inf"), -1.0, True, "3")
+    },
 }
 
 
@@ -488,7 +500,7 @@ def change_data(experiments: Path, names: tuple[str, ...], **changes: object) ->
     ("names", "grid", "phrase"),
     [
         ((BACKWARD,), GRID.to_json() | {"spacing": [1, 1, 1]}, "do not fit: the grid of their slices is"),
-        ((FORWARD, BACKWARD), {"axcodes": "LPS"}, f"{FORWARD}/config.json is not what training writes"),
+        ((FORWARD, BACKWARD), {"axcodes": "LPS"}, f"{FORWARD}/config.json is damaged (data.grid"),
     ],
 )
 def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp_path, names, grid, phrase):

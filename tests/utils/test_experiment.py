@@ -21,7 +21,10 @@ from utils.experiment import refuse_other_settings
 )
 def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, before, now, refused):
     (tmp_path / "opt000002.pt").touch()
-    (tmp_path / "config.json").write_text(json.dumps({"data": before}))
+    complete = {"spacing": [1, 1, 1], "shape": [48, 48]}
+    before, now = ({"grid": data["grid"] | complete} if data.get("grid") else data for data in (before, now))
+    kind = {"model_name": "unet", "training_process": "forward", "config": {"data": {}, "score_model": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(kind | {"data": before}))
     if refused:
         with pytest.raises(UserError, match=r"data\.grid\.axcodes=LPS, not RAS"):
             refuse_other_settings(tmp_path, {"data": now})

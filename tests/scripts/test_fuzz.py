@@ -1,0 +1,27 @@
+"""Some cases of tests/fuzz.py for every kind of file, the same in every run."""
+
+import pytest
+
+from tests.fuzz import KINDS, fuzz, make_place
+
+pytestmark = pytest.mark.xdist_group("fuzz")  # one process, so that its place is made once
+CASES = 30  # of each kind
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    make_place(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spoilt_file_ends_in_one_sentence(place, kind):
+    wrong, codes = {}, set()
+    for seed in range(CASES):
+        done, complaint = fuzz(kind, place, seed)
+        codes.add(done.code)
+        if complaint:
+            wrong[seed] = complaint
+    assert not wrong
+    assert 2 in codes  # some are refused: what is spoilt is read
