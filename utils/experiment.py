@@ -18,7 +18,8 @@ from .files import write_whole
 from .records import EXPERIMENT, read_json
 
 RECORD = "config.json"
-# What may change when training resumes: where the data lie, how long it trains, what it saves and shows.
+# What may change when training resumes: where the data lie, how long it trains, what it saves and shows. Only the
+# diffusion of MMCCD knows bands.
 _FREE = (
     *("config.data.data_dir", "config.score_model.sampling."),
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
@@ -63,11 +64,12 @@ def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
     if before is None:
         return
     began_with = dict(leaves(before))
+    free = _FREE if record.get("model_name") == "diffusion" else (*_FREE, "config.score_model.mask.")
     now = dict(leaves(json.loads(json.dumps(record))))  # tuples become lists, as they are in the file
     others = [
         f"{key}={began_with.get(key)}, not {value}"
         for key, value in now.items()
-        if not key.startswith(_FREE)
+        if not key.startswith(free)
         and began_with.get(key) != value
         and not (key.startswith(_NOT_ALWAYS_KNOWN) and began_with.get(key) is None)
     ]
