@@ -129,6 +129,8 @@ def find_scans(path: Path) -> dict[str, Path]:
         if name in scans:
             raise UserError(f"{scans[name]} and {one} have the same name: rename one, their results would mix")
         scans[name] = one
+        if not one.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{one} is no file: name a volume, or a folder of volumes, with --scan")
     if not scans:
         raise UserError(f"no NIfTI volume (.nii, .nii.gz) in --scan {path}")
     return scans

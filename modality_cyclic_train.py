@@ -84,7 +84,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         if first and args.overwrite:
             experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
         dist_util.barrier()
-        logger = create_logger(directory)
+        try:
+            logger = create_logger(directory)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written to ({error}): check --logdir") from error
         logger.info(f"{name}\n{config}")
         if experiments.remote:
             logger.info(f"there are no locks on {experiments.remote}: see that nothing else trains {name} there")

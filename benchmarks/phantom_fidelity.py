@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import print_table
+from benchmarks.shared.timing import print_table
 from utils.cli import ArgumentParser, UserError, run
 
 MODALITIES = ("flair", "t2", "t1", "t1ce")

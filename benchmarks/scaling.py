@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import Run, check_at_least_one, median_seconds, print_table, ratio
+from benchmarks.shared.timing import Run, check_at_least_one, median_seconds, print_table, ratio
 from utils.cli import ArgumentParser, UserError, run
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.points import Row, over_seeds, read_points, run_training, write_points
-from benchmarks.timing import print_table
+from benchmarks.shared.points import Row, over_seeds, read_points, run_training, write_points
+from benchmarks.shared.timing import print_table
 from scoring.chain import Chain, chain_parser, find_chain
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import Folder

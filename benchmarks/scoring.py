@@ -1,4 +1,4 @@
-"""Time MMCCD's scoring beside the plain way of benchmarks/reference.py: a network pass, a slice, the memory.
+"""Time MMCCD's scoring beside the plain way of benchmarks/shared/reference.py: a network pass, a slice, the memory.
 
 Networks are untrained, the slices synthetic: neither changes what is computed.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import (
+from benchmarks.shared.timing import (
     Work,
     Worker,
     add_flags,
@@ -72,7 +72,7 @@ def prepare_plain_pass(config: Any, batch_size: int, device: Any) -> Work:
     """The masked conditional UNet as published."""
     import torch
 
-    from benchmarks.reference import plain_network
+    from benchmarks.shared.reference import plain_network
 
     network = plain_network(untrained_network("diffusion", config).eval()).to(device)
     inputs = network_inputs(config, batch_size, device)
@@ -195,7 +195,7 @@ def part_of(whole: Sweep, n_bands: int) -> Sweep:
 
 def prepare_plain_score(sweep: Sweep, device: Any) -> Work:
     """One slice, scored by the reference."""
-    from benchmarks.reference import plain_mmccd, plain_network
+    from benchmarks.shared.reference import plain_mmccd, plain_network
     from models.build import create_masked_translator
 
     forward, backward = (

@@ -1,4 +1,4 @@
-"""Time a training step of the masked diffusion beside the plain way of benchmarks/reference.py.
+"""Time a training step of the masked diffusion beside the plain way of benchmarks/shared/reference.py.
 
 Slices are synthetic and in memory: what reading them from disk takes is no part of it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import (
+from benchmarks.shared.timing import (
     Work,
     add_flags,
     check_at_least_one,
@@ -51,7 +51,7 @@ def prepare_plain_step(config: Any, batch_size: int, device: Any) -> Work:
     import copy
     from itertools import count
 
-    from benchmarks.reference import plain_network, plain_optimizer, plain_training_step
+    from benchmarks.shared.reference import plain_network, plain_optimizer, plain_training_step
 
     training = config.score_model.training
     model = plain_network(untrained_network("diffusion", config)).to(device).train()

@@ -130,6 +130,12 @@ def read_table(path: Path) -> Cohort:
         healthy = require_word(where, row, "healthy", ("yes", "no", "")) == "yes"
         split_of[name] = require_word(where, row, "split", SPLITS)
         volumes = {kind: path.parent / row[kind] for kind in (*modalities, *MASKS) if row.get(kind)}
+        for kind, volume in volumes.items():
+            twice = [other for other, there in volumes.items() if there == volume and other != kind]
+            if twice:
+                raise UserError(
+                    f"{where}: {row[kind]} is named as {kind} and as {twice[0]}, they need files of their own"
+                )
         if healthy or "seg" in volumes:
             subjects[name] = Subject(name, volumes, healthy)
         else:
@@ -153,7 +159,8 @@ def read_cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the table {path} cannot be read: {error}; name a CSV file with --csv") from error
+        remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "name a CSV file with --csv"
+        raise UserError(f"the table {path} cannot be read: {error}; {remedy}") from error
     lines = [(line, cells) for line, cells in lines if any(cells)]
     if not lines:
         raise UserError(f"the table {path} is empty: begin with a row of column names, subject first")

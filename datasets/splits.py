@@ -123,7 +123,8 @@ def read_list(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the split list {path} cannot be read: {error}") from error
+        remedy = ": save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"the split list {path} cannot be read: {error}{remedy}") from error
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 

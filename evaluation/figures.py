@@ -44,6 +44,11 @@ def to_grey(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / (high - low), 0, 1).T
 
 
+def plain(text: str) -> str:
+    """A name as fonts can draw it: file names may hold bytes that are no UTF-8."""
+    return str(text).encode("utf-8", "replace").decode()
+
+
 def side_by_side(*images: np.ndarray) -> np.ndarray:
     """Slices of one size in a row, in [0, 1], for TensorBoard."""
     return np.concatenate([to_grey(image) for image in images], axis=1)
@@ -137,9 +142,9 @@ def slices_figure(
                 ax.imshow(to_grey(images[i][crop]), **GREY)
         _outline(row[-1], prediction[i][crop], PREDICTION_STYLE)
         _outline(row[-1], maps["truth"][i][crop], TRUTH_STYLE)
-        row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{maps['names'][i]}", fontsize=9)
+        row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{plain(maps['names'][i])}", fontsize=9, parse_math=False)
     for ax, title in zip(axes[0], columns, strict=True):
-        ax.set_title(title, fontsize=11)
+        ax.set_title(title, fontsize=9.5)
     figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=meaning)
     marks = {label: PREDICTION_STYLE, "truth": TRUTH_STYLE}
     handles = [Line2D([], [], label=label, **style) for label, style in marks.items()]
@@ -183,7 +188,7 @@ def scan_figure(
             ax.imshow(to_grey(image[crop]), aspect=aspect, **GREY)
         colours = column[1].imshow(scores[crop].T, cmap="inferno", norm=norm, aspect=aspect)
         _outline(column[2], mask[crop], PREDICTION_STYLE)
-        column[0].set_title(label, fontsize=9)
+        column[0].set_title(label, fontsize=8.5)
     for ax, name in zip(axes[:, 0], ("scan", "anomaly score", "marked"), strict=True):
         ax.set_ylabel(name, fontsize=11)
     for x, side, ha in ((0.03, "R", "left"), (0.97, "L", "right")):
@@ -191,16 +196,19 @@ def scan_figure(
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain(title), fontsize=11, parse_math=False)
     return figure
 
 
 def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
     """Some slices of the best, middle and worst Dice [N], best first: the group's name by the slice's index.
 
-    `per_group` of each where there are enough, and no slice twice. A Dice that is NaN counts as 0.
+    `per_group` of each where there are enough, and no slice twice; one or two slices make no groups. A Dice that is NaN
+    counts as 0.
     """
     order = np.argsort(-np.nan_to_num(dice), kind="stable").tolist()
+    if len(order) < 3:
+        return dict.fromkeys(order, "slice")
     n = max(1, min(per_group, len(order) // 3))
     middle = (len(order) - n) // 2
     groups = dict.fromkeys(order[:n], "best")

@@ -59,7 +59,8 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str) 
     write_scores(results, metrics, maps["test"]["names"], per_slice)
     write_figures(results / "figures", draw_scores(maps["test"], metrics, per_slice, ranked))
     write_events(results, metrics, ranked)
-    print(f"\n{table([metrics])}\n\n{size_table(metrics)}\n\nresults: {address}\nfigures: {address}/figures")
+    by_size = f"{size_table(metrics)}\n\n" if metrics["n_slices"] >= 3 else ""  # thirds of fewer are none
+    print(f"\n{table([metrics])}\n\n{by_size}results: {address}\nfigures: {address}/figures")
 
 
 def better_sign(group: Mapping[str, Any]) -> int:

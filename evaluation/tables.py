@@ -49,9 +49,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         f"{first['n_slices']} test slices; AUPRC by chance {first['chance']:.3f} (the lesions' share of the ranked "
         f"pixels); lesion pixels outside the scored region {100 * first['lost_lesion_share']:.1f} %"
     )
+    interval = "[95 % bootstrap interval over slices]; " if any("[" in cell for row in rows for cell in row) else ""
     lines.append(
-        "[95 % bootstrap interval over slices]; oracle: threshold chosen on these test slices, as the literature "
-        "does; validation: chosen on the val slices"
+        f"{interval}oracle: threshold chosen on these test slices, as the literature does; validation: chosen on the "
+        "val slices"
     )
     return "\n".join(lines)
 

@@ -32,7 +32,7 @@ class Logger:
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
-        self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
+        self._log = (directory / "log.txt").open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._progress_path = directory / "progress.csv"
         self._directory = directory
         self._events = SummaryWriter(str(directory))

@@ -31,7 +31,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Collection[int]) -
         counts = numbers.split(",") if numbers else []
         if not all(re.fullmatch("[0-9]+", count) for count in counts) or (kind and len(counts) != 1):
             raise ValueError(
-                f"timestep respacing {section_counts!r} is not a number, numbers with commas, ddimN, or trailingN"
+                f"timestep_respacing {section_counts!r} is not a number, numbers with commas, ddimN, or trailingN"
             )
     counts = [int(count) for count in counts] or [num_timesteps]
     if kind == "ddim":

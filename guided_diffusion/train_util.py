@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,9 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
+        print(
+            f"\n{self.received.name}: this step ends, and is saved; once more ends at once", file=sys.stderr, flush=True
+        )
 
 
 class TrainLoop:

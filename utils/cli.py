@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a script can parse its arguments before 
 
 import argparse
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,6 +88,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError`, 130 for Ctrl-C."""
     code, message = 0, ""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a file name may know other characters than UTF-8's
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -18,6 +18,7 @@ from .files import write_whole
 from .records import EXPERIMENT, read_json
 
 RECORD = "config.json"
+RESULTS = "results"  # the folder of test runs, beside the experiments
 # What may change when training resumes: where the data lie, how long it trains, what it saves and shows. Only the
 # diffusion of MMCCD knows bands.
 _FREE = (
@@ -34,9 +35,16 @@ def experiment_name(model_name: str, direction: str, dataset: str, trans: str, i
 
 
 def require_name(flag: str, name: str) -> str:
-    """`name`, if it names something in a folder and does not lead out of it; a UserError otherwise."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(f"{flag} {name!r} is not a plain name: leave out slashes and dots that lead elsewhere")
+    """`name`, if it names something in a folder and does not lead out of it; a UserError otherwise.
+
+    Nor may it be what a shell, a listing or this project reads as something else: `~`, `.lock`, `results`.
+    """
+    leads_elsewhere = name == "" or name.startswith((".", "~")) or "/" in name or "\\" in name
+    if leads_elsewhere or not name.isprintable() or name == RESULTS:
+        raise UserError(
+            f"{flag} {name!r} is not a plain name: leave out slashes, control characters and a dot or ~ in front, "
+            f"and do not call it {RESULTS}"
+        )
     return name
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.reference import plain_ddim, plain_mmccd, plain_network, plain_optimizer, plain_training_step
+from benchmarks.shared.reference import plain_ddim, plain_mmccd, plain_network, plain_optimizer, plain_training_step
 from guided_diffusion.nn import Dropout
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.train_util import TrainLoop

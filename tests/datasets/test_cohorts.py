@@ -210,6 +210,7 @@ BAD_TABLES = {  # the text, what is said
     "subject with a star": ("subject,a,seg\nA*,a,s", "line 2: subject 'A*'"),
     "subject too long": (f"subject,a,seg\n{'A' * 101},a,s", "line 2: subject 'AAAA"),
     "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A is there twice"),
+    "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is named as b and as a"),
     "too few cells": ("subject,a,seg\nA,a", "line 2 has 2 cells", "3 columns"),
     "too many cells": ("subject,a,seg\nA,a,s,t", "line 2 has 4 cells", "3 columns"),
     "unknown part": ("subject,a,seg,split\nA,a,s,training", "split is 'training'", "did you mean 'train'?"),

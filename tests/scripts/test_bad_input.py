@@ -97,6 +97,10 @@ TRAINING = {
     "slices that are not finite": (["--data_dir=datasets/nan"], ["S1_flair_80.npy", "not finite", "preprocess again"]),
     "slices of an absurd range": (["--data_dir=datasets/huge"], ["S1_t2_80.npy", "beyond ±10000"]),
     "slices of complex numbers": (["--data_dir=datasets/complex"], ["S1_flair_80.npy", "complex64"]),
+    **{
+        f"experiment called {name!r}": ([f"--experiment_name={name}"], ["--experiment_name", "plain name"])
+        for name in ("results", ".lock", "~", "a\nb", "a\udc80b", ".hidden")
+    },
     "experiment outside": (
         ["--experiment_name=../outside"],
         ["--experiment_name '../outside'", "plain name"],

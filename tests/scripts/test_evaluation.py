@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import resource
 import subprocess
@@ -195,6 +196,24 @@ def test_scores_that_are_not_finite_are_counted_and_placed(in_process, tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "warning: 4 scores of 2 test slices are not finite, first S_02_80\n" in done.stdout
+
+
+@pytest.mark.parametrize("n_test", [1, 2])
+def test_of_one_or_two_slices_there_are_no_thirds(in_process, tmp_path, n_test):
+    write_run(tmp_path, n_test=n_test)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "large" not in done.stdout
+    assert ("bootstrap interval" in done.stdout) == (n_test == 2)
+
+
+def test_a_terminal_that_knows_ascii_only(repository, tmp_path):
+    write_run(tmp_path)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(repository / TEST), "--rescore", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Cyclic UNet" in done.stdout
 
 
 def test_without_validation_slices(in_process, tmp_path):

@@ -719,3 +719,21 @@ def test_a_mistake_is_refused_before_anything_is_written(spoilt, whole, in_proce
     for phrase in phrases:
         assert phrase in line
     assert {path: path.stat().st_mtime_ns for path in spoilt.rglob("*")} == before
+
+
+def test_a_pipe_is_no_scan(predict, tmp_path):
+    """Reading it would never end."""
+    os.mkfifo(tmp_path / "C_flair.nii.gz")
+    done = predict(tmp_path / "C_flair.nii.gz", tmp_path / "out")
+    assert done.code == 2
+    (line,) = done.stderr.splitlines()
+    assert "C_flair.nii.gz is no file" in line
+
+
+@pytest.mark.parametrize("name", ["$\\nonsense_{$", "a$b", "caf\udce9"])
+def test_a_scan_may_have_any_name(place, whole, predict, tmp_path, name):
+    scan = tmp_path / f"{name}.nii.gz"
+    shutil.copy(place / "raw/C/C_flair.nii.gz", scan)
+    done = predict(scan, tmp_path / "out", "--slices", 7, 8)
+    assert done.code == 0, done.stderr
+    assert (tmp_path / "out" / f"{name}_report.png").is_file()

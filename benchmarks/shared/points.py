@@ -14,7 +14,7 @@ from typing import Any
 
 from utils.cli import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 Row = dict[str, float | None]  # what was measured at a point, by column; None where it is undefined
 

@@ -208,7 +208,7 @@ def count_flops(config: Any, *, training: bool) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.reference import plain_network
+    from benchmarks.shared.reference import plain_network
 
     with torch.device("meta"):
         network = plain_network(untrained_network("diffusion", config))
