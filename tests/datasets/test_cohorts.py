@@ -189,7 +189,7 @@ def test_a_table_says_all_there_is_to_know(tmp_path):
 
 
 BAD_TABLES = {  # the text, what is said
-    "no text": (b"subject,a\n\xff\xfe,x", "cannot be read"),
+    "no text": (b"subject,a\n\xff\xfe,x", "cannot be read", "save it as UTF-8"),
     "no CSV": ('subject,a,seg\n"A"x,a,s', "cannot be read"),
     "empty": ("\n,,\n", "is empty"),
     "no subject column": ("subjects,a,seg\nA,a,s", "no column subject", "did you mean 'subjects'?"),
@@ -210,7 +210,7 @@ BAD_TABLES = {  # the text, what is said
     "subject with a star": ("subject,a,seg\nA*,a,s", "line 2: subject 'A*'"),
     "subject too long": (f"subject,a,seg\n{'A' * 101},a,s", "line 2: subject 'AAAA"),
     "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A is there twice"),
-    "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is named as b and as a"),
+    "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is named as a and as b"),
     "too few cells": ("subject,a,seg\nA,a", "line 2 has 2 cells", "3 columns"),
     "too many cells": ("subject,a,seg\nA,a,s,t", "line 2 has 4 cells", "3 columns"),
     "unknown part": ("subject,a,seg,split\nA,a,s,training", "split is 'training'", "did you mean 'train'?"),
