@@ -35,13 +35,14 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         create_masked_translator,
         create_network,
         create_reconstructor,
+        seconds_a_step,
         translate_example,
     )
     from utils import experiment
     from utils.device import pick_device, pick_precision, speed_up
     from utils.files import locked
 
-    config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name)
+    config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name, args.preset)
     configs.check(config, args.model_name)
     dist_util.setup()
     first = dist_util.rank() == 0
@@ -94,6 +95,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
         logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
+        if device.type == "cpu":
+            hours = training.iterations * seconds_a_step(args.model_name, config, device) / 3600
+            if hours > 24:
+                logger.info(f"warning: about {hours:,.0f} hours on this CPU: take a GPU, or give --preset small")
         example = dataset[len(dataset) // 2]
 
         def record_run() -> None:

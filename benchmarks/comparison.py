@@ -11,13 +11,12 @@ median filter. Interrupted, the same command resumes: training from its checkpoi
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -165,11 +164,14 @@ def needed(args: argparse.Namespace, input: str, trans: str, method: str, seed: 
 def announce_plan(args: argparse.Namespace, trainings: list[Training]) -> None:
     """Say what is to be done, and how long its trainings will take at the speed of one step of each network."""
     import config as configs
+    from models.build import seconds_a_step
+    from utils.device import pick_device
 
     config = configs.get_config(args.dataset)
     iterations = args.iterations or config.score_model.training.iterations
     open_ones = [one for one in trainings if not ended(args, one, iterations)]
-    seconds = {name: seconds_a_step(name, config) for name in {one.model_name for one in open_ones}}
+    device = pick_device(args.gpu_id)
+    seconds = {name: seconds_a_step(name, config, device) for name in {one.model_name for one in open_ones}}
     total = sum(seconds[one.model_name] * iterations for one in open_ones)
     n_tests = sum(1 for _ in tests(args))
     print(
@@ -187,26 +189,6 @@ def ended(args: argparse.Namespace, training: Training, iterations: int) -> bool
 
     steps = saved(args.logdir / f"seed{training.seed}" / name_of(args, training))
     return bool(steps) and (training.model_name == "histogram" or max(steps) >= iterations)
-
-
-def seconds_a_step(model_name: str, config: Any) -> float:
-    """How long a training step takes, the optimizer's part left out: the second of two."""
-    if model_name == "histogram":
-        return 0.0
-    import torch
-
-    from models.build import create_losses, create_network
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size, batch = config.data.image_size, config.score_model.training.batch_size
-    network, (losses, _) = create_network(model_name, config.score_model).to(device), create_losses(model_name, config)
-    image = torch.zeros(batch, 1, size, size, device=device)
-    for step in range(2):
-        started = time.perf_counter()
-        losses(network, image, image, step).mean().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 # ----------------------------------------------------------------------------------------------------------

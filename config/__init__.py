@@ -37,7 +37,11 @@ def get_config(dataset: str) -> ConfigDict:
 
 
 def resolve(
-    dataset: str, flags_given: Mapping[str, Any], overrides: Sequence[str], model_name: str = "unet"
+    dataset: str,
+    flags_given: Mapping[str, Any],
+    overrides: Sequence[str],
+    model_name: str = "unet",
+    preset: str | None = None,
 ) -> tuple[ConfigDict, set[str]]:
     """The config of a run: the data set's, then the flags that were given, then `--config.KEY=VALUE`.
 
@@ -46,6 +50,7 @@ def resolve(
         flags_given: dotted key of the config to the flag's value, None where the flag was not given.
         overrides: arguments of the form `--config.KEY=VALUE`.
         model_name: of the forward translator. A baseline translates the input modality to itself.
+        preset: size of network, images and training, `paper` or `small`; None: the data set's own.
 
     Returns:
         The config, locked, and the keys that the user set.
@@ -53,6 +58,11 @@ def resolve(
     A UserError as from `get_config` and `override`, or for a target modality that a baseline has not.
     """
     config = get_config(dataset)
+    if preset:
+        sized = brats_config.get_config()
+        sized = phantom_config.make_small(sized) if preset == "small" else sized
+        sized.data.data_dir = config.data.data_dir
+        config = sized.lock()
     given = {key: value for key, value in flags_given.items() if value is not None}
     config.update_from_flattened_dict(given)
     keys = {*given, *override(config, overrides)}

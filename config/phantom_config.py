@@ -6,12 +6,17 @@ from . import brats_config
 
 
 def get_config() -> ConfigDict:
-    """The paper's settings but for what is named here."""
-    config = brats_config.get_config()
+    """The paper's settings, made small, for the phantom."""
+    config = make_small(brats_config.get_config())
+    config.data.data_dir = "./datasets/phantom"
+    return config
+
+
+def make_small(config: ConfigDict) -> ConfigDict:
+    """The config with a network, images and a training that take a CPU minutes."""
     # So small a network gains little from less, and float32 does the same with and without bfloat16 units.
     config.precision = "float32"
 
-    config.data.data_dir = "./datasets/phantom"
     config.data.image_size = 64
 
     model = config.score_model.model
@@ -20,9 +25,8 @@ def get_config() -> ConfigDict:
     model.attention_resolutions = (8, 16)
     model.dropout = 0.0  # on a CPU, drawing its random numbers takes a quarter of a step
 
-    config.score_model.mask.width = (
-        4  # a 16th of the image, which `--sampling fast` likes better than the paper's eighth
-    )
+    # A 16th of the image, which `--sampling fast` likes better than the paper's eighth.
+    config.score_model.mask.width = 4
     config.score_model.mask.stride = 1
 
     training = config.score_model.training

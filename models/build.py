@@ -1,5 +1,6 @@
 """From a config to the networks, their losses and the diffusion: where a new translation model is entered."""
 
+import time
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -67,6 +68,22 @@ def create_losses(
     bands = {"band_width": score_model.mask.width, "band_stride": score_model.mask.stride}
     losses = partial(masked_diffusion_losses, **bands, **drawn)
     return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
+
+
+def seconds_a_step(model_name: str, config: ConfigDict, device: torch.device) -> float:
+    """About how long a training step takes, from losses and gradients of a single slice; errors as from the above."""
+    if model_name == "histogram":
+        return 0.0
+    single = config.copy_and_resolve_references()
+    single.score_model.training.batch_size = 1
+    network, (losses, _) = create_network(model_name, config.score_model).to(device), create_losses(model_name, single)
+    image = torch.zeros(1, 1, config.data.image_size, config.data.image_size, device=device)
+    for step in range(2):  # the first one is slow
+        started = time.perf_counter()
+        losses(network, image, image, step).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return config.score_model.training.batch_size * (time.perf_counter() - started)
 
 
 def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:

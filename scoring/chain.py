@@ -116,7 +116,9 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
         "score_model.sampling.timestep_respacing": args.timestep_respacing,
         "score_model.sampling.smooth": args.smooth,
     }
-    config, given = configs.resolve(args.dataset, config_fields(args) | sampling, overrides, args.model_name)
+    config, given = configs.resolve(
+        args.dataset, config_fields(args) | sampling, overrides, args.model_name, args.preset
+    )
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
     preset = ANODDPM if args.model_name == "ddpm" else {}

@@ -15,7 +15,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Every command line, and the flags it is documented with.
-SHARED = ("gpu_id", "dataset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
+SHARED = ("gpu_id", "dataset", "preset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
 CHAIN = (
     "score",
     "model",

@@ -56,6 +56,10 @@ def run_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     add = parser.add_argument
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     add("--dataset", default="brats", help="whose config is used: brats (the paper) or phantom (the demo)")
+    sizes = (
+        "network, images and training: paper, or small, which a CPU trains in minutes (default: as --dataset has it)"
+    )
+    add("--preset", choices=["paper", "small"], help=sizes)
     if on_slices:
         add("--data_dir", help="folder of preprocessed slices (default: the config's, ./datasets/data for brats)")
     add("--input", help="modality at hand at test time (default: the config's, flair)")

@@ -208,6 +208,15 @@ def test_flags_go_before_overrides():
     assert config.is_locked
 
 
+@pytest.mark.parametrize(("preset", "like"), [("small", "phantom"), ("paper", "brats"), (None, "brats")])
+def test_a_preset_is_the_size_of_anothers_config(preset, like):
+    config, given = resolve("brats", {"seed": 3}, ["--config.data.input=t1"], preset=preset)
+    expected = dict(leaves(get_config(like))) | {"data.data_dir": get_config("brats").data.data_dir}
+    assert dict(leaves(config)) == expected | {"seed": 3, "data.input": "t1"}
+    assert given == {"seed", "data.input"}
+    assert config.is_locked
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Refusals
 

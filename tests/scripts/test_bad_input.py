@@ -362,3 +362,14 @@ def test_a_process_ends_with_code_2_and_one_line(place, as_subprocess, repositor
 def test_the_record_of_an_experiment_is_what_the_spoilt_ones_spoil(place):
     record = json.loads((place / "experiments" / FORWARD / "config.json").read_text())
     assert {"model_name", "training_process", "config"} <= set(record)
+
+
+def test_a_training_of_days_says_so_before_its_first_step(place, in_process, tiny, short):
+    long = ("--config.score_model.training.iterations=100_000_000", "--config.score_model.training.batch_size=1000")
+    flags = [flag for flag in (*tiny, *short) if not flag.startswith(tuple(one.split("=")[0] for one in long))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("guided_diffusion.train_util.TrainLoop.run", lambda loop: None)
+        done = in_process(TRAIN, *flags, *long, "--experiment_name=long", cwd=place)
+    shutil.rmtree(place / "experiments/long")
+    assert done.code == 0, done.stderr
+    assert "hours on this CPU: take a GPU, or give --preset small" in done.stdout
