@@ -61,7 +61,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     try:
         network = create_network(args.model_name, config.score_model)
         share = dist_util.share(training.batch_size)
-        losses, schedule_sampler = create_losses(args.model_name, config, share)
+        losses, schedule_sampler = create_losses(args.model_name, config, device, share)
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
         create_reconstructor(args.model_name, network, config)
@@ -122,7 +122,13 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                     model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
                 ),
                 batches_from=lambda step: training_batches(
-                    dataset, training.batch_size, config.seed, step, share=share, workers=dataset.workers
+                    dataset,
+                    training.batch_size,
+                    config.seed,
+                    step,
+                    share=share,
+                    workers=dataset.workers,
+                    pinned=device.type == "cuda",
                 ),
                 directory=directory,
                 logger=logger,

@@ -216,7 +216,8 @@ def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
         speed_up(untrained_network(name, sweep.config).eval(), device, training=False) for name in ("diffusion", "unet")
     )
     translator = create_masked_translator(forward, sweep.config)
-    image, brainmask = (tensor.to(device) for tensor in synthetic_slices(n_slices, sweep.config.data.image_size))
+    image, brainmask = synthetic_slices(n_slices, sweep.config.data.image_size)
+    image = image.to(device)
     precision = pick_precision(sweep.config.precision, device)
 
     def work(slices: int = 1) -> Any:

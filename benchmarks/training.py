@@ -92,7 +92,7 @@ def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
     """A batch of two modalities, and what training minimises on it: losses of (model, batch, step)."""
     from models.build import create_losses
 
-    losses, _ = create_losses("diffusion", config)
+    losses, _ = create_losses("diffusion", config, device)
     return random_images(2, batch_size, config), lambda model, batch, step: losses(
         model, *batch.to(device, non_blocking=True), step
     )

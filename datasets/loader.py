@@ -29,7 +29,14 @@ def step_indices(
 
 
 def training_batches(
-    dataset: Dataset, batch_size: int, seed: int, first_step: int, *, share: slice = slice(None), workers: int = 0
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    *,
+    share: slice = slice(None),
+    workers: int = 0,
+    pinned: bool = False,
 ) -> Iterator[dict]:
     """Endless batches, dicts of tensors [batch_size, 1, H, W], beginning with that of `first_step`.
 
@@ -40,13 +47,14 @@ def training_batches(
         first_step: number of the first batch.
         share: the part of each batch that is wanted.
         workers: processes that read ahead.
+        pinned: in memory that a GPU copies from while the host goes on.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=step_indices(len(dataset), batch_size, seed, first_step, share),
         num_workers=workers,
         worker_init_fn=leave_signals_to_the_parent,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
     )
     return iter(loader)
 

@@ -102,6 +102,7 @@ class GaussianDiffusion:
         after_first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(after_first, self.posterior_variance[1:]))
         self.large_variance = np.append(after_first, betas[1:])
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps that the model is told, for the step numbers t [N]; overridden where steps are skipped."""
@@ -116,9 +117,9 @@ class GaussianDiffusion:
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and (at t = 0 clipped) log variance of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
-        mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
-        variance = _at(self.posterior_variance, t, x_t)
-        return mean, variance, _at(self.posterior_log_variance_clipped, t, x_t)
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        variance = self._at("posterior_variance", t, x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
 
     def p_mean_variance(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: dict[str, Any] | None = None
@@ -142,7 +143,7 @@ class GaussianDiffusion:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior_mean_variance(pred_xstart, x, t)
         if self.model_var_type is ModelVarType.FIXED_LARGE:
-            variance = _at(self.large_variance, t, x)
+            variance = self._at("large_variance", t, x)
             log_variance = variance.log()
         distribution = {"mean": mean, "variance": variance, "log_variance": log_variance}
         return distribution | {"pred_xstart": pred_xstart}
@@ -173,8 +174,8 @@ class GaussianDiffusion:
         Args and returns as in `p_sample`; eta ≥ 0 scales the noise that is added, 1 being as much as DDPM's.
         """
         pred_xstart = self.p_mean_variance(model, x, t, **kwargs)["pred_xstart"]
-        alpha_bar = _at(self.alphas_cumprod, t, x)
-        alpha_bar_prev = _at(self.alphas_cumprod_prev, t, x)
+        alpha_bar = self._at("alphas_cumprod", t, x)
+        alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
         direction = (1 - alpha_bar_prev - sigma**2).sqrt() * self._eps_from_xstart(x, t, pred_xstart)
         sample = alpha_bar_prev.sqrt() * pred_xstart + direction
@@ -252,7 +253,7 @@ class GaussianDiffusion:
 
     def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1 − ᾱ_t): the shares of x_0 and of the noise in x_t."""
-        return _at(self.sqrt_alphas_cumprod, t, like), _at(self.sqrt_one_minus_alphas_cumprod, t, like)
+        return self._at("sqrt_alphas_cumprod", t, like), self._at("sqrt_one_minus_alphas_cumprod", t, like)
 
     def _xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         signal, scale = self._signal_and_noise(t, x_t)
@@ -262,11 +263,17 @@ class GaussianDiffusion:
         signal, scale = self._signal_and_noise(t, x_t)
         return (x_t - signal * x_start) / scale
 
+    def _at(self, schedule: str, t: Tensor, like: Tensor) -> Tensor:
+        """The values of a schedule at t as float32, shaped [N, 1, …] so that it broadcasts over `like`."""
+        return self._schedule_on(schedule, t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
-def _at(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """values[t] as float32, shaped [N, 1, …] so that it broadcasts over `like`; float64 ends here."""
-    picked = torch.from_numpy(values).float().to(t.device)[t]
-    return picked.reshape(-1, *[1] * (like.ndim - 1))
+    def _schedule_on(self, schedule: str, device: torch.device) -> Tensor:
+        """A schedule as a tensor [T], which stays on the device: a copy in every step would make a GPU wait."""
+        key = (schedule, device)
+        if key not in self._on_device:
+            values = torch.as_tensor(getattr(self, schedule))
+            self._on_device[key] = (values.float() if values.is_floating_point() else values).to(device)
+        return self._on_device[key]
 
 
 def _not_first(t: Tensor, like: Tensor) -> Tensor:

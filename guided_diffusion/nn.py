@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -43,8 +42,6 @@ class Dropout(nn.Dropout):
 
 
 @torch.no_grad()
-def update_ema(ema_model: nn.Module, model: nn.Module, rate: float) -> None:
-    """Move every trained parameter of `ema_model` towards that of `model`: ema ← rate·ema + (1 − rate)·value."""
-    pairs = zip(ema_model.parameters(), model.parameters(), strict=True)
-    averaged, current = zip(*((ema, value) for ema, value in pairs if value.requires_grad), strict=True)
-    get_ema_multi_avg_fn(rate)(averaged, current, None)  # all in one go
+def update_ema(averaged: list[Tensor], current: list[Tensor], rate: float) -> None:
+    """Move averaged parameters towards the current ones, all in one go: ema ← rate·ema + (1 − rate)·value."""
+    torch._foreach_lerp_(averaged, current, 1 - rate)

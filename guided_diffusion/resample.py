@@ -14,6 +14,8 @@ class ScheduleSampler:
     Weighting the losses by 1 / (T·p) keeps their expectation that of a uniform draw.
     """
 
+    learns = False  # from the losses of one step what to draw in the next
+
     def __init__(self, diffusion: GaussianDiffusion):
         self.num_timesteps = diffusion.num_timesteps
 
@@ -49,6 +51,8 @@ class LossSecondMomentResampler(ScheduleSampler):
         history_per_term: losses that are remembered of each timestep.
         uniform_prob: share of the draws that stays uniform, so that no timestep is forgotten.
     """
+
+    learns = True
 
     def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         super().__init__(diffusion)

@@ -5,7 +5,6 @@ from collections.abc import Collection
 from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .gaussian_diffusion import GaussianDiffusion
@@ -76,5 +75,5 @@ class SpacedDiffusion(GaussianDiffusion):
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The model is told the original timestep of each kept one."""
-        original = torch.tensor(self.timestep_map, device=t.device)[t]
+        original = self._schedule_on("timestep_map", t.device)[t]
         return original * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original

@@ -105,6 +105,8 @@ class TrainLoop:
         self.on_start = on_start
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        pairs = zip(self.ema_model.parameters(), model.parameters(), strict=True)
+        self.averaged = [average for average, parameter in pairs if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.device = self.trained[0].device
         # float16 underflows where gradients are small; the other precisions have the range of float32
@@ -180,7 +182,7 @@ class TrainLoop:
         self.scaler.update()
         # Warmed up, so that a short run's average is not one of its initialisation.
         rate = min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
-        update_ema(self.ema_model, self.model, rate)
+        update_ema(self.averaged, self.trained, rate)
         self.step += 1
         return loss.detach()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
+from utils.device import to_device
 from utils.random import keyed_generator
 
 BACKGROUND = -3.0 + 1e-3  # in slices as preprocessing writes them, and what resizing makes of it
@@ -95,24 +96,24 @@ def coarse_noise(n: int, image_size: int, noise_size: int, std: float, generator
     return torch.stack([one.roll(shift, (1, 2)) for one, shift in zip(noise, shifts, strict=True)])
 
 
-def denoising_losses(
-    model: nn.Module,
-    image: Tensor,
+def draw_denoising(
+    step: int,
     *,
+    seed: int,
+    batch_size: int,
+    image_size: int,
     noise_size: int,
     noise_std: float,
-    seed: int,
-    step: int,
-    batch_size: int | None = None,
     share: slice = slice(None),
-) -> Tensor:
-    """Squared error [N] of slices [N, 1, H, W] that are freed from coarse noise on their foreground.
-
-    Noise is drawn by (seed, step) and a sample's place in the batch; arguments as in `masked_diffusion_losses`.
-    """
-    n, size = batch_size or len(image), image.shape[-1]
+) -> tuple[Tensor]:
+    """The coarse noise [N, 1, H, W] of a training step; arguments as in `draw_masked_diffusion`."""
     generator = keyed_generator("training", seed, step)
-    noise = coarse_noise(n, size, noise_size, noise_std, generator)[share].to(image.device)
+    return (coarse_noise(batch_size, image_size, noise_size, noise_std, generator)[share],)
+
+
+def denoising_losses(model: nn.Module, image: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    """Squared error [N] of slices [N, 1, H, W] that are freed from coarse noise on their foreground."""
+    (noise,) = draws
     noisy = torch.where(image > BACKGROUND, image + noise, image)
     return (model(noisy) - image).square().flatten(1).mean(1)
 
@@ -124,22 +125,32 @@ class DenoisingUNet(UNetModel):
         super().__init__(in_channels=1, out_channels=1, **kwargs)
 
 
+def draw_diffusion(
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: int,
+    schedule_sampler: ScheduleSampler,
+    share: slice = slice(None),
+) -> tuple[Tensor, ...]:
+    """Timesteps, their weights and noise of a training step; arguments as in `draw_masked_diffusion`."""
+    generator = keyed_generator("training", seed, step)
+    t, weights = schedule_sampler.sample(batch_size, generator)
+    noise = torch.randn(batch_size, 1, image_size, image_size, generator=generator)
+    return t[share], weights[share], noise[share]
+
+
 def diffusion_losses(
     model: nn.Module,
     image: Tensor,
+    draws: Sequence[Tensor],
     *,
     diffusion: GaussianDiffusion,
     schedule_sampler: ScheduleSampler,
-    seed: int,
-    step: int,
-    batch_size: int | None = None,
-    share: slice = slice(None),
 ) -> Tensor:
     """The diffusion's loss [N] for slices [N, 1, H, W]; arguments as in `masked_diffusion_losses`."""
-    n = batch_size or len(image)
-    generator = keyed_generator("training", seed, step)
-    t, weights = (value[share].to(image.device) for value in schedule_sampler.sample(n, generator))
-    noise = torch.randn(n, *image.shape[1:], generator=generator)[share].to(image.device)
+    t, weights, noise = draws
     losses = diffusion.training_losses(model, image, t, noise=noise)["loss"]
     schedule_sampler.update(t, losses.detach())
     return weights * losses
@@ -168,7 +179,7 @@ class PartialDiffusion(nn.Module):
 
         def noise(*use: int | str) -> Tensor:
             drawn = torch.randn(image.shape[1:], generator=keyed_generator(self.seed, "partial", *use))
-            return drawn.to(image.device).expand_as(image)
+            return to_device(drawn, image.device).expand_as(image)
 
         last = torch.full((len(image),), self.diffusion.num_timesteps - 1, device=image.device)
         return self.sample_loop(

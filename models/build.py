@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from utils.device import DrawnAhead
 
 from .baselines import (
     Autoencoder,
@@ -20,8 +21,15 @@ from .baselines import (
     PartialDiffusion,
     denoising_losses,
     diffusion_losses,
+    draw_denoising,
+    draw_diffusion,
 )
-from .masked_diffusion import MaskedConditionalUNet, MaskedDiffusionTranslator, masked_diffusion_losses
+from .masked_diffusion import (
+    MaskedConditionalUNet,
+    MaskedDiffusionTranslator,
+    draw_masked_diffusion,
+    masked_diffusion_losses,
+)
 from .masks import Band
 from .translator import UNetTranslator, translation_losses
 
@@ -46,9 +54,9 @@ def create_network(model_name: str, score_model: ConfigDict) -> nn.Module:
 
 
 def create_losses(
-    model_name: str, config: ConfigDict, share: slice = slice(None)
+    model_name: str, config: ConfigDict, device: torch.device, share: slice = slice(None)
 ) -> tuple[Losses, ScheduleSampler | None]:
-    """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W].
+    """What training minimises: `losses(model, image, target, step)` is [N] for slices [N, 1, H, W] on the device.
 
     They are given the `share` of every batch. Beside them comes the diffusion's schedule sampler, if there is one. A
     ValueError as from `create_diffusion`, or for an unknown schedule sampler.
@@ -57,17 +65,24 @@ def create_losses(
         return lambda model, image, target, step: translation_losses(model, image, target), None
     score_model = config.score_model
     drawn = {"seed": config.seed, "batch_size": score_model.training.batch_size, "share": share}
+    drawn |= {"image_size": config.data.image_size}
     if model_name == "dae":
         noise = {key: score_model.baselines[key] for key in ("noise_size", "noise_std")}
-        return lambda model, image, target, step: denoising_losses(model, image, **noise, **drawn, step=step), None
+        draw = DrawnAhead(partial(draw_denoising, **noise, **drawn), device)
+        return lambda model, image, target, step: denoising_losses(model, image, draw(step)), None
     diffusion = create_diffusion(score_model.diffusion)
     schedule_sampler = create_named_schedule_sampler(score_model.training.schedule_sampler, diffusion)
-    drawn |= {"diffusion": diffusion, "schedule_sampler": schedule_sampler}
+    drawn |= {"schedule_sampler": schedule_sampler}
+    process, ahead = {"diffusion": diffusion, "schedule_sampler": schedule_sampler}, int(not schedule_sampler.learns)
     if model_name == "ddpm":
-        return lambda model, image, target, step: diffusion_losses(model, image, **drawn, step=step), schedule_sampler
+        draw = DrawnAhead(partial(draw_diffusion, **drawn), device, ahead)
+        return lambda model, image, target, step: diffusion_losses(
+            model, image, draw(step), **process
+        ), schedule_sampler
     bands = {"band_width": score_model.mask.width, "band_stride": score_model.mask.stride}
-    losses = partial(masked_diffusion_losses, **bands, **drawn)
-    return lambda model, image, target, step: losses(model, image, target, step=step), schedule_sampler
+    draw = DrawnAhead(partial(draw_masked_diffusion, **bands, **drawn), device, ahead)
+    losses = partial(masked_diffusion_losses, **process)
+    return lambda model, image, target, step: losses(model, image, target, draw(step)), schedule_sampler
 
 
 def seconds_a_step(model_name: str, config: ConfigDict, device: torch.device) -> float:
@@ -76,7 +91,8 @@ def seconds_a_step(model_name: str, config: ConfigDict, device: torch.device) ->
         return 0.0
     single = config.copy_and_resolve_references()
     single.score_model.training.batch_size = 1
-    network, (losses, _) = create_network(model_name, config.score_model).to(device), create_losses(model_name, single)
+    network = create_network(model_name, config.score_model).to(device)
+    losses, _ = create_losses(model_name, single, device)
     image = torch.zeros(1, 1, config.data.image_size, config.data.image_size, device=device)
     for step in range(2):  # the first one is slow
         started = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.device import in_batches
+from utils.device import in_batches, to_device
 
 from .masked_diffusion import MaskedDiffusionTranslator
 from .masks import Band
@@ -82,8 +82,11 @@ def cyclic_unet(
 def slices_and_bands(
     brainmask: Tensor, forward: MaskedDiffusionTranslator, bands: Sequence[Band]
 ) -> list[tuple[int, Band]]:
-    """What MMCCD samples: every slice of `brainmask` [N, 1, H, W] with every band that hides some of its brain."""
-    masks = forward.mask(bands).to(brainmask.device)
+    """What MMCCD samples: every slice of `brainmask` with every band that hides some of its brain.
+
+    `brainmask` is [N, 1, H, W], on the CPU: how many bands that are is not known before it has been looked at.
+    """
+    masks = forward.mask(bands)
     return [
         (i, bands[k])
         for i, brain in enumerate(brainmask)
@@ -111,7 +114,7 @@ def mmccd(
 
     Args:
         image: A, [N, 1, H, W], on the translators' device.
-        brainmask: bool [N, 1, H, W].
+        brainmask: bool [N, 1, H, W], on the CPU.
         forward: samples B from A with a band hidden.
         backward: B to A.
         bands: the sweep.
@@ -124,8 +127,8 @@ def mmccd(
 
     def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
         slices, bands_of = zip(*batch, strict=True)
-        index = torch.tensor(slices, device=image.device)
-        hidden = forward.mask(bands_of).to(image.device)
+        index = to_device(torch.tensor(slices), image.device)
+        hidden = to_device(forward.mask(bands_of), image.device)
         translation = forward.sample(image[index], bands_of)
         reconstruction = backward(translation)
         error = (reference[index] - reconstruction).square()

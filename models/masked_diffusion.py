@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
+from utils.device import DrawnAhead, to_device
 from utils.random import keyed_generator
 
 from .masks import Band, band_masks, random_bands
@@ -34,43 +35,62 @@ class MaskedConditionalUNet(UNetModel):
         return super().forward(torch.cat([x_t, condition], dim=1), t)
 
 
+def draw_masked_diffusion(
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: int,
+    band_width: int,
+    band_stride: int,
+    schedule_sampler: ScheduleSampler,
+    share: slice = slice(None),
+) -> tuple[Tensor, ...]:
+    """What is random in a training step: a random band, a timestep and noise for each sample.
+
+    All is drawn by (seed, step) and a sample's place in the batch, whoever computes its loss.
+
+    Args:
+        step: number of the training step.
+        seed: of the run.
+        batch_size: of the whole batch.
+        image_size: H = W, px.
+        band_width: px.
+        band_stride: px between possible starts.
+        schedule_sampler: draws the timesteps and weights their losses.
+        share: the part of the batch that is wanted.
+
+    Returns:
+        mask bool [N, 1, H, W], timesteps [N] and their weights [N], noise for the condition and for x_t [N, 1, H, W].
+    """
+    generator = keyed_generator("training", seed, step)
+    bands = random_bands(batch_size, image_size, band_stride, generator)
+    t, weights = schedule_sampler.sample(batch_size, generator)
+    condition_noise, noise = torch.randn(2, batch_size, 1, image_size, image_size, generator=generator)
+    mask = band_masks(bands[share], image_size, band_width)
+    return mask, t[share], weights[share], condition_noise[share], noise[share]
+
+
 def masked_diffusion_losses(
     model: nn.Module,
     image: Tensor,
     target: Tensor,
+    draws: Sequence[Tensor],
     *,
     diffusion: GaussianDiffusion,
     schedule_sampler: ScheduleSampler,
-    band_width: int,
-    band_stride: int,
-    seed: int,
-    step: int,
-    batch_size: int | None = None,
-    share: slice = slice(None),
 ) -> Tensor:
-    """The diffusion's loss [N] for a batch of slices or a share of it, with one random band for each of them.
-
-    Bands, timesteps and noise are drawn by (seed, step) and a sample's place in the batch, whoever computes its loss.
+    """The diffusion's loss [N] for a batch of slices.
 
     Args:
         model: a `MaskedConditionalUNet`.
         image: input modality, [N, 1, H, W].
         target: target modality of the same slices, x_0 of the diffusion.
+        draws: as from `draw_masked_diffusion`, on the model's device.
         diffusion: the process with all its steps.
-        schedule_sampler: draws the timesteps and weights their losses.
-        band_width: px.
-        band_stride: px between possible starts.
-        seed: of the run.
-        step: number of the training step.
-        batch_size: of the whole batch, if `image` and `target` are a share of it.
-        share: which.
+        schedule_sampler: is told the losses.
     """
-    n, image_size, device = batch_size or len(image), image.shape[-1], image.device
-    generator = keyed_generator("training", seed, step)
-    bands = random_bands(n, image_size, band_stride, generator)
-    mask = band_masks(bands[share], image_size, band_width).to(device)
-    t, weights = (value[share].to(device) for value in schedule_sampler.sample(n, generator))
-    condition_noise, noise = torch.randn(2, n, *image.shape[1:], generator=generator)[:, share].to(device)
+    mask, t, weights, condition_noise, noise = draws
     condition = masked_condition(image, mask, condition_noise)
     losses = diffusion.training_losses(model, target, t, {"condition": condition}, noise)["loss"]
     schedule_sampler.update(t, losses.detach())
@@ -121,14 +141,20 @@ class MaskedDiffusionTranslator:
     def sample(self, image: Tensor, bands: Sequence[Band]) -> Tensor:
         """Translate image i with band i hidden: [N, 1, H, W] to [N, 1, H, W], on the image's device."""
         device = image.device
-        hidden, noise = self.mask(bands).to(device), self._noise_once(bands, "condition").to(device)
+        once = (self.mask(bands), self._noise_once(bands, "condition"), self._noise_once(bands, "x_T"))
+        hidden, noise, x_T = (to_device(tensor, device) for tensor in once)
+
+        def draw(step: int) -> tuple[Tensor]:
+            return (torch.stack([self._noise(band, "step", step) for band in bands]),)
+
+        step_noise = DrawnAhead(draw, device, ahead=-1)
         return self.sample_loop(
             self.model,
             image.shape,
-            noise=self._noise_once(bands, "x_T").to(device),
+            noise=x_T,
             clip_denoised=False,
             model_kwargs={"condition": masked_condition(image, hidden, noise)},
-            step_noise=lambda step: torch.stack([self._noise(band, "step", step) for band in bands]).to(device),
+            step_noise=lambda step: step_noise(step)[0],
         )
 
     def _noise(self, band: Band, *use: int | str) -> Tensor:

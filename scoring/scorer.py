@@ -64,7 +64,8 @@ class Scorer:
         processes each makes its share of the slices, and all get the whole.
         """
         share = dist_util.share(len(image))
-        image, brainmask, reference = (slices[share].to(self.device) for slices in (image, brainmask, reference))
+        image, reference = (slices[share].to(self.device) for slices in (image, reference))
+        brainmask = brainmask[share]
         sampling = self.config.score_model.sampling
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:

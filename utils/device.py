@@ -5,12 +5,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .cli import UserError
 
@@ -55,6 +56,41 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Compute matrix products and convolutions in `precision`, all else in float32."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for it, which CUDA can from pinned memory alone."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class DrawnAhead:
+    """Calls `draw(step)`, which returns a tuple of CPU tensors, for one step after another.
+
+    A GPU should not wait for random numbers: while it works at a step, a thread draws those of the next. On a CPU,
+    where that thread would only take time from the network, they are drawn when they are asked for.
+
+    Args:
+        draw: depends on the step alone.
+        device: where the draws are needed.
+        ahead: how far the next step lies from one step: 1 in training, −1 in sampling; 0 where its draws depend on
+            this one.
+    """
+
+    def __init__(self, draw: Callable[[int], tuple[Tensor, ...]], device: torch.device, ahead: int = 1):
+        self.draw, self.device = draw, device
+        self.ahead = 0 if device.type == "cpu" else ahead
+        self._pool = ThreadPoolExecutor(1)  # which starts no thread before it has work
+        self._drawn: dict[int, Future] = {}
+
+    def __call__(self, step: int) -> list[Tensor]:
+        """The draws of a step, on the device."""
+        drawn = self._drawn.pop(step, None)
+        draws = drawn.result() if drawn else self.draw(step)
+        if self.ahead and step + self.ahead >= 0:
+            self._drawn = {step + self.ahead: self._pool.submit(self.draw, step + self.ahead)}
+        return [to_device(tensor, self.device) for tensor in draws]
 
 
 def available_cores() -> int:

@@ -17,6 +17,7 @@ from models.cycle import mmccd, slices_and_bands
 from models.masked_diffusion import (
     MaskedConditionalUNet,
     MaskedDiffusionTranslator,
+    draw_masked_diffusion,
     masked_condition,
     masked_diffusion_losses,
 )
@@ -178,17 +179,12 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
     diffusion = make_diffusion(40)
     batch = drawn(2, 3, 1, SIZE, SIZE)
 
+    process = {"schedule_sampler": create_named_schedule_sampler("uniform", diffusion)}
+    where = {"image_size": SIZE, "band_width": WIDTH, "band_stride": 2}
+
     def compute_losses(model, batch, step):
-        return masked_diffusion_losses(
-            model,
-            *batch,
-            diffusion=diffusion,
-            schedule_sampler=create_named_schedule_sampler("uniform", diffusion),
-            band_width=WIDTH,
-            band_stride=2,
-            seed=0,
-            step=step,
-        )
+        draws = draw_masked_diffusion(step, seed=0, batch_size=3, **where, **process)
+        return masked_diffusion_losses(model, *batch, draws, diffusion=diffusion, **process)
 
     torch.manual_seed(0)
     network = MaskedConditionalUNet(**MODEL)

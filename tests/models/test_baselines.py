@@ -14,6 +14,8 @@ from models.baselines import (
     coarse_noise,
     denoising_losses,
     diffusion_losses,
+    draw_denoising,
+    draw_diffusion,
 )
 
 SIZE = 16
@@ -112,7 +114,9 @@ def test_denoising_leaves_the_background_alone_and_is_the_squared_error(images):
         seen.append(noisy)
         return noisy
 
-    losses = denoising_losses(model, images, noise_size=4, noise_std=1.0, seed=0, step=7)
+    (noise,) = draws = draw_denoising(7, seed=0, batch_size=3, image_size=SIZE, noise_size=4, noise_std=1.0)
+    losses = denoising_losses(model, images, draws)
+    assert torch.equal(seen[0][:, :, 4:], (images + noise)[:, :, 4:])
     assert torch.equal(seen[0][:, :, :4], images[:, :, :4])
     assert (seen[0][:, :, 4:] != images[:, :, 4:]).all()
     assert losses.tolist() == pytest.approx([((a - b) ** 2).mean().item() for a, b in zip(*seen, images, strict=True)])
@@ -124,13 +128,16 @@ def test_noise_belongs_to_a_samples_place_in_the_batch(images, kind, make_diffus
     sampler = create_named_schedule_sampler("uniform", diffusion)
 
     def losses(images, **share):
+        drawn = {"seed": 0, "batch_size": 3, "image_size": SIZE, **share}
         if kind == "dae":
-            return denoising_losses(lambda x: 0.5 * x, images, noise_size=4, noise_std=1.0, seed=0, step=3, **share)
+            draws = draw_denoising(3, noise_size=4, noise_std=1.0, **drawn)
+            return denoising_losses(lambda x: 0.5 * x, images, draws)
+        draws = draw_diffusion(3, schedule_sampler=sampler, **drawn)
         process = {"diffusion": diffusion, "schedule_sampler": sampler}
-        return diffusion_losses(lambda x, t: 0.5 * x, images, **process, seed=0, step=3, **share)
+        return diffusion_losses(lambda x, t: 0.5 * x, images, draws, **process)
 
     whole = losses(images)
-    assert torch.equal(losses(images[1:], batch_size=3, share=slice(1, 3)), whole[1:])
+    assert torch.equal(losses(images[1:], share=slice(1, 3)), whole[1:])
     assert len(set(whole.tolist())) == 3
 
 
@@ -182,7 +189,7 @@ def test_a_reconstruction_depends_on_no_other_slice(images, make_diffusion, rand
 def test_the_loss_is_that_of_predicting_the_slice(images, make_diffusion):
     diffusion = make_diffusion(50)
     sampler = create_named_schedule_sampler("uniform", diffusion)
-    losses = diffusion_losses(
-        lambda x, t: torch.zeros_like(x), images, diffusion=diffusion, schedule_sampler=sampler, seed=0, step=0
-    )
+    draws = draw_diffusion(0, seed=0, batch_size=3, image_size=SIZE, schedule_sampler=sampler)
+    process = {"diffusion": diffusion, "schedule_sampler": sampler}
+    losses = diffusion_losses(lambda x, t: torch.zeros_like(x), images, draws, **process)
     assert losses.tolist() == pytest.approx((images**2).flatten(1).mean(1).tolist(), rel=1e-5)

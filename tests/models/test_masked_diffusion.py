@@ -10,7 +10,12 @@ import torch
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.unet import UNetModel
-from models.masked_diffusion import MaskedDiffusionTranslator, masked_condition, masked_diffusion_losses
+from models.masked_diffusion import (
+    MaskedDiffusionTranslator,
+    draw_masked_diffusion,
+    masked_condition,
+    masked_diffusion_losses,
+)
 from models.masks import Band, band_mask
 
 SIZE, WIDTH, STRIDE = 16, 4, 2
@@ -43,17 +48,10 @@ def losses_of(make_diffusion, masked_unet):
 
     def compute(image, target, sampler=None, seed=0, step=0, model=masked_unet):
         diffusion = make_diffusion(STEPS)
-        return masked_diffusion_losses(
-            model,
-            image,
-            target,
-            diffusion=diffusion,
-            schedule_sampler=sampler or create_named_schedule_sampler("uniform", diffusion),
-            band_width=WIDTH,
-            band_stride=STRIDE,
-            seed=seed,
-            step=step,
-        )
+        process = {"schedule_sampler": sampler or create_named_schedule_sampler("uniform", diffusion)}
+        where = {"image_size": SIZE, "band_width": WIDTH, "band_stride": STRIDE}
+        draws = draw_masked_diffusion(step, seed=seed, batch_size=len(image), **where, **process)
+        return masked_diffusion_losses(model, image, target, draws, diffusion=diffusion, **process)
 
     return compute
 
