@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.timing import (
-    Work,
     Worker,
     add_flags,
     check_at_least_one,
     compare_sides,
     describe,
     median_seconds,
-    network_inputs,
     peak_memory,
     print_table,
     ratio,
     take_turns,
-    untrained_network,
 )
+from benchmarks.shared.work import Work, network_inputs, prepare_optimised_pass, untrained_network
 from utils.cli import ArgumentParser, run
 
 # Where a whole slice takes too long, a part of it is timed: so many DDIM steps, and (one at a time) so many bands.
@@ -80,24 +78,6 @@ def prepare_plain_pass(config: Any, batch_size: int, device: Any) -> Work:
     @torch.no_grad()
     def work() -> Any:
         return network(*inputs)
-
-    return work
-
-
-def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
-    """The masked conditional UNet as modality_cyclic_test.py computes it."""
-    import torch
-
-    from utils.device import autocast, pick_precision, speed_up
-
-    network = speed_up(untrained_network("diffusion", config).eval(), device, training=False)
-    inputs = network_inputs(config, batch_size, device)
-    precision = pick_precision(config.precision, device)
-
-    @torch.inference_mode()
-    def work() -> Any:
-        with autocast(device, precision):
-            return network(*inputs)
 
     return work
 

@@ -10,15 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.timing import (
-    Work,
-    add_flags,
-    check_at_least_one,
-    compare_sides,
-    describe,
-    random_images,
-    untrained_network,
-)
+from benchmarks.shared.timing import add_flags, check_at_least_one, compare_sides, describe
+from benchmarks.shared.work import Work, create_problem, prepare_optimised_step, untrained_network
 from utils.cli import ArgumentParser, run
 
 
@@ -61,40 +54,6 @@ def prepare_plain_step(config: Any, batch_size: int, device: Any) -> Work:
     steps = count()
     return lambda: plain_training_step(
         model, ema_model, optimizer, compute_losses, batch, next(steps), training.ema_rate
-    )
-
-
-def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
-    """Steps of the training loop as modality_cyclic_train.py sets it up, one for each call."""
-    from itertools import repeat
-
-    from guided_diffusion.train_util import TrainLoop
-    from utils.device import pick_precision, speed_up
-
-    training = config.score_model.training
-    batch, compute_losses = create_problem(config, batch_size, device)
-    loop = TrainLoop(
-        model=speed_up(untrained_network("diffusion", config), device, training=True),
-        compute_losses=compute_losses,
-        batches_from=lambda step: repeat(batch),
-        directory=Path(),
-        logger=None,  # single steps neither log nor save nor resume
-        settings=training,
-        precision=pick_precision(config.precision, device),
-        seed=config.seed,
-        on_save=lambda network, step: None,
-    )
-    loop.model.train()
-    return lambda: loop._train_step(batch)
-
-
-def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
-    """A batch of two modalities, and what training minimises on it: losses of (model, batch, step)."""
-    from models.build import create_losses
-
-    losses, _ = create_losses("diffusion", config, device)
-    return random_images(2, batch_size, config), lambda model, batch, step: losses(
-        model, *batch.to(device, non_blocking=True), step
     )
 
 

@@ -71,8 +71,9 @@ def cyclic_unet(
     translation, reconstruction = torch.empty_like(image), torch.empty_like(image)
 
     def pass_over(batch: Sequence[int]) -> None:
-        translation[batch] = forward(image[batch])
-        reconstruction[batch] = backward(translation[batch])
+        rows = slice(batch[0], batch[-1] + 1)  # a list of them would have to be copied to the device
+        translation[rows] = forward(image[rows])
+        reconstruction[rows] = backward(translation[rows])
 
     in_batches(pass_over, list(range(len(image))), batch_size, progress)
     reference = image if reference is None else reference

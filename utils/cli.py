@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a script can parse its arguments before 
 import argparse
 import difflib
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,10 @@ MODEL_HELP = (
     "unet: Cyclic UNet; diffusion: MMCCD; histogram: a cycle of joint histograms; and what reconstructs the input "
     "itself: autoencoder, dae (denoising autoencoder), ddpm (AnoDDPM)"
 )
+
+# What says how OpenMP's threads wait, of GNU's and of Intel's and LLVM's, and how often GNU's look before they sleep.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPINS = "10000"
 
 
 class UserError(Exception):
@@ -89,8 +94,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def wait_within_bounds() -> None:
+    """Have the threads of torch, which is not loaded yet, wait for each other actively only for a moment.
+
+    By default they try a hundred thousand times before they sleep. On cores that others use, too, that is time taken
+    from the very thread they are waiting for: see benchmarks/neighbours.py. What the user has set holds.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError`, 130 for Ctrl-C."""
+    wait_within_bounds()
     code, message = 0, ""
     for stream in (sys.stdout, sys.stderr):  # a terminal or a file name may know other characters than UTF-8's
         if isinstance(stream, io.TextIOWrapper):

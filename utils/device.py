@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Compute matrix products and convolutions in `precision`, all else in float32."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ memory, say), and tells its peak memory.
 """
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,10 +15,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from utils.cli import ArgumentParser, UserError
 
-Work = Callable[..., object]
+from .work import Work, count_flops
 
 
 class Run(NamedTuple):
@@ -36,13 +38,17 @@ class Worker:
         device: the torch.device of the work.
         prepare: called in the process, so it has to be picklable; what it returns is the work.
         in_a_row: how often a turn does the work; its seconds are those of one time.
+        environment: variables of the process beside those of this one.
     """
 
-    def __init__(self, device: Any, prepare: Callable[[], Work], in_a_row: int = 1):
+    def __init__(
+        self, device: Any, prepare: Callable[[], Work], in_a_row: int = 1, environment: Mapping[str, str] | None = None
+    ):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, device, prepare, in_a_row))
-        self._process.start()
+        with patch.dict(os.environ, environment or {}):
+            self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self.first = self.run()
 
@@ -182,63 +188,6 @@ def describe(device: Any) -> str:
 def passes_in_a_row(device: Any) -> int:
     """How many short pieces of work make a turn: on a GPU so many that waiting for its answer does not count."""
     return 20 if device.type == "cuda" else 1
-
-
-def untrained_network(model_name: str, config: Any) -> Any:
-    """A translator's network as training begins with it, but for the layers that start at 0: they are drawn, too."""
-    import torch
-    from torch import nn
-
-    from models.build import create_network
-
-    torch.manual_seed(config.seed)
-    network = create_network(model_name, config.score_model)
-    for module in network.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d) and not (module.weight.is_meta or module.weight.any()):
-            module.reset_parameters()
-    return network
-
-
-def count_flops(config: Any, *, training: bool) -> int:
-    """What the masked conditional UNet computes for one sample, forward or (in training) forward and backward.
-
-    Torch counts products and convolutions, a multiply-add as 2. It is the plain network that is counted, as attention's
-    fused kernels hide their products; nothing is computed for it.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from benchmarks.shared.reference import plain_network
-
-    with torch.device("meta"):
-        network = plain_network(untrained_network("diffusion", config))
-    inputs = network_inputs(config, 1, torch.device("meta"))
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        output = network(*inputs)
-        if training:
-            output.sum().backward()
-    return counter.get_total_flops()
-
-
-def network_inputs(config: Any, batch_size: int, device: Any) -> tuple:
-    """x_t, t and the condition of a batch for the masked conditional UNet."""
-    import torch
-
-    from models.masked_diffusion import masked_condition
-
-    x_t, image, noise = random_images(3, batch_size, config).to(device)
-    t = torch.arange(batch_size, device=device)
-    mask = torch.zeros_like(image, dtype=torch.bool)
-    mask[:, :, : config.score_model.mask.width] = True
-    return x_t, t, masked_condition(image, mask, noise)
-
-
-def random_images(kinds: int, batch_size: int, config: Any) -> Any:
-    """Noise the size of slices, the same in every process: [kinds, batch_size, 1, H, W]."""
-    import torch
-
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randn(kinds, batch_size, 1, *[config.data.image_size] * 2, generator=generator)
 
 
 def add_flags(parser: ArgumentParser) -> None:

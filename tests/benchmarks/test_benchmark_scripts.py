@@ -12,6 +12,7 @@ import torch
 
 import config as configs
 from benchmarks import phantom_fidelity, scoring, training
+from benchmarks.shared import work
 from datasets import phantom
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -205,7 +206,7 @@ def test_both_sides_compute_the_same_pass(exact_config):
     torch.manual_seed(0)
     exact_config.score_model.training.batch_size = 2
     plain, optimised = (
-        prepare(exact_config, 2, CPU)() for prepare in (scoring.prepare_plain_pass, scoring.prepare_optimised_pass)
+        prepare(exact_config, 2, CPU)() for prepare in (scoring.prepare_plain_pass, work.prepare_optimised_pass)
     )
     assert plain.std() > 1e-3
     torch.testing.assert_close(plain, optimised, rtol=0, atol=1e-5)
@@ -223,7 +224,7 @@ def test_both_sides_score_the_same_slice(exact_config, preset):
 def test_both_sides_train_alike(exact_config):
     exact_config.score_model.training.batch_size = 2
     plain, optimised = (
-        prepare(exact_config, 2, CPU) for prepare in (training.prepare_plain_step, training.prepare_optimised_step)
+        prepare(exact_config, 2, CPU) for prepare in (training.prepare_plain_step, work.prepare_optimised_step)
     )
     for _ in range(2):
         assert plain().item() == pytest.approx(optimised().item(), abs=1e-4)

@@ -1,0 +1,147 @@
+"""Every operation on the device, without a GPU: torch's meta device stands for one.
+
+On it operations are checked and not computed: those that mix devices fail, and so does whatever would have to wait for
+a value. Copies are counted here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import config as configs
+from guided_diffusion.train_util import TrainLoop
+from models.build import create_losses, create_masked_translator, create_network, create_reconstructor
+from models.cycle import cyclic_unet, mmccd
+from models.masks import sweep
+
+META = torch.device("meta")
+SIZE = 32
+
+
+class Copies(TorchDispatchMode):
+    """Notes the operations that copy between devices, and have the host wait."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
+        moves = "copy" in str(function) or "index" in str(function)  # an index on the CPU is copied on the way
+        if moves and len({one.device for one in tensors}) > 1 and not kwargs.get("non_blocking"):
+            self.found.append(str(function))
+        return out
+
+
+class Lists(TorchFunctionMode):
+    """Notes tensors and indices that are made of Python's numbers on another device than the CPU: copies, too."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        makes = function in (torch.tensor, torch.as_tensor) and out.device.type != "cpu"
+        indexes = function in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type != "cpu"
+        if makes or (indexes and isinstance(args[1], list)):
+            self.found.append(str(function))
+        return out
+
+
+@contextmanager
+def blocking_copies() -> Iterator[list[str]]:
+    """The copies in the block that the host would wait for."""
+    found: list[str] = []
+    with Copies(found), Lists(found):
+        yield found
+
+
+@pytest.fixture
+def small_config():
+    config = configs.get_config("phantom")
+    config.data.image_size = SIZE
+    config.score_model.training.batch_size = 3
+    config.score_model.sampling.batch_size = 5
+    return config
+
+
+def slices(n: int = 3) -> Tensor:
+    return torch.zeros(n, 1, SIZE, SIZE, device=META)
+
+
+def test_what_would_be_wrong_on_a_gpu_is_found():
+    with blocking_copies() as copies:
+        torch.zeros(2).to(META, non_blocking=True)
+        assert copies == []
+        torch.zeros(2).to(META)
+        slices().copy_(torch.zeros(SIZE))
+        slices()[torch.tensor([0, 2])]
+        slices()[[0, 2]]
+        torch.tensor([0, 2], device=META)
+        assert len(copies) == 5
+    with pytest.raises(RuntimeError, match="device"):
+        slices() + torch.zeros(SIZE)
+    with pytest.raises(RuntimeError, match="meta"):
+        slices().sum().item()
+
+
+@pytest.mark.parametrize("model_name", ["unet", "diffusion", "autoencoder", "dae", "ddpm"])
+def test_a_training_step_copies_nothing_that_it_waits_for(model_name, small_config, tmp_path):
+    losses, schedule_sampler = create_losses(model_name, small_config, META)
+    batch = (slices(), slices())
+    loop = TrainLoop(
+        model=create_network(model_name, small_config.score_model).to(META),
+        compute_losses=lambda model, batch, step: losses(model, *batch, step),
+        batches_from=lambda step: repeat(batch),
+        directory=tmp_path,
+        logger=None,
+        settings=small_config.score_model.training,
+        precision=torch.float32,
+        seed=0,
+        schedule_sampler=schedule_sampler,
+        on_save=lambda network, step: None,
+    )
+    loop.optimizer = torch.optim.AdamW(loop.trained, foreach=True, capturable=False)  # the fused one knows no meta
+    loop._train_step(batch)  # after which schedules lie on the device
+    with blocking_copies() as copies:
+        loop._train_step(batch)
+    assert copies == []
+
+
+@pytest.mark.parametrize("use_ddim", [True, False])
+def test_a_sweep_copies_nothing_that_it_waits_for(use_ddim, small_config):
+    small_config.score_model.sampling.use_ddim = use_ddim
+    small_config.score_model.sampling.timestep_respacing = "4"
+    forward, backward = (
+        create_network(name, small_config.score_model).to(META).eval() for name in ("diffusion", "unet")
+    )
+    translator = create_masked_translator(forward, small_config)
+    brainmask = torch.zeros(2, 1, SIZE, SIZE, dtype=torch.bool)
+    brainmask[:, :, 8:20, 8:20] = True
+    how = {"bands": sweep(SIZE, 8), "batch_size": 3}
+    mmccd(slices(2), brainmask, translator, backward, **how)
+    with blocking_copies() as copies:
+        cycle = mmccd(slices(2), brainmask, translator, backward, **how)
+    assert copies == []
+    assert cycle.error.device == META
+
+
+@pytest.mark.parametrize("model_name", ["unet", "autoencoder", "ddpm", "histogram"])
+def test_a_pass_copies_nothing_that_it_waits_for(model_name, small_config):
+    small_config.score_model.sampling.timestep_respacing = "4"
+    network = create_network(model_name, small_config.score_model).to(META).eval()
+    forward = create_reconstructor(model_name, network, small_config)
+    cyclic_unet(slices(), forward, torch.nn.Identity(), batch_size=2)
+    with blocking_copies() as copies:
+        cyclic_unet(slices(), forward, torch.nn.Identity(), batch_size=2)
+    assert copies == []
