@@ -41,7 +41,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     normalisations = (translator.preprocessing.get("normalisation") for translator in translators)
     quantiles = next(filter(None, normalisations), NORMALISATION)
     threshold, usual_error, origin = find_threshold(args, overrides, experiments, chain)
-    scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id)))
+    scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id), chain.config.deterministic))
     for direction, checkpoint in chain.checkpoints.items():
         print(f"{direction + ':':10} {experiments.address(checkpoint)}")
     print(f"threshold: {threshold:.6g}, {origin}")

@@ -47,7 +47,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     chain = find_chain(args, overrides, experiments)
     config = chain.config
     require_same_preprocessing(chain, Path(config.data.data_dir))
-    device = pick_device(dist_util.gpu_id(args.gpu_id))
+    device = pick_device(dist_util.gpu_id(args.gpu_id), config.deterministic)
     scorer, name = Scorer(chain, device), results_name(chain)
     slices = {split: load_slices(chain, split) for split in ("test", "val")}
     if args.select == "validation":

@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         translate_example,
     )
     from utils import experiment
-    from utils.device import pick_device, pick_precision, speed_up
+    from utils.device import compile_if_it_pays, pick_device, pick_precision, speed_up
     from utils.files import locked
 
     config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name, args.preset)
@@ -55,7 +55,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
             f"some of these {dist_util.world_size()} with nothing"
         )
 
-    device = pick_device(dist_util.gpu_id(args.gpu_id))
+    device = pick_device(dist_util.gpu_id(args.gpu_id), config.deterministic)
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
@@ -116,6 +116,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                 logger.info(f"warning: {error}; the next save tries again")
 
         def descend() -> None:
+            compile_if_it_pays(network, device, training.iterations)
             TrainLoop(
                 model=speed_up(network, device, training=True),
                 compute_losses=lambda model, batch, step: losses(
@@ -170,7 +171,8 @@ def plain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
 
     room = f"make room in {tempfile.gettempdir()} (or set TMPDIR)" if experiments.remote else "make room"
     remedies = {
-        FloatingPointError: "try a lower --config.score_model.training.lr",
+        FloatingPointError: "try a lower --config.score_model.training.lr, or --config.precision=float32 if this was "
+        "float16",
         UnreadableError: "restore one, or start over with --overwrite",
         CheckpointError: f"{room}, or see --config.score_model.training.keep_last",
     }

@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # auto: bfloat16 where the device computes in it, float16 on older GPUs, else float32; or one of the three
     config.precision = "auto"
+    config.deterministic = False  # the same bits in every run on a GPU, too, which costs speed
 
     config.data = data = ConfigDict()
     data.data_dir = "./datasets/data"
@@ -42,10 +43,8 @@ def get_config() -> ConfigDict:
 
     score_model.baselines = baselines = ConfigDict()
     baselines.latent_channels = 8  # of the autoencoder's bottleneck: a 32nd of the pixels
-    baselines.noise_size = (
-        16  # of the denoising autoencoder's grid of noise, and its deviation: a fifth of the range of
-    )
-    baselines.noise_std = 1.2  # the brain, −3 … 3 (Kascenas et al. 2022)
+    baselines.noise_size = 16  # of the denoising autoencoder's grid of noise (Kascenas et al. 2022)
+    baselines.noise_std = 1.2  # of that noise: a fifth of the brain's range, −3 … 3
     baselines.noise_timestep = 249  # that ddpm noises a slice to: 250 of 1000 steps (Wyatt et al. 2022)
 
     score_model.training = training = ConfigDict()

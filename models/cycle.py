@@ -75,7 +75,7 @@ def cyclic_unet(
         translation[rows] = forward(image[rows])
         reconstruction[rows] = backward(translation[rows])
 
-    in_batches(pass_over, list(range(len(image))), batch_size, progress)
+    in_batches(pass_over, list(range(len(image))), batch_size, progress, image.device)
     reference = image if reference is None else reference
     return Cycle((reference - reconstruction).square(), translation, reconstruction)
 
@@ -136,7 +136,7 @@ def mmccd(
         found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
         sums.index_add_(1, index, found)  # all at once: a batch that is tried again must not count twice
 
-    in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
+    in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress, image.device)
     *sums, counts = sums
     error, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
     return Cycle(error, *(torch.where(counts > 0, mean, reference) for mean in (translation, reconstruction)))

@@ -15,7 +15,7 @@ from models.build import create_masked_translator, create_network, create_recons
 from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
 from models.masks import sweep
 from utils.cli import UserError
-from utils.device import autocast, pick_precision, speed_up
+from utils.device import autocast, compile_if_it_pays, pick_precision, speed_up
 
 from .chain import Chain, sampling_name
 
@@ -37,6 +37,7 @@ class Scorer:
         try:
             self.forward = load_translator(chain, "forward", device)
             self.backward = load_translator(chain, "backward", device) if chain.backward else nn.Identity()
+            self.networks = (self.forward, self.backward)
             if chain.model_name == "diffusion":
                 self.masked_translator = create_masked_translator(self.forward, self.config)
             else:
@@ -67,6 +68,8 @@ class Scorer:
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
         sampling = self.config.score_model.sampling
+        for network in self.networks:
+            compile_if_it_pays(network, self.device, self.passes(brainmask) // sampling.batch_size)
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
             how = {

@@ -1,12 +1,15 @@
 """Where a run computes, in which precision, and what makes it fast there."""
 
 import ctypes
+import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +21,16 @@ from .cli import UserError
 Item = TypeVar("Item")
 Network = TypeVar("Network", bound=nn.Module)
 
+WORTH_COMPILING = 5_000  # calls of a network: an estimate, a call saves some 10 ms of the paper's 30
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(gpu_id: str) -> torch.device:
+def pick_device(gpu_id: str, deterministic: bool = False) -> torch.device:
     """The device that `--gpu_id` names; the CPU, said in one line, where there is no CUDA device.
 
-    A UserError if it is neither `cpu` nor the number of a device that is there.
+    A CUDA device computes float32 in float32, and if it is to be `deterministic`, the same bits in every run, at some
+    cost. CPUs do so anyway. A UserError if it is neither `cpu` nor the number of a device that is there.
     """
     if gpu_id == "cpu":
         return torch.device("cpu")
@@ -35,7 +41,14 @@ def pick_device(gpu_id: str) -> torch.device:
         return torch.device("cpu")
     if int(gpu_id) >= torch.cuda.device_count():
         raise UserError(f"--gpu_id {gpu_id} is not there: the devices are 0 … {torch.cuda.device_count() - 1}")
-    return torch.device("cuda", int(gpu_id))
+    device = torch.device("cuda", int(gpu_id))
+    torch.cuda.set_device(device)  # what names no device, pinned memory say, would open a context on the first one
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # whose gradients are added up in any order
+        torch.use_deterministic_algorithms(True)
+    return device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -118,34 +131,52 @@ def available_memory() -> int:
 
 
 def speed_up(network: Network, device: torch.device, *, training: bool) -> Network:
-    """Move a network to its device, in the memory layout that is fastest there; on CUDA it is compiled, too.
+    """Move a network to its device, in the memory layout that is fastest there.
 
-    Parameters, their names and the results to rounding stay as they are. TORCH_COMPILE_DISABLE=1 in the environment
-    leaves compiling out.
+    Parameters, their names and the results to rounding stay as they are.
     """
     if device.type == "cpu":
         _keep_memory()
     # Convolutions are fastest with channels last. On a CPU, group norm's backward pass loses more by it.
     plain = training and device.type == "cpu"
-    network.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    if device.type == "cuda":
+    return network.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+
+
+def compile_if_it_pays(network: nn.Module, device: torch.device, calls: int) -> None:
+    """Compile a network for CUDA, in place, if it will be called so often that the minute this takes comes back.
+
+    Where Triton or a C compiler is missing, it stays as it is, which is said. TORCH_COMPILE_DISABLE=1 in the
+    environment leaves compiling out, too.
+    """
+    if device.type != "cuda" or calls < WORTH_COMPILING:
+        return
+    compilers = filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if importlib.util.find_spec("triton") and next(compilers, None):
         network.compile()
-    return network
+    else:
+        print("networks are not compiled, which takes Triton and a C compiler: the run is slower, its results the same")
 
 
 def in_batches(
-    work: Callable[[Sequence[Item]], None], items: Sequence[Item], batch_size: int, progress: Callable
+    work: Callable[[Sequence[Item]], None],
+    items: Sequence[Item],
+    batch_size: int,
+    progress: Callable,
+    device: torch.device,
 ) -> None:
     """Call `work` with all items in order, `batch_size` at a time, and `progress` with how many were done.
 
-    A batch that does not fit into the memory of a GPU is halved, with a warning, and tried again. A UserError if not
-    even a single item fits.
+    On a GPU the first batch shows what an item takes, and those after it fill the memory. A batch that does not fit is
+    halved, with a warning, and tried again. A UserError if not even a single item fits.
     """
     done = 0
     while done < len(items):
         batch = items[done : done + batch_size]
         try:
-            work(batch)
+            if done == 0 and device.type == "cuda":
+                batch_size = max(batch_size, _measure_batch(partial(work, batch), len(batch), device))
+            else:
+                work(batch)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise UserError("not even a batch of 1 fits into the GPU's memory: use a smaller model") from error
@@ -158,6 +189,17 @@ def in_batches(
         torch.cuda.empty_cache()
         message = f"a batch of {len(batch)} does not fit into the GPU's memory: going on with {batch_size}"
         warnings.warn(message, stacklevel=2)
+
+
+def _measure_batch(work: Callable[[], None], n_items: int, device: torch.device) -> int:
+    """Do a batch of `n_items`; returns how many of them four fifths of the GPU's free memory take."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    an_item = max(torch.cuda.max_memory_allocated(device) - before, 1) / n_items
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(0.8 * (free + unused) / an_item)
 
 
 def _keep_memory() -> None:

@@ -1,4 +1,4 @@
-"""The plain way to score and to train: one slice and one mask at a time, in float32, all spelt out.
+"""The plain way to score and to train: a batch of slices and one mask at a time, in float32, all spelt out.
 
 It is kept to measure the project's own code against, and to test it: both come to the same scores. Networks are
 computed as in the public guided-diffusion library, whose attention is a product, a softmax and a product.
@@ -75,30 +75,28 @@ def plain_mmccd(
     Bands that hide no brain are skipped, so that both ways make the same number of network passes.
 
     Args:
-        image: [N, 1, H, W], on the networks' device.
-        brainmask: bool [N, 1, H, W].
+        image: [N, 1, H, W], on the networks' device; all go through a band together, as in the published loader.
+        brainmask: bool [N, 1, H, W], there, too.
         forward: says what the diffusion is, what a band hides, and what noise belongs to it.
         backward: the network from the target modality to the image's.
         bands: the sweep.
     """
-    scores = torch.zeros_like(image)
-    for i in range(len(image)):
-        one = image[i : i + 1]
-        errors = []
-        for band in bands:
-            mask = forward.mask([band]).to(one.device)
-            if not (mask & brainmask[i : i + 1]).any():
-                continue
-            noise = forward._noise(band, "condition")[None].to(one.device)
-            condition = masked_condition(one, mask, noise)
-            x_T = forward._noise(band, "x_T")[None].to(one.device)
-            translation = plain_ddim(forward.model, forward.diffusion, x_T, condition)[-1]
-            error = (one - backward(translation)).square()
-            errors.append(torch.where(mask, error, torch.nan))
-        if errors:
-            # A mean over no mask at all is nan: what no mask covered is background, and scores 0.
-            scores[i] = torch.cat(errors).nanmean(dim=0).nan_to_num(0.0)
-    return scores
+    errors = []
+    for band in bands:
+        mask = forward.mask([band]).to(image.device)
+        shows = (mask & brainmask).flatten(1).any(1)  # the slices of whose brain it hides some
+        if not shows.any():
+            continue
+        noise, x_T = (
+            forward._noise(band, use).to(image.device).expand_as(image[shows]) for use in ("condition", "x_T")
+        )
+        condition = masked_condition(image[shows], mask, noise)
+        translation = plain_ddim(forward.model, forward.diffusion, x_T, condition)[-1]
+        error = torch.full_like(image, torch.nan)
+        error[shows] = torch.where(mask, (image[shows] - backward(translation)).square(), torch.nan)
+        errors.append(error)
+    # A mean over no mask at all is nan: what no mask covered is background, and scores 0.
+    return torch.stack(errors).nanmean(dim=0).nan_to_num(0.0) if errors else torch.zeros_like(image)
 
 
 @torch.no_grad()

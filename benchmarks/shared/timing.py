@@ -180,8 +180,7 @@ def describe(device: Any) -> str:
     import torch
 
     if device.type == "cuda":
-        tf32 = " (float32 convolutions in TF32, torch's default)" if torch.backends.cudnn.allow_tf32 else ""
-        return torch.cuda.get_device_name(device) + tf32
+        return torch.cuda.get_device_name(device)
     return f"the CPU (threads: {torch.get_num_threads()})"
 
 
@@ -216,6 +215,7 @@ def check_at_least_one(args: Any, *flags: str) -> None:
 def _serve(pipe: Connection, device: Any, prepare: Callable[[], Work], in_a_row: int) -> None:
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # of both sides, float32 is float32
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     work = prepare()
     while True:
@@ -251,9 +251,6 @@ def _peak_memory(device: Any) -> int:
 def _prepare_product(device: Any, precision: Any, size: int) -> Work:
     import torch
 
-    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        # By torch's default float32 convolutions, nearly all of a network, are in TF32, and products are not.
-        torch.set_float32_matmul_precision("high")
     a, b = torch.randn(2, size, size, device=device).to(precision)
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)

@@ -71,9 +71,10 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
     """The masked conditional UNet as modality_cyclic_test.py computes it."""
     import torch
 
-    from utils.device import autocast, pick_precision, speed_up
+    from utils.device import WORTH_COMPILING, autocast, compile_if_it_pays, pick_precision, speed_up
 
     network = speed_up(untrained_network("diffusion", config).eval(), device, training=False)
+    compile_if_it_pays(network, device, WORTH_COMPILING)
     inputs = network_inputs(config, batch_size, device)
     precision = pick_precision(config.precision, device)
 
@@ -90,12 +91,14 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
     from itertools import repeat
 
     from guided_diffusion.train_util import TrainLoop
-    from utils.device import pick_precision, speed_up
+    from utils.device import compile_if_it_pays, pick_precision, speed_up
 
     training = config.score_model.training
     batch, compute_losses = create_problem(config, batch_size, device)
+    network = speed_up(untrained_network("diffusion", config), device, training=True)
+    compile_if_it_pays(network, device, training.iterations)
     loop = TrainLoop(
-        model=speed_up(untrained_network("diffusion", config), device, training=True),
+        model=network,
         compute_losses=compute_losses,
         batches_from=lambda step: repeat(batch),
         directory=Path(),

@@ -19,6 +19,7 @@ from utils.cli import BASELINES, UserError
 PAPER = {  # Liang et al. 2023, and their published settings
     "seed": 0,
     "precision": "auto",
+    "deterministic": False,
     "data.data_dir": "./datasets/data",
     "data.input": "flair",
     "data.trans": "t2",

@@ -1,6 +1,7 @@
 """Precision, memory layout and batches that do not fit, with devices that are not there played by stand-ins."""
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import torch
 
 from guided_diffusion.unet import UNetModel
 from utils.cli import UserError
-from utils.device import autocast, available_memory, in_batches, pick_precision, speed_up
+from utils.device import (
+    WORTH_COMPILING,
+    autocast,
+    available_memory,
+    compile_if_it_pays,
+    in_batches,
+    pick_device,
+    pick_precision,
+    speed_up,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -119,7 +129,7 @@ class Recorder:
         self.done.extend(batch)
 
     def run(self, n_items, batch_size):
-        in_batches(self, list(range(n_items)), batch_size, self.progress.append)
+        in_batches(self, list(range(n_items)), batch_size, self.progress.append, CPU)
 
 
 def test_items_are_done_in_order_and_once():
@@ -149,14 +159,86 @@ def test_other_errors_are_not_swallowed():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        in_batches(fail, [1, 2], 2, lambda done: None)
+        in_batches(fail, [1, 2], 2, lambda done: None, CPU)
 
 
 def test_tensors_are_batched_too():
     parts = []
-    in_batches(parts.append, torch.arange(5), 2, lambda done: None)
+    in_batches(parts.append, torch.arange(5), 2, lambda done: None, CPU)
     assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
 
 
 def test_no_items():
-    in_batches(lambda batch: pytest.fail("nothing to do"), [], 4, lambda done: None)
+    in_batches(lambda batch: pytest.fail("nothing to do"), [], 4, lambda done: None, GPU)
+
+
+def test_batches_fill_the_memory_of_a_gpu(monkeypatch):
+    # 300 bytes are in use; a batch of 4 takes 100 more; 400 of those the allocator holds, and 600 others, are free.
+    facts = {"memory_allocated": 300, "max_memory_allocated": 400, "memory_reserved": 700, "mem_get_info": (600, 1300)}
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, fact=fact: fact)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    work = Recorder()
+    in_batches(work, list(range(80)), 4, work.progress.append, GPU)
+    assert work.tried == work.progress == [4, 32, 32, 12]  # 32: four fifths of 1000 bytes, by 25
+    assert work.done == list(range(80))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is set on a GPU
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two pretended GPUs; which of them was made the current one."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield chosen
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+def test_the_device_asked_for_is_the_current_one_in_true_float32(two_gpus):
+    assert pick_device("1") == torch.device("cuda", 1)
+    assert two_gpus == [torch.device("cuda", 1)]
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(UserError, match=r"--gpu_id 2 is not there: the devices are 0 … 1"):
+        pick_device("2")
+
+
+def test_determinism_is_set_where_it_is_asked_for(two_gpus):
+    pick_device("0", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_the_cpu_opens_no_gpu(two_gpus):
+    assert pick_device("cpu", deterministic=True) == CPU
+    assert two_gpus == []
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("device", "calls", "there", "compiled"),
+    [
+        (GPU, WORTH_COMPILING, True, True),
+        (GPU, WORTH_COMPILING - 1, True, False),
+        (GPU, WORTH_COMPILING, False, False),
+        (CPU, WORTH_COMPILING, True, False),
+    ],
+)
+def test_a_network_is_compiled_where_it_pays_and_can_be(monkeypatch, capsys, device, calls, there, compiled):
+    done = []
+    network = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(network, "compile", lambda: done.append(True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/cc")
+    compile_if_it_pays(network, device, calls)
+    assert bool(done) == compiled
+    assert ("not compiled" in capsys.readouterr().out) == (device == GPU and calls == WORTH_COMPILING and not there)
