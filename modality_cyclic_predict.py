@@ -12,6 +12,7 @@ from datasets.cohorts import VOLUME_SUFFIXES
 from datasets.records import NORMALISATION
 from scoring.chain import Chain, chain_parser, find_chain, require_same_preprocessing, results_name, sampling_settings
 from utils.cli import UserError, parse_run_args, run
+from utils.files import writing
 from utils.storage import Folder, local_path, open_folder
 
 
@@ -168,11 +169,9 @@ def refuse_to_overwrite(output_dir: Path, scans: Iterable[str]) -> None:
 
 def make_folder(output_dir: Path) -> None:
     """Make the folder for results; a UserError if it cannot be made or written to."""
-    try:
+    with writing(output_dir, "--output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()  # so that it fails now, not after hours of scoring
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written to ({error.strerror})") from error
 
 
 def find_threshold(

@@ -73,7 +73,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     }
     results = experiments.local / "results" / name
     data = {split: fingerprint(config.data.data_dir, split, kinds_scored(chain)) for split in maps}
-    with replaced(results, "--logdir", EVENTS) as new:
+    with replaced(results, "--logdir", [EVENTS]) as new:
         write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
         write_maps(new / ERROR_MAPS, run, maps)
         score_maps(new, run, maps, experiments.address(results))
@@ -88,7 +88,7 @@ def score_again(path: Path) -> None:
 
     path = path / ERROR_MAPS if path.is_dir() else path
     run, maps = read_maps(path)
-    with replaced(path.parent, "--rescore", EVENTS) as new:
+    with replaced(path.parent, "--rescore", [EVENTS]) as new:
         score_maps(new, run, maps, str(path.parent))
 
 

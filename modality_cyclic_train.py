@@ -31,6 +31,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
     from models.build import (
+        bytes_a_sample,
         create_losses,
         create_masked_translator,
         create_network,
@@ -39,8 +40,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         translate_example,
     )
     from utils import experiment
-    from utils.device import compile_if_it_pays, pick_device, pick_precision, speed_up
-    from utils.files import locked
+    from utils.device import compile_if_it_pays, pick_device, pick_precision, require_memory, speed_up
+    from utils.files import locked, writing
 
     config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name, args.preset)
     configs.check(config, args.model_name)
@@ -65,6 +66,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         if args.model_name == "diffusion":
             create_masked_translator(network, config)  # so that it fails now, not at the first save
         create_reconstructor(args.model_name, network, config)
+        in_float32 = bytes_a_sample(args.model_name, config)
+        require_memory(device, share.stop - share.start, in_float32 * precision.itemsize // 4)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -85,10 +88,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         if first and args.overwrite:
             experiments.remove(name, *checkpoint.WRITTEN, experiment.RECORD)
         dist_util.barrier()
-        try:
+        with writing(directory, "--logdir"):
             logger = create_logger(directory)
-        except OSError as error:
-            raise UserError(f"{directory} cannot be written to ({error}): check --logdir") from error
         logger.info(f"{name}\n{config}")
         if experiments.remote:
             logger.info(f"there are no locks on {experiments.remote}: see that nothing else trains {name} there")

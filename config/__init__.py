@@ -143,6 +143,11 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
                 f"score_model.model.norm_groups={model.norm_groups} does not divide the "
                 f"{mult * model.model_channels} channels of a level (model_channels × channel_mult)"
             )
+    for rate in model.attention_resolutions:
+        if not isinstance(rate, int) or rate < 1 or rate & (rate - 1):
+            raise UserError(
+                f"score_model.model.attention_resolutions holds {rate!r}: use downsampling rates, 1, 2, 4, 8 and so on"
+            )
     halvings = len(model.channel_mult) - 1
     if data.image_size % 2**halvings:
         raise UserError(
@@ -160,6 +165,7 @@ _BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
     f"score_model.{section}.{key}": bounds
     for section, bounds, keys in (
         ("model", (1, inf), ("model_channels", "num_res_blocks", "num_heads", "norm_groups")),
+        ("model", (0, 1), ("dropout",)),
         ("diffusion", (1, inf), ("steps",)),
         ("training", (1, inf), ("iterations", "batch_size", "lr_decay_steps", "log_interval", "save_interval")),
         ("training", (0, inf), ("lr", "weight_decay", "lr_decay_factor", "keep_last")),

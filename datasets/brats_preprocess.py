@@ -34,7 +34,7 @@ from utils.files import locked
 from utils.processes import in_processes
 
 if TYPE_CHECKING:  # it imports what reads volumes, for which `--help` and a mistyped flag need not wait
-    from datasets.subject import Settings
+    from datasets.subject import Cut, Settings
 
 BRATS_MODALITIES = ("t2", "flair", "t1")
 
@@ -69,8 +69,9 @@ def main() -> None:
             write_lists(splits, args.output_dir)
         print_plan(args.output_dir, cohort, splits, list_paths, len(finished))
         jobs = [(split, cohort.subjects[name]) for name, split in split_of.items() if name not in finished]
-        made, failures = preprocess(settings, jobs, args.workers)
+        made, cuts, failures = preprocess(settings, jobs, args.workers)
     print_summary(settings, splits, finished, made, failures)
+    print_doubts(settings, cuts)
     if cohort.excluded:
         told = f"{len(cohort.excluded)} ({name_a_few(cohort.excluded)})"
         print(f"left out, neither a seg nor healthy=yes: {told}")
@@ -126,26 +127,31 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def preprocess(settings: Settings, jobs: list[Job], workers: int) -> tuple[dict[str, Record], dict[str, str]]:
-    """Make subjects, `workers` at a time; returns the records of those made, and why the others were not.
+def preprocess(
+    settings: Settings, jobs: list[Job], workers: int
+) -> tuple[dict[str, Record], dict[str, Cut], dict[str, str]]:
+    """Make subjects, `workers` at a time; returns records and cuts of those made, and why the others were not.
+
+    The cuts have given their slices away.
 
     Workers read and calculate, and this process writes: when it is killed, nobody writes any more.
     """
     from datasets.subject import cut_subject
 
-    made, failures = {}, {}
+    made, cuts, failures = {}, {}, {}
     arguments = [(settings, *job) for job in jobs]
     for (_, split, subject), future in in_processes(cut_subject, arguments, workers, unit="subject", disable=None):
         try:
-            made_with, slices = future.result()
+            cut = future.result()
         except UserError as error:
             mend = "replace the file and run the same command again"
             failures[subject.name] = f"{error}; {subject.name} is left out: {mend}"
         except MemoryError:
             failures[subject.name] = f"{subject.name} needs more memory than there is: try fewer --workers"
         else:
-            made[subject.name] = store(settings.output_dir, split, subject.name, made_with, slices)
-    return made, failures
+            made[subject.name] = store(settings.output_dir, split, subject.name, cut.made_with, cut.slices)
+            cuts[subject.name] = cut._replace(slices={})
+    return made, cuts, failures
 
 
 def print_plan(
@@ -183,6 +189,17 @@ def print_summary(
         for reason, left_out in ((where, empty), ("bad volumes", bad)):
             if left_out:
                 print(f"{split}: left out, {reason}: {len(left_out)} ({name_a_few(left_out)})")
+
+
+def print_doubts(settings: Settings, cuts: Mapping[str, Cut]) -> None:
+    """Print what may be wrong with subjects that were made, and which slices those need that none was taken of."""
+    nearest = [cut.nearest for cut in cuts.values() if cut.nearest is not None]
+    if nearest:
+        start, stop = min(settings.start, *nearest), max(settings.stop, *(i + 1 for i in nearest))
+        print(f"--slices {start} {stop} would take slices of {len(nearest)} of those left out")
+    for doubt in sorted({doubt for cut in cuts.values() for doubt in cut.doubts}):
+        subjects = sorted(name for name, cut in cuts.items() if doubt in cut.doubts)
+        print(f"warning: {doubt}: {len(subjects)} ({name_a_few(subjects)}); check that this is right")
 
 
 def name_a_few(names: Sequence[str], limit: int = 5) -> str:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from datasets.splits import LIST_NAMES, write_lists
 from utils.cli import ArgumentParser, UserError, run
+from utils.files import writing
 from utils.processes import in_processes
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -50,8 +51,9 @@ def write_cohort(output_dir: Path, counts: dict[str, int], seed: int, workers: i
     """Write every subject, then the split lists: where there is a list, all of its subjects are there."""
     splits = [split for split in LIST_NAMES for _ in range(counts[split])]
     jobs = [(output_dir, seed, number, split) for number, split in enumerate(splits)]
-    for _, done in in_processes(write_subject, jobs, workers, desc="phantom", unit="subject"):
-        done.result()
+    with writing(output_dir, "--output_dir"):
+        for _, done in in_processes(write_subject, jobs, workers, desc="phantom", unit="subject"):
+            done.result()
     names = {name: [subject_name(i) for i, of in enumerate(splits) if of == name] for name in LIST_NAMES}
     write_lists(names, output_dir)
 
@@ -74,7 +76,8 @@ def draw_figure(data_dir: Path, names: list[str], path: Path) -> None:
             axis.contour(shown["seg"] > 0, [0.5], colors="tab:red", linewidths=0.7)
             axis.set_title(f"{modality}, {name}, slice {z}", color="white", fontsize=6)
             axis.set_axis_off()
-    figure.savefig(path, dpi=150)
+    with writing(path.parent, "--figure"):
+        figure.savefig(path, dpi=150)
 
 
 def parse_args() -> Namespace:
@@ -93,10 +96,8 @@ def parse_args() -> Namespace:
             raise UserError(f"--{name} is {getattr(args, name)}: give {least} or more")
     if args.figure and (args.figure.suffix != ".png" or not args.figure.parent.is_dir()):
         raise UserError(f"--figure is {args.figure}: name a .png file in a folder that exists")
-    try:
+    with writing(args.output_dir, "--output_dir"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
     return args
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
-from utils.files import write_whole
+from utils.files import write_whole, writing
+from utils.records import SUBJECT, parse
 
 if TYPE_CHECKING:  # `--help` need not wait for it
     import numpy as np
@@ -36,25 +37,15 @@ class Record:
     files: dict[str, int]
 
 
-@contextmanager
-def writing(output_dir: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written to: {error}") from error
-
-
 def load_records(output_dir: Path) -> dict[str, Record | None]:
     """The record of each subject; None where the file is not what `store` writes, as though there were none."""
     records: dict[str, Record | None] = {}
     for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
         try:
-            record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            record = None
-        sound = record and isinstance(record.made_with, dict) and isinstance(record.files, dict)
-        records[path.stem] = record if sound else None
+            found = parse(path.read_text(encoding="utf-8"), SUBJECT)
+            records[path.stem] = Record(found["made_with"], found["files"])
+        except (OSError, ValueError):
+            records[path.stem] = None
     return records
 
 
@@ -152,7 +143,7 @@ def prepare(
     It goes all at once, before a new slice is written: neither slices of two settings nor a new slice with an old
     record ever lie side by side.
     """
-    with writing(output_dir):
+    with writing(output_dir, "--output_dir"):
         records = output_dir.glob(f"{RECORDS}/*.json")
         for path in (*(path for path in records if path.stem not in whole), *leftovers):
             path.unlink()
@@ -171,8 +162,9 @@ def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: M
     import numpy as np
 
     partial = output_dir / PARTIAL
-    with writing(output_dir):
+    with writing(output_dir, "--output_dir"), ExitStack() as on_failure:
         partial.mkdir(exist_ok=True)
+        on_failure.callback(shutil.rmtree, partial, ignore_errors=True)
         files = {}
         for name, image in slices.items():
             path = partial / Path(name).name
@@ -180,7 +172,6 @@ def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: M
             files[f"{split}/{name}"] = path.stat().st_size
         for name in slices:
             (partial / Path(name).name).replace(output_dir / split / name)
-        partial.rmdir()
         record = Record(made_with, files)
         write_whole(output_dir / RECORDS / f"{subject}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record

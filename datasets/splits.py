@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets.cohorts import Cohort
 from utils.cli import UserError
+from utils.files import write_whole, writing
 
 Splits = dict[str, list[str]]  # subjects by split: train, val, test
 LIST_NAMES = {
@@ -133,11 +134,9 @@ def write_lists(splits: Splits, output_dir: Path) -> None:
 
     Lists that already say the same are left alone. A UserError if the folder cannot be made or written to.
     """
-    try:
+    with writing(output_dir, "--output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         for split, subjects in splits.items():
             path = output_dir / LIST_NAMES[split]
             if not path.exists() or read_list(path) != subjects:
-                path.write_text("".join(f"{subject}\n" for subject in subjects), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the split lists cannot be written to {output_dir}: {error}") from error
+                write_whole(path, "".join(f"{subject}\n" for subject in subjects))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from nibabel.orientations import aff2axcodes
@@ -20,6 +21,7 @@ BRATS_SLICES = SliceGeometry("LPS", (1.0, 1.0, 1.0), (240, 240))
 DEPTH = 155  # slices of BraTS, and of every subject that is put on its grid, with the brain in their middle
 # Share of the brain's voxels beyond this grid: a neck may be cut off, but no brain is so large.
 MOST_OUTSIDE = 0.5
+MOST_MISSING = 0.1  # share of the brain that a modality may leave out before that is said
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,19 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
     return settings.require_depth(*shallow) if shallow else None
 
 
-def cut_subject(settings: Settings, split: str, subject: Subject) -> tuple[dict, dict[str, np.ndarray]]:
-    """Normalise the subject's volumes and choose its slices.
+class Cut(NamedTuple):
+    """What has become of a subject."""
 
-    Returns:
-        What the slices depend on, as in `Settings.describe`, with the grid that they lie on; and images [H, W] by
-        `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: float32 for modalities, uint8 for seg and
-        brainmask.
+    made_with: dict  # what the slices depend on, as in `Settings.describe`, with the grid that they lie on
+    # Images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other: float32 for modalities, uint8
+    # for seg and brainmask.
+    slices: dict[str, np.ndarray]
+    doubts: list[str]  # what may be wrong with its volumes
+    nearest: int | None  # where none of its slices can be taken, the nearest one that could, if there is one
+
+
+def cut_subject(settings: Settings, split: str, subject: Subject) -> Cut:
+    """Normalise the subject's volumes and choose its slices.
 
     A UserError if a volume cannot be read or normalised, or does not fit the others; the message names the file.
     """
@@ -108,6 +116,7 @@ def cut_subject(settings: Settings, split: str, subject: Subject) -> tuple[dict,
     if "brainmask" in subject.volumes:
         brainmask = volumes.read_labels(subject.volumes["brainmask"]) > 0
     brain = False  # [H, W, D]
+    shown = {}  # by modality: where it is not 0, bool [H, W, D]
     # On a grid of its own, a subject looks the same in whatever order the modalities are asked for.
     for modality in settings.modalities if settings.on_one_grid else sorted(settings.modalities):
         path = subject.volumes[modality]
@@ -119,17 +128,39 @@ def cut_subject(settings: Settings, split: str, subject: Subject) -> tuple[dict,
         except ValueError as error:
             raise UserError(f"{path} cannot be normalised, {error}") from error
         stacks[modality] = image[:, :, window].copy()  # a view would keep the whole volume in memory
-        brain = brain | (volume != 0)
+        shown[modality] = volume != 0
+        brain = brain | shown[modality]
     brain = brain if brainmask is None else brainmask
+    lesions = read_lesions(volumes, subject, brain)
     stacks["brainmask"] = brain[:, :, window].astype(np.uint8)
-    stacks["seg"] = read_lesions(volumes, subject, brain)[:, :, window]
+    stacks["seg"] = lesions[:, :, window]
 
     chosen = choose_slices(split, stacks["seg"], stacks["brainmask"])
-    return made_with | {"grid": volumes.slice_geometry()}, {
+    slices = {
         f"{kind}/{subject.name}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
         for kind, stack in stacks.items()
         for index in chosen
     }
+    nearest = None
+    if not chosen:
+        others = choose_slices(split, lesions, brain)
+        nearest = min(others, key=lambda i: max(settings.start - i, i + 1 - settings.stop), default=None)
+    return Cut(made_with | {"grid": volumes.slice_geometry()}, slices, find_doubts(shown, brain), nearest)
+
+
+def find_doubts(shown: Mapping[str, np.ndarray], brain: np.ndarray) -> list[str]:
+    """What may be wrong with volumes that can be read.
+
+    `shown` says, by modality, where it is not 0, bool [H, W, D]; `brain` is the brain of all of them together.
+    """
+    doubts = []
+    for modality, shows in shown.items():
+        if np.count_nonzero(brain & ~shows) > MOST_MISSING * np.count_nonzero(brain):
+            doubts.append(f"{modality} is 0 in more than {MOST_MISSING:.0%} of the brain")
+        (filled,) = shows.any(axis=(0, 1)).nonzero()
+        if len(filled) < filled[-1] - filled[0] + 1:
+            doubts.append(f"{modality} has empty slices between others")
+    return doubts
 
 
 class SubjectVolumes:

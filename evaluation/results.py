@@ -50,6 +50,8 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
                 kind = "b" if key in MASKS else "f"
                 if group[key].dtype.kind != kind:
                     raise ValueError(f"{key} holds {group[key].dtype}")
+            if (height, width) != maps["test"]["scores"].shape[1:]:
+                raise ValueError("validation maps of another size than the test maps")
             if not (np.isfinite(group["scores"]) & group["brainmask"]).any():
                 raise ValueError("no finite score in any brain")
     except Exception as error:  # whatever NumPy, zip and JSON make of a file that is damaged or another's

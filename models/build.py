@@ -102,6 +102,29 @@ def seconds_a_step(model_name: str, config: ConfigDict, device: torch.device) ->
     return config.score_model.training.batch_size * (time.perf_counter() - started)
 
 
+def bytes_a_sample(model_name: str, config: ConfigDict) -> int:
+    """About what a sample of a training batch takes: all that a step keeps of it for its gradients, in float32."""
+    if model_name == "histogram":
+        return 0
+    meta = torch.device("meta")  # where nothing is computed
+    single = config.copy_and_resolve_references()
+    single.score_model.training.batch_size = 1
+    with meta:
+        network = create_network(model_name, config.score_model).train()
+        image = torch.zeros(1, 1, config.data.image_size, config.data.image_size)
+    weights, kept = {id(one) for one in network.parameters()}, 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if id(tensor) in weights else tensor.nbytes
+        return tensor
+
+    losses, _ = create_losses(model_name, single, meta)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses(network, image, image, 0)
+    return kept
+
+
 def create_masked_translator(model: MaskedConditionalUNet, config: ConfigDict) -> MaskedDiffusionTranslator:
     """A trained masked diffusion, ready to sample as the config says; a ValueError as from `create_diffusion`."""
     sampling = config.score_model.sampling

@@ -18,6 +18,7 @@ from evaluation.metrics import scored_region, smooth_scores
 from models.cycle import anomaly_score
 from utils.cli import UserError
 from utils.experiment import RECORD
+from utils.files import replaced
 from utils.grid import SAME, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
 from utils.nifti import read_header, read_volume, write_like
 
@@ -179,16 +180,14 @@ def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float,
     The files' names begin as `stem`. A UserError if they cannot be written.
     """
     mask = (anomaly >= threshold).astype(np.uint8)
-    paths = [stem.with_name(stem.name + result) for result in RESULTS]
-    try:
+    with replaced(stem.parent, "--output_dir") as new:
+        paths = [new / (stem.name + result) for result in RESULTS]
         header = read_header(scan.path)
         for path, voxels in zip(paths, (anomaly, mask), strict=False):
             write_like(header, voxels, scan.grid.affine, path)
         figure.savefig(paths[-1], dpi=110)
-    except OSError as error:
-        raise UserError(f"--output_dir {stem.parent} cannot be written to ({error.strerror})") from error
     millilitres = np.count_nonzero(mask) * abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
-    print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {paths[-1]}")
+    print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {stem}{RESULTS[-1]}")
 
 
 def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: dict[str, float], score: str) -> Figure:

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a script can parse its arguments before 
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import sys
@@ -25,6 +26,8 @@ MODEL_HELP = (
 # What says how OpenMP's threads wait, of GNU's and of Intel's and LLVM's, and how often GNU's look before they sleep.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "10000"
+# What the system says of a file or a disk wherever one is touched, and no code can mend.
+BEYOND_US = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -105,7 +108,7 @@ def wait_within_bounds() -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError`, 130 for Ctrl-C."""
+    """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError` or a full disk, 130 for Ctrl-C."""
     wait_within_bounds()
     code, message = 0, ""
     for stream in (sys.stdout, sys.stderr):  # a terminal or a file name may know other characters than UTF-8's
@@ -115,6 +118,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         code, message = 2, str(error)
+    except OSError as error:
+        if error.errno not in BEYOND_US:
+            raise
+        code, message = 2, f"{error.filename or 'a file'}: {error.strerror}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     if code:

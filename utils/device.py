@@ -71,6 +71,16 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
+def require_memory(device: torch.device, batch_size: int, an_item: int) -> None:
+    """Raise a UserError, before anything is computed, if a training batch does not fit, by the bytes an item takes."""
+    available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+    if batch_size * an_item > available:
+        raise UserError(
+            f"a training step takes about {batch_size * an_item / 1e9:,.1f} GB, {an_item / 1e9:,.3f} for each slice of "
+            f"the batch, and there are {available / 1e9:,.1f}: use a smaller --config.score_model.training.batch_size"
+        )
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device without waiting for it, which CUDA can from pinned memory alone."""
     if device.type == "cuda" and not tensor.is_pinned():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .cli import UserError
-from .files import write_whole
+from .files import write_whole, writing
 from .records import EXPERIMENT, read_json
 
 RECORD = "config.json"
@@ -50,11 +50,9 @@ def require_name(flag: str, name: str) -> str:
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write config.json: what was trained or tested, and with which settings; a UserError if that is impossible."""
-    try:
+    with writing(directory, "--logdir"):
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / RECORD, json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written to ({error.strerror}): check --logdir") from error
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

@@ -3,8 +3,8 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,27 +34,36 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
 
 
 @contextmanager
-def replaced(folder: Path, flag: str, stale: str) -> Iterator[Path]:
-    """A new folder beside `folder`, whose files take their places there once the block has ended well.
+def writing(folder: Path, flag: str) -> Iterator[None]:
+    """Turn what the file system refuses in a folder, which `flag` has named, into a UserError with what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, and give the same command again" if full else f"check {flag}"
+        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error
 
-    Files there that fit the pattern `stale` go. Until then, and whatever goes wrong, `folder` is as it was. A UserError
-    if there is no room, or the folder, which `flag` has named, cannot be made or written to.
+
+@contextmanager
+def replaced(folder: Path, flag: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder, whose files take their places in `folder` once the block has ended well.
+
+    Files there that fit the patterns `stale` go. Until then, and whatever goes wrong, `folder` is as it was.
+    A UserError as from `writing`.
     """
-    with ExitStack() as stack:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            new = Path(stack.enter_context(TemporaryDirectory(prefix=".new_", dir=folder.parent)))
+    with writing(folder, flag):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # On the same file system: in the folder itself or, where that is not there yet, beside it.
+        with TemporaryDirectory(prefix=".new_", dir=folder if folder.is_dir() else folder.parent) as name:
+            new = Path(name)
             yield new
             folder.mkdir(exist_ok=True)
-            for path in folder.glob(stale):
+            for path in (path for pattern in stale for path in folder.glob(pattern)):
                 path.unlink()
             for path in sorted(path for path in new.rglob("*") if path.is_file()):
                 target = folder / path.relative_to(new)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
-        except OSError as error:
-            remedy = "make room" if error.errno == errno.ENOSPC else f"check {flag}"
-            raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error
 
 
 @contextmanager

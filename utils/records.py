@@ -70,6 +70,15 @@ EXPERIMENT["properties"]["data"] = {
     },
 }
 
+# Of a preprocessed subject, in the folder of its slices.
+SUBJECT = entries(
+    made_with={
+        "type": "object",
+        "properties": {"grid": optional(_GRID), "percentage_lower": _QUANTILE, "percentage_upper": _QUANTILE},
+    },
+    files={"type": "object", "additionalProperties": whole(0, 2**60)},
+)
+
 _AT_THRESHOLD = entries(threshold=NUMBER_OR_NONE, dice=NUMBER_OR_NONE, dice_interval=INTERVAL)
 _BLOCK = entries(
     auprc=NUMBER_OR_NONE, auprc_interval=INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD)

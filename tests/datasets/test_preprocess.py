@@ -24,7 +24,7 @@ from datasets.splits import (
     read_list,
     split_subjects,
 )
-from datasets.subject import choose_slices, normalise
+from datasets.subject import choose_slices, find_doubts, normalise
 from utils.cli import UserError
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "brats_preprocess.py"
@@ -224,6 +224,22 @@ def test_command_line_writes_the_slices_it_should(cohort, tmp_path):
     assert "test: subjects read: 2, slices written: 1\n" in result.stdout
     assert "train: left out, no tumour-free slice in slices 4 to 8: 1 (P_sick)\n" in result.stdout
     assert "test: left out, no tumour in slices 4 to 8: 1 (P_well)\n" in result.stdout
+    assert "--slices 3 9 would take slices of 1 of those left out\n" in result.stdout
+    assert "warning: t2 is 0 in more than 10% of the brain: 5 (P_sick, P_test, P_train, P_val, P_well)" in result.stdout
+
+
+def test_what_may_be_wrong_with_volumes_that_can_be_read():
+    full = np.zeros((8, 8, 9), bool)
+    full[1:7, 1:7, 1:8] = True
+    thinner, gaps = full.copy(), full.copy()
+    thinner[1, 1:4] = False  # 3 of 36 columns
+    gaps[:, :, 2:7:2] = False
+    assert find_doubts({"t1": full, "t2": thinner}, full) == []
+    assert find_doubts({"t1": full, "t2": gaps}, full) == [
+        "t2 is 0 in more than 10% of the brain",
+        "t2 has empty slices between others",
+    ]
+    assert find_doubts({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
 
 
 def test_brain_mask_is_the_union_of_the_modalities_asked_for(cohort, tmp_path):
@@ -258,7 +274,10 @@ def test_scaled_and_uncompressed_volumes_are_understood(cohort, tmp_path):
         image = nibabel.Nifti1Image(volume, np.eye(4))
         image.header.set_slope_inter(slope, inter)
         nibabel.save(image, path.with_suffix(""))
-    assert preprocess(data_dir, tmp_path / "scaled").stdout == plain.replace("plain", "scaled")
+    # An intercept makes brain of the background, about which there are warnings.
+    scaled, _, doubts = preprocess(data_dir, tmp_path / "scaled").stdout.partition("warning: ")
+    assert scaled == plain.partition("warning: ")[0].replace("plain", "scaled")
+    assert "flair is 0 in more than 10% of the brain: 1 (P_val)" in doubts
     flair = raw(cohort, "P_val", "flair")
     for kind, volume in (("flair", flair * 2.0), ("t1", raw(cohort, "P_val", "t1") + 40.0)):
         image = np.load(tmp_path / f"scaled/val/{kind}/P_val_{kind}_6.npy")
@@ -325,6 +344,9 @@ INCOMPLETE = {
     "no record": lambda out: (out / "subjects/P_train.json").unlink(),
     "record cut off": lambda out: (out / "subjects/P_train.json").write_text('{"made_with": {'),
     "record of another kind": lambda out: (out / "subjects/P_train.json").write_text("[1]"),
+    "record of sizes in words": lambda out: (out / "subjects/P_train.json").write_text(
+        '{"made_with": {}, "files": {"train/t1/P_train_t1_6.npy": "128 bytes"}}'
+    ),
     "half written": lambda out: shutil.copytree(out / "train/t1", out / ".partial"),
     "slices removed by hand": lambda out: [shutil.rmtree(out / part) for part in LIST_NAMES],
     "record of somebody gone": lambda out: (out / "subjects/P_gone.json").write_text(

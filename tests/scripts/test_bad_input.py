@@ -76,6 +76,15 @@ TRAINING = {
     "seed too large": ([f"--seed={10**30}"], ["seed"]),
     "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
     "negative batch": ([f"{SCORE_MODEL}.training.batch_size=-1"], ["batch_size=-1", "at least 1"]),
+    "a batch that no memory holds": ([f"{SCORE_MODEL}.training.batch_size={10**7}"], ["GB", "training.batch_size"]),
+    "no rate of attention": ([f"{SCORE_MODEL}.model.attention_resolutions=(0,)"], ["attention_resolutions holds 0"]),
+    "an odd rate of attention": (
+        [f"{SCORE_MODEL}.model.attention_resolutions=(3,)"],
+        ["holds 3", "1, 2, 4"],
+    ),
+    "dropout that is no number": ([f"{SCORE_MODEL}.model.dropout=nan"], ["dropout=nan", "0 … 1"]),
+    "a name that no system takes": ([f"--experiment_name={'x' * 300}"], ["xxx", "name too long"]),
+    "a path that no system takes": ([f"--data_dir={'x' * 300}"], ["xxx", "name too long"]),
     "no iterations": ([f"{SCORE_MODEL}.training.iterations=0"], ["iterations=0", "at least 1"]),
     "negative learning rate": ([f"{SCORE_MODEL}.training.lr=-1"], ["lr=-1"]),
     "negative weight decay": ([f"{SCORE_MODEL}.training.weight_decay=-1"], ["weight_decay=-1"]),
@@ -365,7 +374,7 @@ def test_the_record_of_an_experiment_is_what_the_spoilt_ones_spoil(place):
 
 
 def test_a_training_of_days_says_so_before_its_first_step(place, in_process, tiny, short):
-    long = ("--config.score_model.training.iterations=100_000_000", "--config.score_model.training.batch_size=1000")
+    long = ("--config.score_model.training.iterations=100_000_000", "--config.score_model.training.batch_size=100")
     flags = [flag for flag in (*tiny, *short) if not flag.startswith(tuple(one.split("=")[0] for one in long))]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("guided_diffusion.train_util.TrainLoop.run", lambda loop: None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.results import write_maps
+from evaluation.results import MAPS, write_maps
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
 
@@ -169,6 +169,7 @@ SPOILT = {
     "a brain mask of floats": {"brainmask": lambda mask: mask.astype(np.float32)},
     "scores of words": {"scores": lambda scores: scores.astype(str)},
     "nothing finite": {"scores": lambda scores: scores * np.nan},
+    "test maps of another size than those of validation": {key: lambda array: array[:, 1:] for key in MAPS},
 }
 
 

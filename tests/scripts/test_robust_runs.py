@@ -392,6 +392,12 @@ def test_a_loss_that_is_not_finite(in_process, place):
             assert all(value.isfinite().all() for value in state.values()), file
 
 
+def test_a_log_that_is_a_folder(in_process, place):
+    (place / "experiments/folder/log.txt").mkdir(parents=True)
+    done = in_process(TRAIN, *UNET, "--experiment_name=folder", cwd=place)
+    expect_sentence(done, "experiments/folder cannot be written to (Is a directory): check --logdir")
+
+
 def test_checkpoints_of_which_none_can_be_read(in_process, place, copy):
     for path in copy.glob("model*.pt"):
         path.write_bytes(path.read_bytes()[:-100])

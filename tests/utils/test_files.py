@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UserError
-from utils.files import locked
+from utils.files import locked, replaced
 
 # Takes the lock on a folder, forks a child as a data loader forks its workers, names it, and holds the lock until it
 # is killed. The child ends with the test that reads its pipe.
@@ -86,3 +86,28 @@ def test_a_file_system_without_locks_is_not_another_process(monkeypatch, tmp_pat
         locked(tmp_path, "--logdir", "name another"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room, and give the same command again"), (errno.EROFS, "check --logdir")],
+)
+def test_files_are_replaced_together_or_not_at_all(tmp_path, number, remedy):
+    folder = tmp_path / "run"
+    for content in ("first", "second"):
+        with replaced(folder, "--logdir", ["old*"]) as new:
+            (new / "below").mkdir()
+            (new / "below/a.txt").write_text(content)
+        (folder / "old1").write_text("")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == {folder / "below/a.txt": b"second", folder / "old1": b""}
+
+    def fail():
+        with replaced(folder, "--logdir", ["old*"]) as new:
+            (new / "a.txt").write_text("third")
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(UserError, match=rf"run cannot be written to \({os.strerror(number)}\): {remedy}"):
+        fail()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in folder.iterdir()) == ["below", "old1"]
