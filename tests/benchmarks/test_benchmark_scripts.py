@@ -39,6 +39,23 @@ def test_a_run_prints_its_ratios(name, ratios):
     assert len(re.findall(r"[1-9]\d* MiB$", done.stdout, re.MULTILINE)) == (5 if name == "scoring" else 2)
 
 
+def test_what_the_host_does_is_printed():
+    done = run_benchmark("host", "--dataset=phantom", "--repeats=2", "--batch_size=2", "--tflops=0.1")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(training|sampling, \w+) +([\d.]+) .* (\d+)%$", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["training", "sampling, paper", "sampling, fast"]
+    assert all(0 < float(host) < 1000 for _, host, _ in rows)
+
+
+def test_either_way_of_waiting_is_timed_alone_and_in_company():
+    done = run_benchmark("neighbours", "--repeats=1", "--steps=1", "--neighbours=1", "--batch_size=1")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+, \w+) +([\d.]+) +[\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE)
+    sides = [f"{work}, {spins}" for work in ("training", "scoring") for spins in ("default", "10000")]
+    assert [name for name, _ in rows] == sides * 2
+    assert all(float(speed) > 0 for _, speed in rows)
+
+
 def test_scaling_prints_its_ratios_and_memory():
     tiny = ("--repeats=1", "--subjects=4", "--steps=2", "--memory_subjects", "3", "4")
     done = run_benchmark("scaling", *tiny)
