@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
         }
         if not slices or len(slices) < len(rows) or any("lesion_area" not in row for row in rows):
             raise ValueError("no slices, a slice twice, or no lesion_area")
+        if any(math.isinf(value) for row in slices.values() for value in row.values()):
+            raise ValueError("an infinite value")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): score the run again with --rescore") from error
     return slices

@@ -40,7 +40,7 @@ def test_a_run_prints_its_ratios(name, ratios):
 
 
 def test_what_the_host_does_is_printed():
-    done = run_benchmark("host", "--dataset=phantom", "--repeats=2", "--batch_size=2", "--tflops=0.1")
+    done = run_benchmark("host", "--dataset=phantom", "--repeats=2", "--batch_size=2", "--tflops=1")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(training|sampling, \w+) +([\d.]+) .* (\d+)%$", done.stdout, re.MULTILINE)
     assert [name for name, *_ in rows] == ["training", "sampling, paper", "sampling, fast"]
