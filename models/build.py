@@ -64,8 +64,8 @@ def create_losses(
     if model_name in ("unet", "autoencoder", "histogram"):
         return lambda model, image, target, step: translation_losses(model, image, target), None
     score_model = config.score_model
-    drawn = {"seed": config.seed, "batch_size": score_model.training.batch_size, "share": share}
-    drawn |= {"image_size": config.data.image_size}
+    batch_size, image_size = score_model.training.batch_size, config.data.image_size
+    drawn = {"seed": config.seed, "batch_size": batch_size, "image_size": image_size, "share": share}
     if model_name == "dae":
         noise = {key: score_model.baselines[key] for key in ("noise_size", "noise_std")}
         draw = DrawnAhead(partial(draw_denoising, **noise, **drawn), device)
@@ -76,9 +76,8 @@ def create_losses(
     process, ahead = {"diffusion": diffusion, "schedule_sampler": schedule_sampler}, int(not schedule_sampler.learns)
     if model_name == "ddpm":
         draw = DrawnAhead(partial(draw_diffusion, **drawn), device, ahead)
-        return lambda model, image, target, step: diffusion_losses(
-            model, image, draw(step), **process
-        ), schedule_sampler
+        losses = partial(diffusion_losses, **process)
+        return lambda model, image, target, step: losses(model, image, draw(step)), schedule_sampler
     bands = {"band_width": score_model.mask.width, "band_stride": score_model.mask.stride}
     draw = DrawnAhead(partial(draw_masked_diffusion, **bands, **drawn), device, ahead)
     losses = partial(masked_diffusion_losses, **process)

@@ -81,11 +81,14 @@ def require_memory(device: torch.device, batch_size: int, an_item: int) -> None:
         )
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU in memory that a CUDA device copies from while the host goes on; as it is for others."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the CPU to a device without waiting for it, which CUDA can from pinned memory alone."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """Copy a tensor of the CPU to a device, without waiting for it."""
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 class DrawnAhead:
@@ -112,8 +115,11 @@ class DrawnAhead:
         drawn = self._drawn.pop(step, None)
         draws = drawn.result() if drawn else self.draw(step)
         if self.ahead and step + self.ahead >= 0:
-            self._drawn = {step + self.ahead: self._pool.submit(self.draw, step + self.ahead)}
+            self._drawn = {step + self.ahead: self._pool.submit(self._draw_pinned, step + self.ahead)}
         return [to_device(tensor, self.device) for tensor in draws]
+
+    def _draw_pinned(self, step: int) -> list[Tensor]:
+        return [pinned(tensor, self.device) for tensor in self.draw(step)]
 
 
 def available_cores() -> int:
