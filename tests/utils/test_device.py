@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from guided_diffusion.unet import UNetModel
 from utils.cli import UserError
 from utils.device import (
     WORTH_COMPILING,
+    DrawnAhead,
     autocast,
     available_memory,
     compile_if_it_pays,
@@ -182,6 +184,48 @@ def test_batches_fill_the_memory_of_a_gpu(monkeypatch):
     in_batches(work, list(range(80)), 4, work.progress.append, GPU)
     assert work.tried == work.progress == [4, 32, 32, 12]  # 32: four fifths of 1000 bytes, by 25
     assert work.done == list(range(80))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Draws
+
+
+class Draws:
+    """Draws that tell their step by their shape, and note who asked for them."""
+
+    def __init__(self):
+        self.asked: list[tuple[int, bool]] = []
+
+    def __call__(self, step):
+        self.asked.append((step, threading.current_thread() is threading.main_thread()))
+        return torch.zeros(step), torch.zeros(2, step)
+
+
+def shapes(draws) -> list[tuple[int, ...]]:
+    return [tuple(one.shape) for one in draws]
+
+
+@pytest.mark.parametrize(("ahead", "steps"), [(1, [4, 5, 6]), (-1, [2, 1, 0])])
+def test_a_second_thread_draws_the_next_step_for_another_device(ahead, steps):
+    draws = Draws()
+    drawn_ahead = DrawnAhead(draws, torch.device("meta"), ahead)
+    for step in steps:
+        found = drawn_ahead(step)
+        assert shapes(found) == [(step,), (2, step)]
+        assert all(one.device.type == "meta" for one in found)
+    drawn_ahead(8)  # none follows: it has to be drawn at once
+    drawn_ahead._pool.shutdown()
+    in_main = [step for step, in_main in draws.asked if in_main]
+    assert in_main == [steps[0], 8]
+    assert sorted({step for step, _ in draws.asked}) == sorted({*steps, 8, 8 + ahead, max(steps[-1] + ahead, 0)})
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", 1), ("meta", 0)])
+def test_draws_are_made_when_asked_for_on_a_cpu_or_where_one_depends_on_the_other(device, ahead):
+    draws = Draws()
+    drawn_ahead = DrawnAhead(draws, torch.device(device), ahead)
+    assert [shapes(drawn_ahead(step)) for step in (3, 4)] == [[(3,), (2, 3)], [(4,), (2, 4)]]
+    assert draws.asked == [(3, True), (4, True)]
 
 
 # ----------------------------------------------------------------------------------------------------------
