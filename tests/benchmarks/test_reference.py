@@ -155,7 +155,7 @@ def test_plain_scoring_makes_as_many_passes(denoiser, backward, make_translator,
         "forward": samples * len(STEPS),
         "backward": samples,
     }
-    assert max(batches["backward"]) == 3  # slices go through a band together
+    assert max(batches["backward"]) > 1  # slices go through a band together
 
 
 def test_the_plain_translation_is_that_of_the_translator(denoiser, make_translator):

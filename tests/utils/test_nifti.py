@@ -171,7 +171,7 @@ def expect_volume(path: Path) -> np.ndarray | None:
 def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
     """The subject is refused by the name of a file, or its slices are those of the volume, in full."""
     try:
-        (made_with, slices), refusal = cut_subject(CUT, "train", read_brats(raw).subjects["A"]), ""
+        (made_with, slices, *_), refusal = cut_subject(CUT, "train", read_brats(raw).subjects["A"]), ""
     except UserError as error:
         refusal = str(error)
     if refusal:
@@ -336,7 +336,7 @@ def test_subjects_of_any_size_with_voxels_below_0_are_made(tmp_path):
     voxels = np.random.default_rng(2).integers(-50, 90, (3, 17, 5))
     for kind, volume in {"flair": voxels, "seg": 0 * voxels}.items():
         (tmp_path / f"raw/B/B_{kind}.nii").write_bytes(volume_bytes("nifti1", np.int16, volume))
-    made_with, slices = cut_subject(CUT, "train", read_brats(tmp_path / "raw").subjects["B"])
+    made_with, slices, *_ = cut_subject(CUT, "train", read_brats(tmp_path / "raw").subjects["B"])
     for kind in CUT.kinds:
         (tmp_path / "out/train" / kind).mkdir(parents=True)
     (tmp_path / "out/subjects").mkdir()
