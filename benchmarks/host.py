@@ -2,9 +2,9 @@
 
     python benchmarks/host.py --tflops 400
 
-The network is replaced by the identity, with as many parameters of a real one, but small, as the slices are: what is
-left is calling the operations, which a GPU's host does as well. The draws of a step are timed at their real size. A GPU
-does not wait for them: a second thread makes those of the next step, in less time than the network takes.
+The network is replaced by the identity, with as many parameters as a real one, all of them small, as the slices are:
+what is left is calling the operations, which a GPU's host does as well. The draws of a step are timed at their real
+size. On a GPU a second thread makes those of the next step.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.timing import check_at_least_one, print_table
-from benchmarks.shared.work import count_flops
+from benchmarks.shared.work import count_flops, training_steps
 from utils.cli import ArgumentParser, run
 
 WARM_UP = 3  # steps
@@ -44,7 +44,8 @@ def main() -> None:
     small.data.image_size, small.score_model.mask.width = SMALL, 2
     small.score_model.model.model_channels = small.score_model.model.norm_groups
     draws, small_draws = (milliseconds(training_draws(one), args.repeats) for one in (config, small))
-    step = milliseconds(training_step(small), args.repeats) - small_draws
+    train = training_steps(identity(small), small, args.batch_size, torch.device("cpu"))
+    step = milliseconds(train, args.repeats) - small_draws
     rows = [["training", f"{step:.2f}", f"{draws:.2f}", f"{per_step:.2f}", f"{step / per_step:.0%}"]]
     for preset, (steps, *how) in SAMPLING.items():
         small.update_from_flattened_dict(sampling_keys(steps, *how, small.score_model.mask.width))
@@ -107,30 +108,6 @@ def training_draws(config: Any) -> Callable[[], object]:
     where = {"image_size": config.data.image_size, "band_width": mask.width, "band_stride": mask.stride}
     batch_size = config.score_model.training.batch_size
     return lambda: draw_masked_diffusion(next(steps), seed=0, batch_size=batch_size, **where, schedule_sampler=sampler)
-
-
-def training_step(config: Any) -> Callable[[], object]:
-    """A step of the training loop of MMCCD's forward translator, draws included."""
-    from itertools import repeat
-
-    import torch
-
-    from benchmarks.shared.work import create_problem
-    from guided_diffusion.train_util import TrainLoop
-
-    batch, compute_losses = create_problem(config, config.score_model.training.batch_size, torch.device("cpu"))
-    loop = TrainLoop(
-        model=identity(config),
-        compute_losses=compute_losses,
-        batches_from=lambda step: repeat(batch),
-        directory=Path(),
-        logger=None,  # single steps neither log nor save nor resume
-        settings=config.score_model.training,
-        precision=torch.float32,
-        seed=config.seed,
-        on_save=lambda network, step: None,
-    )
-    return lambda: loop._train_step(batch)
 
 
 def sampling_steps(config: Any) -> tuple[int, Callable[[], object]]:

@@ -74,11 +74,9 @@ def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
     UserError if another process has the lock, or the folder, which `flag` has named, cannot be made, written to or
     locked; `otherwise` is what a user can do who finds it locked.
     """
-    try:
+    with writing(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): check {flag}") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

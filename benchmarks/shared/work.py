@@ -88,15 +88,22 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
 
 def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
     """Steps of the training loop as modality_cyclic_train.py sets it up, one for each call."""
+    from utils.device import compile_if_it_pays, speed_up
+
+    network = speed_up(untrained_network("diffusion", config), device, training=True)
+    compile_if_it_pays(network, device, config.score_model.training.iterations)
+    return training_steps(network, config, batch_size, device)
+
+
+def training_steps(network: Any, config: Any, batch_size: int, device: Any) -> Work:
+    """Steps of the training loop for a network on its device, one for each call."""
     from itertools import repeat
 
     from guided_diffusion.train_util import TrainLoop
-    from utils.device import compile_if_it_pays, pick_precision, speed_up
+    from utils.device import pick_precision
 
     training = config.score_model.training
     batch, compute_losses = create_problem(config, batch_size, device)
-    network = speed_up(untrained_network("diffusion", config), device, training=True)
-    compile_if_it_pays(network, device, training.iterations)
     loop = TrainLoop(
         model=network,
         compute_losses=compute_losses,
