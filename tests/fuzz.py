@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.scripts.conftest import SHORT, TINY, Done, run_here
+from tests.scripts.conftest import SHORT, TINY, Done, run_here, write_random_slices
 
 TRAIN, TEST, PREDICT = (f"modality_cyclic_{kind}.py" for kind in ("train", "test", "predict"))
 DATA = ("--dataset=phantom", "--data_dir=datasets/data")
@@ -58,14 +58,7 @@ ODD: list[Any] = [
 def make_place(folder: Path) -> None:
     """A working directory with random slices, a trained and tested Cyclic UNet, and a scan."""
     rng = np.random.default_rng(0)
-    for split, n in {"train": 2, "val": 1, "test": 2}.items():
-        for kind in ("flair", "t2", "seg", "brainmask"):
-            (folder / "datasets/data" / split / kind).mkdir(parents=True)
-            for i in range(n):
-                image = rng.normal(size=(48, 48)).astype(np.float32)
-                if kind in ("seg", "brainmask"):
-                    image = np.pad(np.ones((24, 24), np.uint8), 12 if kind == "brainmask" else ((0, 24),))
-                np.save(folder / "datasets/data" / split / kind / f"S{i}_{kind}_80.npy", image)
+    write_random_slices(folder / "datasets/data", {"train": 2, "val": 1, "test": 2}, ("flair", "t2"), rng)
     once = (*TINY, *SHORT, "--config.score_model.training.iterations=1")
     import nibabel
 

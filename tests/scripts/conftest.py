@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -90,6 +91,22 @@ def run_here(script: str, *args: object, cwd: Path) -> Done:
         finally:
             os.chdir(before)
     return Done(code, stdout.getvalue(), stderr.getvalue())
+
+
+def write_random_slices(
+    data_dir: Path, counts: dict[str, int], modalities: tuple[str, ...], rng: np.random.Generator
+) -> None:
+    """So many slices of every split, of 48 × 48 px: noise, with a brain in the middle and a lesion in a corner."""
+    masks = {"seg": ((0, 24),), "brainmask": 12}  # what surrounds 24 × 24 px
+    for split, n in counts.items():
+        for kind in (*modalities, *masks):
+            folder = data_dir / split / kind
+            folder.mkdir(parents=True)
+            for i in range(n):
+                image = rng.normal(size=(48, 48)).astype(np.float32)
+                if kind in masks:
+                    image = np.pad(np.ones((24, 24), np.uint8), masks[kind])
+                np.save(folder / f"S{i}_{kind}_80.npy", image)
 
 
 def expect_success(done: Done) -> Done:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.scripts.conftest import write_random_slices
+
 pytestmark = pytest.mark.xdist_group("bad input")  # one process, so that the experiments are trained once
 
 TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
@@ -238,15 +240,8 @@ TESTING = {
 def place(tmp_path_factory, in_process, tiny, short):
     """A working directory with random slices, trained experiments and spoilt ones."""
     folder = tmp_path_factory.mktemp("place")
-    rng = np.random.default_rng(0)
-    for split, n in {"train": 3, "val": 1, "test": 2}.items():
-        for kind in ("flair", "t1", "t2", "seg", "brainmask"):
-            (folder / "datasets/data" / split / kind).mkdir(parents=True)
-            for i in range(n):
-                image = rng.normal(size=(48, 48)).astype(np.float32)
-                if kind in ("seg", "brainmask"):
-                    image = np.pad(np.ones((24, 24), np.uint8), 12 if kind == "brainmask" else ((0, 24),))
-                np.save(folder / "datasets/data" / split / kind / f"S{i}_{kind}_80.npy", image)
+    counts, rng = {"train": 3, "val": 1, "test": 2}, np.random.default_rng(0)
+    write_random_slices(folder / "datasets/data", counts, ("flair", "t1", "t2"), rng)
     shutil.copytree(folder / "datasets/data", folder / "datasets/no_test")
     shutil.rmtree(folder / "datasets/no_test/test")
     shutil.copytree(folder / "datasets/data", folder / "datasets/broken")
