@@ -7,6 +7,7 @@ reads it, and a way to spoil it.
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -95,9 +96,9 @@ def spoil_json(text: str, rng: random.Random) -> str:
             if isinstance(holder, dict) and rng.random() < 0.15:
                 del holder[key]
             elif isinstance(holder, dict) and rng.random() < 0.1:
-                holder[rng.choice(["x", "", "y.z"])] = rng.choice(ODD)
+                holder[rng.choice(["x", "", "y.z"])] = copy.deepcopy(rng.choice(ODD))
             else:
-                holder[key] = rng.choice(ODD)
+                holder[key] = copy.deepcopy(rng.choice(ODD))
             break
     return json.dumps(tree)
 
