@@ -7,6 +7,7 @@ the CPU; gradients go over nccl where there are GPUs.
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +134,9 @@ def any_of(flag: bool) -> bool:
 def shut_down() -> None:
     """Leave the group of processes, all together. To mpiexec, a process that ends without this has failed."""
     if dist.is_initialized():
+        # A thread of gloo's that frees the last tensors while Python ends already aborts the process, on busy cores:
+        # it needs the interpreter for it. Nothing tells when it is done, which takes microseconds.
+        time.sleep(0.3)
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()
