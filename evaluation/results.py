@@ -47,6 +47,8 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
             shapes = {group[key].shape for key in MAPS} | {(*group["names"].shape, height, width)}
             if shapes != {(n_slices, height, width)} or not n_slices:
                 raise ValueError(f"arrays of different shapes, or no slices: {shapes}")
+            if group["names"].dtype.kind != "U":
+                raise ValueError(f"names of slices that are {group['names'].dtype}")
             for key in MAPS:
                 kind = "b" if key in MASKS else "f"
                 if group[key].dtype.kind != kind:

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ MODEL_HELP = (
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "10000"
 # What the system says of a file or a disk wherever one is touched, and no code can mend.
-BEYOND_US = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+BEYOND_US = (errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -107,9 +108,16 @@ def wait_within_bounds() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+def leave_to_main(error: threading.ExceptHookArgs) -> None:
+    """Show what ends a thread, but not what the disk refuses: TensorBoard's thread hands that on to the main one."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in BEYOND_US):
+        threading.__excepthook__(error)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 done, 2 with one sentence on stderr for a `UserError` or a full disk, 130 for Ctrl-C."""
     wait_within_bounds()
+    threading.excepthook = leave_to_main
     code, message = 0, ""
     for stream in (sys.stdout, sys.stderr):  # a terminal or a file name may know other characters than UTF-8's
         if isinstance(stream, io.TextIOWrapper):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
@@ -60,3 +61,16 @@ def test_what_no_code_can_mend_is_one_sentence(capsys, error, code, said):
 def test_other_errors_are_not_swallowed():
     with pytest.raises(PermissionError):
         run(fail(PermissionError(errno.EACCES, "Permission denied", "a/b")))
+
+
+@pytest.mark.parametrize(("error", "shown"), [(OSError(errno.ENOSPC, "No space left"), False), (ValueError("x"), True)])
+def test_a_full_disk_is_no_traceback_of_a_thread(capsys, monkeypatch, error, shown):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    def main():
+        thread = threading.Thread(target=fail(error))
+        thread.start()
+        thread.join()
+
+    assert ended(main) == 0
+    assert ("Traceback" in capsys.readouterr().err) == shown
