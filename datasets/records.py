@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,8 @@ def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: M
         files = {}
         for name, image in slices.items():
             path = partial / Path(name).name
-            np.save(path, image)
+            np.save(npy := BytesIO(), image)  # into a file, it would not say why it cannot write on
+            path.write_bytes(npy.getbuffer())
             files[f"{split}/{name}"] = path.stat().st_size
         for name in slices:
             (partial / Path(name).name).replace(output_dir / split / name)

@@ -39,11 +39,9 @@ def writing(folder: Path, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # numpy says of a short write how short, and not why
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room, and give the same command again" if full else f"check {flag}"
-        raise UserError(
-            f"{folder} cannot be written to ({error.strerror or f'no space left: {error}'}): {remedy}"
-        ) from error
+        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error
 
 
 @contextmanager

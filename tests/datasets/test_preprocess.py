@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import itertools
+import resource
 import shutil
 import signal
 import subprocess
@@ -512,6 +513,18 @@ def test_no_part_of_a_subject_is_taken_for_the_whole(tmp_path, monkeypatch, n):
     for pair in itertools.permutations(kinds, 2):
         assert whole_subjects(tmp_path, pair) <= {whole}
     assert not find_whole(tmp_path)
+
+
+def test_a_slice_that_cannot_be_written_to_its_end_says_why(tmp_path):
+    """As on a disk that becomes full."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written to \\(File too large\\)"):
+            store(tmp_path, "train", "A", {}, {"flair/A_flair_4.npy": np.zeros((100, 100))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------
