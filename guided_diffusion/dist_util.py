@@ -134,8 +134,8 @@ def any_of(flag: bool) -> bool:
 def shut_down() -> None:
     """Leave the group of processes, all together. To mpiexec, a process that ends without this has failed."""
     if dist.is_initialized():
-        # A thread of gloo's that frees the last tensors while Python ends already aborts the process, on busy cores:
-        # it needs the interpreter for it. Nothing tells when it is done, which takes microseconds.
+        # After the last exchange, a thread of gloo's still frees its tensors, for which it needs the interpreter: if
+        # Python ends first, it aborts the process. That takes microseconds, on busy cores longer, and nothing tells.
         time.sleep(0.3)
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:

@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def run_here(script: str, *args: object, cwd: Path) -> Done:
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [path, *map(str, args)]),
+        mock.patch.object(threading, "excepthook", threading.excepthook),  # which utils.cli.run sets
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):

@@ -11,7 +11,8 @@ from utils.cli import SPINS, WAITING, UserError, run
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
-    """Nobody has said how threads wait, whatever the environment of these tests says; afterwards it is as before."""
+    """Nobody has said how threads wait, whatever the environment of these tests says; afterwards all is as before."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     for name in WAITING:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -64,9 +65,7 @@ def test_other_errors_are_not_swallowed():
 
 
 @pytest.mark.parametrize(("error", "shown"), [(OSError(errno.ENOSPC, "No space left"), False), (ValueError("x"), True)])
-def test_a_full_disk_is_no_traceback_of_a_thread(capsys, monkeypatch, error, shown):
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-
+def test_a_full_disk_is_no_traceback_of_a_thread(capsys, error, shown):
     def main():
         thread = threading.Thread(target=fail(error))
         thread.start()
