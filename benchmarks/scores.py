@@ -184,7 +184,7 @@ def cycle_of(group: dict) -> tuple[Any, Any]:
     image, translation, reconstruction, variance = (
         torch.from_numpy(group[key]) for key in ("image", "translation", "reconstruction", "variance")
     )
-    return image, Cycle((image - reconstruction) ** 2 + variance, translation, reconstruction)
+    return image, Cycle((image - reconstruction) ** 2 + variance, translation, reconstruction, variance)
 
 
 def accuracy(scores: dict[str, Any], maps: dict[str, dict], split: str) -> Row:

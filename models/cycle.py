@@ -15,16 +15,14 @@ from .masks import Band
 class Cycle(NamedTuple):
     """What a cycle makes of slices A [N, 1, H, W]; all of the same shape, and means over the draws of a pixel.
 
-    error: squared cyclic error; translation: B; reconstruction: A again. Cyclic UNet has a single draw.
+    error: squared cyclic error; translation: B; reconstruction: A again; variance: of the reconstruction's draws around
+    their mean. Cyclic UNet has a single draw.
     """
 
     error: Tensor
     translation: Tensor
     reconstruction: Tensor
-
-    def variance(self, image: Tensor) -> Tensor:
-        """Of the draws of the reconstruction around their mean m: mean (A − draw)² − (A − m)²."""
-        return (self.error - (image - self.reconstruction).square()).clamp(min=0)
+    variance: Tensor
 
 
 def anomaly_score(image: Tensor, cycle: Cycle, score: str, usual_error: float = 0.0) -> Tensor:
@@ -38,7 +36,7 @@ def anomaly_score(image: Tensor, cycle: Cycle, score: str, usual_error: float = 
     if score == "errors":
         return cycle.error
     deviation = (image - cycle.reconstruction).square()
-    return deviation if score == "reconstructions" else deviation / (cycle.variance(image) + usual_error)
+    return deviation if score == "reconstructions" else deviation / (cycle.variance + usual_error)
 
 
 def usual_error(image: Tensor, cycle: Cycle, healthy: Tensor) -> float:
@@ -50,7 +48,7 @@ def usual_error(image: Tensor, cycle: Cycle, healthy: Tensor) -> float:
     if not healthy.any():
         return 1.0
     total = (image - cycle.reconstruction)[healthy].square().mean()
-    return float(torch.maximum(total - cycle.variance(image)[healthy].mean(), total / 100).clamp(min=1e-6))
+    return float(torch.maximum(total - cycle.variance[healthy].mean(), total / 100).clamp(min=1e-6))
 
 
 @torch.inference_mode()
@@ -77,7 +75,8 @@ def cyclic_unet(
 
     in_batches(pass_over, list(range(len(image))), batch_size, progress, image.device)
     reference = image if reference is None else reference
-    return Cycle((reference - reconstruction).square(), translation, reconstruction)
+    error = (reference - reconstruction).square()
+    return Cycle(error, translation, reconstruction, torch.zeros_like(error))
 
 
 def slices_and_bands(
@@ -124,7 +123,8 @@ def mmccd(
         reference: what the end of the cycle is compared with, if not A.
     """
     reference = image if reference is None else reference
-    sums = torch.zeros(4, *image.shape, device=image.device)
+    # In double precision, since the variance is the small difference of two sums where an error is large.
+    sums = torch.zeros(4, *image.shape, dtype=torch.float64, device=image.device)
 
     def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
         slices, bands_of = zip(*batch, strict=True)
@@ -132,11 +132,13 @@ def mmccd(
         hidden = to_device(forward.mask(bands_of), image.device)
         translation = forward.sample(image[index], bands_of)
         reconstruction = backward(translation)
-        error = (reference[index] - reconstruction).square()
+        error = (reference[index].double() - reconstruction).square()
         found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
         sums.index_add_(1, index, found)  # all at once: a batch that is tried again must not count twice
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress, image.device)
     *sums, counts = sums
     error, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
-    return Cycle(error, *(torch.where(counts > 0, mean, reference) for mean in (translation, reconstruction)))
+    translation, reconstruction = (torch.where(counts > 0, mean, reference) for mean in (translation, reconstruction))
+    variance = (error - (reference - reconstruction).square()).clamp(min=0)
+    return Cycle(*(field.float() for field in (error, translation, reconstruction, variance)))

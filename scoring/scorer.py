@@ -142,8 +142,7 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
             cost["usual_error"] = usual_error(reference, cycle, scored & ~batch["seg"])
         scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
         images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
-        images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction}
-        images["variance"] = cycle.variance(reference)
+        images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction, "variance": cycle.variance}
         maps[split] = {key: value[:, 0].numpy() for key, value in images.items()} | {"names": batch["name"]}
     return maps, cost
 
