@@ -297,7 +297,7 @@ def settings(rows: Mapping[Point, Row]) -> dict[tuple[str, str, str], dict[str, 
 
 
 def label(method: str, input: str) -> str:
-    from evaluation.tables import METHODS as LABELS
+    from evaluation.results import METHODS as LABELS
 
     return LABELS.get(method, f"intensity ({input})")
 

@@ -16,16 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
+from .results import SCORE_MEANINGS
 
 # Normalised intensities shown as black and white. A tenth of the brain, and most tumours, lie above 3.
 WINDOW = (-3.0, 5.0)
 
-# What a score says, by its kind (see models/cycle.py).
-SCORE_MEANINGS = {
-    "errors": "squared cyclic error",
-    "reconstructions": "squared cyclic error",
-    "standardised": "squared cyclic error, times the usual",
-}
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
 TRUTH_STYLE = {"color": SKY_BLUE, "linestyle": "-", "linewidth": 1.6}

@@ -11,8 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .figures import draw_scores, write_figures
 from .metrics import average_precision, by_lesion_size, evaluate, ranked_scores, smooth_scores
-from .results import Maps, write_scores
-from .tables import METHODS, intensity_name, size_table, table
+from .results import METHODS, Maps, write_scores
+from .tables import intensity_name, size_table, table
 
 EVENTS = "events.out.tfevents.*"
 

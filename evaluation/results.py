@@ -10,12 +10,60 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
-from utils.records import METRICS as RECORD_OF_METRICS
-from utils.records import RUN, parse, read_json
+from utils.records import INTERVAL, NUMBER_OR_NONE, STRING, entries, optional, parse, read_json, whole
 
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
 MASKS = ("truth", "brainmask")  # which of them are bool; the others are floats
+
+# What tables call a method.
+METHODS = {
+    "cyclic_unet": "Cyclic UNet",
+    "mmccd": "MMCCD",
+    "cyclic_histogram": "histogram cycle",
+    "autoencoder": "autoencoder",
+    "dae": "denoising autoencoder",
+    "ddpm": "AnoDDPM",
+    "one_way_unet": "UNet, one way",
+    "one_way_diffusion": "masked diffusion, one way",
+    "one_way_histogram": "histogram, one way",
+}
+# What a score says, by its kind (see models/cycle.py).
+SCORE_MEANINGS = {
+    "errors": "squared cyclic error",
+    "reconstructions": "squared cyclic error",
+    "standardised": "squared cyclic error, times the usual",
+}
+
+# What is read from metrics.json and from the header of error_maps.npz.
+_AT_THRESHOLD = entries(threshold=NUMBER_OR_NONE, dice=NUMBER_OR_NONE, dice_interval=INTERVAL)
+_BLOCK = entries(
+    auprc=NUMBER_OR_NONE, auprc_interval=INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD)
+)
+_RUN = entries(
+    method={"enum": list(METHODS)},
+    input=STRING,
+    trans=STRING,
+    score={"enum": list(SCORE_MEANINGS)},
+    sampling_settings=entries(smooth={"enum": ["none", "median3", "median5"]}),
+    checkpoints={"type": "object", "additionalProperties": STRING},
+    trained_steps={"type": "object", "additionalProperties": {"type": ["integer", "null"]}},
+    image_size=whole(1, 16_384),
+)
+_METRICS = entries(
+    **_RUN["properties"],
+    **_BLOCK["properties"],
+    n_slices=whole(1, 10**9),
+    chance=NUMBER_OR_NONE,
+    lost_lesion_share=NUMBER_OR_NONE,
+    usual_error={"type": "number", "minimum": 0},
+    unsmoothed=optional(_BLOCK),
+    baseline_intensity={"allOf": [_BLOCK, entries(sign={"enum": [1, -1]})]},
+)
+# A score is a squared error: no threshold of it lies below 0.
+_METRICS["properties"]["validation"] = optional(
+    {"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]}
+)
 
 Maps = Mapping[str, Mapping[str, Any]]  # by split: `names` of the slices, and the arrays named in MAPS
 
@@ -39,7 +87,7 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
         raise UserError(f"no {path.name} in {path.parent}: run modality_cyclic_test.py first")
     try:
         with np.load(path) as file:
-            run = parse(str(file["run"]), RUN)
+            run = parse(str(file["run"]), _RUN)
             splits = ("test", "val") if "val_names" in file else ("test",)
             maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *MAPS)} for split in splits}
         for group in maps.values():
@@ -79,7 +127,7 @@ def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first
     path = results / METRICS
     if not path.is_file():
         raise UserError(f"no {METRICS} in {results}: {remedy}")
-    return read_json(path, RECORD_OF_METRICS, remedy)
+    return read_json(path, _METRICS, remedy)
 
 
 def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:

@@ -3,6 +3,7 @@
 `python -m evaluation.tables RESULTS …` prints one table for the folders of several runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,8 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import read_metrics, read_per_slice
+from .results import METHODS, read_metrics, read_per_slice
 
-METHODS = {
-    "cyclic_unet": "Cyclic UNet",
-    "mmccd": "MMCCD",
-    "cyclic_histogram": "histogram cycle",
-    "autoencoder": "autoencoder",
-    "dae": "denoising autoencoder",
-    "ddpm": "AnoDDPM",
-    "one_way_unet": "UNet, one way",
-    "one_way_diffusion": "masked diffusion, one way",
-    "one_way_histogram": "histogram, one way",
-}
 CHOICES = ("oracle", "validation")  # of a threshold
 SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
 
@@ -45,9 +35,10 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
     lines = _aligned(header, *rows)
     first = runs[0]
+    lost = first["lost_lesion_share"]
     lines.append(
-        f"{first['n_slices']} test slices; AUPRC by chance {first['chance']:.3f} (the lesions' share of the ranked "
-        f"pixels); lesion pixels outside the scored region {100 * first['lost_lesion_share']:.1f} %"
+        f"{first['n_slices']} test slices; AUPRC by chance {_value(first['chance'])} (the lesions' share of the ranked "
+        f"pixels); {'no lesion' if lost is None else f'lesion pixels outside the scored region {100 * lost:.1f} %'}"
     )
     interval = "[95 % bootstrap interval over slices]; " if any("[" in cell for row in rows for cell in row) else ""
     lines.append(
@@ -131,7 +122,7 @@ def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
 
 
 def _value(value: float | None, spec: str = ".3f") -> str:
-    return "undefined" if value is None or np.isnan(value) else format(value, spec)
+    return "undefined" if value is None or math.isnan(value) else format(value, spec)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Chain(NamedTuple):
 
     @property
     def method(self) -> str:
-        """As metrics.json has it, and `METHODS` in evaluation/tables.py."""
+        """As metrics.json has it, and `METHODS` in evaluation/results.py."""
         if self.model_name in BASELINES:
             return self.model_name
         cycles = {"unet": "cyclic_unet", "diffusion": "mmccd", "histogram": "cyclic_histogram"}

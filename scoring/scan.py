@@ -13,8 +13,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from datasets.brats2021 import resize_image, resize_mask
 from datasets.subject import BRATS_SLICES, normalise
-from evaluation.figures import SCORE_MEANINGS, scan_figure
+from evaluation.figures import scan_figure
 from evaluation.metrics import scored_region, smooth_scores
+from evaluation.results import SCORE_MEANINGS
 from models.cycle import anomaly_score
 from utils.cli import UserError
 from utils.experiment import RECORD

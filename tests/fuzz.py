@@ -206,7 +206,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
         spoil_json_file,
         ((TEST, *DATA, "--logdir=experiments"), (TRAIN, *TINY, *SHORT), PREDICTION),
     ),
-    "metrics.json": (f"{RESULTS}/metrics.json", spoil_json_file, (PREDICTION,)),
+    "metrics.json": (f"{RESULTS}/metrics.json", spoil_json_file, (PREDICTION, ("evaluation.tables", RESULTS))),
     "error_maps.npz": (f"{RESULTS}/error_maps.npz", spoil_npz, (RESCORE,)),
     "slices": ("datasets/data/test/flair/S1_flair_80.npy", spoil_npy, ((TEST, *DATA),)),
     "ema.pt": (f"experiments/{BACKWARD}/ema_0.5_000001.pt", spoil_pt, ((TEST, *DATA),)),

@@ -1,7 +1,8 @@
 """The records that runs keep of themselves in JSON, read in one way: as they should be, or not at all."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,40 +80,11 @@ SUBJECT = entries(
     files={"type": "object", "additionalProperties": whole(0, 2**60)},
 )
 
-_AT_THRESHOLD = entries(threshold=NUMBER_OR_NONE, dice=NUMBER_OR_NONE, dice_interval=INTERVAL)
-_BLOCK = entries(
-    auprc=NUMBER_OR_NONE, auprc_interval=INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD)
-)
-RUN = entries(
-    method=STRING,
-    input=STRING,
-    trans=STRING,
-    score=STRING,
-    sampling_settings=entries(smooth={"enum": ["none", "median3", "median5"]}),
-    checkpoints={"type": "object", "additionalProperties": STRING},
-    trained_steps={"type": "object", "additionalProperties": {"type": ["integer", "null"]}},
-    image_size=whole(1, 16_384),
-)
-METRICS = entries(
-    **RUN["properties"],
-    **_BLOCK["properties"],
-    n_slices=whole(1, 10**9),
-    chance=NUMBER_OR_NONE,
-    lost_lesion_share=NUMBER_OR_NONE,
-    usual_error={"type": "number", "minimum": 0},
-    unsmoothed=optional(_BLOCK),
-    baseline_intensity={"allOf": [_BLOCK, entries(sign={"enum": [1, -1]})]},
-)
-# A score is a squared error: no threshold of it lies below 0.
-METRICS["properties"]["validation"] = optional(
-    {"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]}
-)
-
 
 def parse(text: str, schema: Mapping[str, Any]) -> Any:
     """What JSON says, if it fits a schema; a ValueError that says in one line where it does not."""
     try:
-        found = json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_int=_finite(int), parse_float=_finite(float), parse_constant=_finite(float))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(found))
@@ -130,5 +102,12 @@ def read_json(path: Path, schema: Mapping[str, Any], remedy: str) -> Any:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+def _finite(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """A reader of a number that refuses those that are none or infinite, as 1e999 is in double precision."""
+
+    def read(text: str) -> int | float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return kind(text)
+
+    return read

@@ -72,7 +72,7 @@ def run_process(*command: object, cwd: Path) -> Done:
 
 
 def run_here(script: str, *args: object, cwd: Path) -> Done:
-    """Run a script of the repository in this process: the same, without waiting for its imports."""
+    """Run a script of the repository, or a module, in this process: the same, without waiting for its imports."""
     path = str(REPOSITORY / script)
     before = Path.cwd()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
@@ -84,7 +84,10 @@ def run_here(script: str, *args: object, cwd: Path) -> Done:
     ):
         os.chdir(cwd)
         try:
-            runpy.run_path(path, run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(path, run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
         except Exception:

@@ -169,6 +169,8 @@ SPOILT = {
     "a brain mask of floats": {"brainmask": lambda mask: mask.astype(np.float32)},
     "scores of words": {"scores": lambda scores: scores.astype(str)},
     "nothing finite": {"scores": lambda scores: scores * np.nan},
+    "a method that nobody knows": {"method": "unet"},
+    "a score that nobody knows": {"score": "error"},
     "test maps of another size than those of validation": {key: lambda array: array[:, 1:] for key in MAPS},
 }
 
@@ -179,9 +181,13 @@ def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(in_process, 
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert done.code == 0, done.stderr
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
+    run = RUN
     for key, spoil in SPOILT[how].items():
-        maps["test"][key] = spoil(maps["test"][key])
-    write_maps(tmp_path / "error_maps.npz", RUN, maps)
+        if key in RUN:
+            run = RUN | {key: spoil}
+        else:
+            maps["test"][key] = spoil(maps["test"][key])
+    write_maps(tmp_path / "error_maps.npz", run, maps)
     before = contents(tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert done.code == 2, done.stderr
@@ -206,6 +212,17 @@ def test_of_one_or_two_slices_there_are_no_thirds(in_process, tmp_path, n_test):
     assert done.code == 0, done.stderr
     assert "large" not in done.stdout
     assert ("bootstrap interval" in done.stdout) == (n_test == 2)
+
+
+def test_slices_without_any_lesion_are_scored(in_process, tmp_path):
+    """As healthy volunteers' are: what is undefined is said to be."""
+    maps = make_maps(N_TEST, 2.0, 0)
+    maps["truth"][:] = False
+    write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert read_metrics(tmp_path)["lost_lesion_share"] is None
+    assert "; no lesion\n" in done.stdout
 
 
 def test_a_terminal_that_knows_ascii_only(repository, tmp_path):
