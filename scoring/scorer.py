@@ -11,11 +11,11 @@ from datasets.brats2021 import BraTS2021Dataset
 from datasets.loader import all_slices
 from evaluation.metrics import scored_region
 from guided_diffusion import checkpoint, dist_util
-from models.build import create_masked_translator, create_network, create_reconstructor
+from models.build import bytes_a_sample, create_masked_translator, create_network, create_reconstructor
 from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
 from models.masks import sweep
 from utils.cli import UserError
-from utils.device import autocast, compile_if_it_pays, pick_precision, speed_up
+from utils.device import autocast, available_memory, compile_if_it_pays, pick_precision, speed_up
 
 from .chain import Chain, sampling_name
 
@@ -44,6 +44,10 @@ class Scorer:
                 self.forward = create_reconstructor(chain.model_name, self.forward, self.config)
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.batch_size = sampling.batch_size
+        if device.type == "cpu":  # where too large a batch is killed; of a GPU's, in_batches is told
+            fitting = available_memory() // max(1, bytes_a_sample(chain.model_name, self.config))
+            self.batch_size = max(1, min(self.batch_size, fitting))
         sampled = self.masked_translator or self.forward
         self.steps = sampled.diffusion.num_timesteps if hasattr(sampled, "diffusion") else 1
         self.passes_a_sample = self.steps + bool(chain.backward)
@@ -67,13 +71,12 @@ class Scorer:
         share = dist_util.share(len(image))
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
-        sampling = self.config.score_model.sampling
         for network in self.networks:
-            compile_if_it_pays(network, self.device, self.passes(brainmask) // sampling.batch_size)
+            compile_if_it_pays(network, self.device, self.passes(brainmask) // self.batch_size)
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
             how = {
-                "batch_size": sampling.batch_size,
+                "batch_size": self.batch_size,
                 "progress": lambda samples: bar.update(samples * self.passes_a_sample),
                 "reference": reference,
             }

@@ -1,0 +1,41 @@
+"""Slices are scored in batches that the memory holds."""
+
+import pytest
+import torch
+
+from config import get_config
+from models.build import bytes_a_sample, create_network
+from scoring import scorer
+from scoring.chain import Chain, TrainedTranslator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def chain(tmp_path) -> Chain:
+    """Cyclic UNet with the same fresh weights both ways, asked for batches that no memory holds."""
+    config = get_config("phantom")
+    config.data.image_size = 16
+    config.score_model.model.update({"model_channels": 8, "channel_mult": (1, 1), "norm_groups": 4, "num_heads": 1})
+    config.score_model.sampling.batch_size = 10**12
+    torch.manual_seed(0)
+    torch.save(create_network("unet", config.score_model).state_dict(), tmp_path / "ema.pt")
+    translator = TrainedTranslator("translator", tmp_path / "ema.pt", config, {})
+    return Chain("unet", translator, translator)
+
+
+def test_a_batch_takes_no_more_than_the_memory_of_a_cpu_holds(chain, monkeypatch):
+    monkeypatch.setattr(scorer, "available_memory", lambda: 3 * bytes_a_sample("unet", chain.config) + 1)
+    found = scorer.Scorer(chain, CPU)
+    assert found.batch_size == 3
+    image = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    in_threes = found.cycle(image, image > 0, image)
+    found.batch_size = 7
+    assert torch.allclose(found.cycle(image, image > 0, image).error, in_threes.error, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(scorer, "available_memory", lambda: 0)
+    assert scorer.Scorer(chain, CPU).batch_size == 1
+
+
+def test_a_batch_that_fits_stays_as_it_is(chain):
+    chain.config.score_model.sampling.batch_size = 2
+    assert scorer.Scorer(chain, CPU).batch_size == 2
