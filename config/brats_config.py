@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     training.keep_last = 0  # checkpoints that are kept, 0: all
 
     score_model.sampling = sampling = ConfigDict()
-    sampling.batch_size = 32  # network samples at a time
+    sampling.batch_size = 32  # network samples at a time, if the memory holds them
     sampling.stride = 2  # between the bands of the sweep
     sampling.score = "errors"  # of the bands that hid a pixel: or "reconstructions", "standardised"
     sampling.smooth = "none"  # or "median3", "median5"; the score of Cyclic UNet, too

@@ -2,8 +2,8 @@
 
     python tests/fuzz.py --minutes 10
 
-The suite runs a few cases of each kind by test_fuzz.py. A kind of file is a maker of a sound one, the command that
-reads it, and a way to spoil it.
+The suite has hypothesis choose a few cases of each kind, in test_fuzz.py. A kind of file is a path, a way to spoil what
+lies there, and the commands that read it.
 """
 
 import argparse
@@ -261,10 +261,10 @@ def of_a_run(name: str, files: dict[str, bytes]) -> Any:
     return {key: value for key, value in record.items() if key != "run"} if isinstance(record, dict) else data
 
 
-def fuzz(kind: str, place: Path, seed: int) -> tuple[Done, str]:
-    """Spoil a kind of file by a seed, run what reads it, and put everything back."""
+def fuzz(kind: str, place: Path, rng: random.Random) -> tuple[Done, str]:
+    """Spoil a kind of file at random, run what reads it, and put everything back."""
     path, spoil, commands = KINDS[kind]
-    rng, whole = random.Random(seed), contents(place)
+    whole = contents(place)
     try:
         spoil(place / path, rng)
         before = contents(place)
@@ -286,7 +286,7 @@ def main() -> None:
             ends, found, seed = time.monotonic() + 60 * args.minutes, 0, args.seed
             worked = 0
             while time.monotonic() < ends:
-                done, wrong = fuzz(kind, Path(folder), seed)
+                done, wrong = fuzz(kind, Path(folder), random.Random(seed))
                 worked += done.code == 0
                 if wrong:
                     found += 1

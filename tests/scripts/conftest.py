@@ -87,6 +87,7 @@ def run_here(script: str, *args: object, cwd: Path) -> Done:
             if script.endswith(".py"):
                 runpy.run_path(path, run_name="__main__")
             else:
+                sys.modules.pop(script, None)  # or runpy warns that it is there
                 runpy.run_module(script, run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
