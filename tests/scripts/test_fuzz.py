@@ -19,14 +19,14 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spoilt_file_ends_in_one_sentence(place, kind):
-    codes = set()
+    ends = set()
 
     @settings(max_examples=CASES, deadline=None, derandomize=True)
     @given(st.randoms(use_true_random=False))
     def check(rng):
         done, wrong = fuzz(kind, place, rng)
-        codes.add(done.code)
+        ends.add((done.code, done.stdout))
         assert not wrong
 
     check()
-    assert 2 in codes  # some are refused: what is spoilt is read
+    assert len(ends) > 1  # what is spoilt is read
