@@ -29,4 +29,4 @@ def test_a_spoilt_file_ends_in_one_sentence(place, kind):
         assert not wrong
 
     check()
-    assert len(ends) > 1  # what is spoilt is read
+    assert len(ends) > 1 or any(code for code, _ in ends)  # what is spoilt is read
