@@ -26,7 +26,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     import config as configs
     from datasets.brats2021 import BraTS2021Dataset, fingerprint
     from datasets.loader import all_slices, training_batches
-    from evaluation.figures import side_by_side
+    from evaluation.window import side_by_side
     from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop

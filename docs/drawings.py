@@ -20,8 +20,8 @@ def main() -> None:
     from ml_collections import ConfigDict
 
     from datasets.brats2021 import BraTS2021Dataset
-    from evaluation.figures import to_grey
     from evaluation.results import ERROR_MAPS, read_maps
+    from evaluation.window import to_grey
     from models.build import create_masked_translator, create_network
     from models.cycle import cyclic_unet
     from models.masks import Band
@@ -187,7 +187,7 @@ def draw_standardised(path: Path, maps: dict, usual_error: float) -> None:
     """What the draws of a slice are made into, from its error maps [W, H]; brightness goes by the root of an error."""
     from matplotlib.colors import PowerNorm
 
-    from evaluation.figures import WINDOW
+    from evaluation.window import WINDOW
 
     grey = {"cmap": "gray", "vmin": WINDOW[0], "vmax": WINDOW[1]}
     error = (maps["image"] - maps["reconstruction"]) ** 2

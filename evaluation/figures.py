@@ -17,9 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
 from .results import SCORE_MEANINGS
-
-# Normalised intensities shown as black and white. A tenth of the brain, and most tumours, lie above 3.
-WINDOW = (-3.0, 5.0)
+from .window import WINDOW, to_grey
 
 GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
@@ -33,20 +31,9 @@ HISTOGRAM_STYLES = (
 THRESHOLD_STYLES = {"oracle": {"color": "black", "linestyle": "--"}, "validation": {"color": "black", "linestyle": "-"}}
 
 
-def to_grey(image: np.ndarray) -> np.ndarray:
-    """A slice as it is looked at: the window mapped to 0 … 1 and clipped, [H, W] turned front-up to [W, H]."""
-    low, high = WINDOW
-    return np.clip((image - low) / (high - low), 0, 1).T
-
-
 def plain(text: str) -> str:
     """A name as fonts can draw it: file names may hold bytes that are no UTF-8."""
     return str(text).encode("utf-8", "replace").decode()
-
-
-def side_by_side(*images: np.ndarray) -> np.ndarray:
-    """Slices of one size in a row, in [0, 1], for TensorBoard."""
-    return np.concatenate([to_grey(image) for image in images], axis=1)
 
 
 def draw_scores(
