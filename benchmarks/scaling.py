@@ -23,7 +23,10 @@ from utils.cli import ArgumentParser, UserError, run
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 32  # of training, over all processes, as in the paper
 DEMO = ("--dataset=phantom", "--data_dir=slices", "--gpu_id=cpu")
-TRAINING = f"--config.score_model.training.batch_size={BATCH_SIZE}"
+TRAINING = (
+    f"--config.score_model.training.batch_size={BATCH_SIZE}",
+    "--config.score_model.sampling.timestep_respacing=1",  # of the example slice, which is not timed
+)
 MMCCD = "--model_name=diffusion"
 
 # Calls the main function of a script and says how long a function of a module took.
@@ -54,7 +57,7 @@ def main() -> None:
         preprocess(folder, "raw", "slices", workers=2)
         for flags in ((MMCCD,), ("--training_process=backward",)):  # for scoring to have something to chain
             one = ("--config.score_model.training.iterations=1", "--logdir=experiments")
-            call(folder, "modality_cyclic_train.py", *DEMO, *flags, *one)
+            call(folder, "modality_cyclic_train.py", *DEMO, *TRAINING, *flags, *one)
 
         work = {
             "preprocessing": partial(time_preprocessing, folder),
@@ -117,7 +120,7 @@ def time_training(folder: Path, steps: int, processes: int) -> float:
         "--overwrite",
         "--logdir=trained",
     )
-    call(folder, "modality_cyclic_train.py", *DEMO, MMCCD, TRAINING, *flags, processes=processes)
+    call(folder, "modality_cyclic_train.py", *DEMO, MMCCD, *TRAINING, *flags, processes=processes)
     (path,) = (folder / "trained").glob("*/progress.csv")
     with path.open(newline="", encoding="utf-8") as file:
         return sum(BATCH_SIZE / float(row["images_per_second"]) for row in list(csv.DictReader(file))[1:])

@@ -16,6 +16,8 @@ from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
 from utils.cli import UserError
 
+pytestmark = pytest.mark.xdist_group("cohorts")  # one process, so that the scans are sliced once
+
 SCRIPTS = Path(__file__).parents[2] / "datasets"
 NAMED_2023 = {"flair": "t2f", "t2": "t2w", "t1": "t1n", "t1ce": "t1c", "seg": "seg"}
 BRATS_GRID = {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [240, 240]}

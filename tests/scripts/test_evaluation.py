@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -142,11 +143,9 @@ def contents(folder) -> dict:
 
 
 @pytest.mark.parametrize("limit", [0, 1_000, 4_000, 12_000, 30_000])
-def test_where_no_file_can_grow_further_the_earlier_results_stay(in_process, tmp_path, limit):
+def test_where_no_file_can_grow_further_the_earlier_results_stay(runs, in_process, tmp_path, limit):
     """As on a disk that is full, wherever in the run it is met."""
-    write_run(tmp_path / "run")
-    done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
-    assert done.code == 0, done.stderr
+    shutil.copytree(runs / "good", tmp_path / "run")
     before = contents(tmp_path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
@@ -176,10 +175,8 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(in_process, tmp_path, how):
-    write_run(tmp_path)
-    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
-    assert done.code == 0, done.stderr
+def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(runs, in_process, tmp_path, how):
+    shutil.copytree(runs / "good", tmp_path, dirs_exist_ok=True)
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
     run = RUN
     for key, spoil in SPOILT[how].items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.fuzz import KINDS, fuzz, make_place
 
 pytestmark = pytest.mark.xdist_group("fuzz")  # one process, so that its place is made once
-CASES = 30  # of each kind
+CASES = 20  # of each kind
 
 
 @pytest.fixture(scope="module")
