@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils.cli import UserError
-from utils.records import INTERVAL, NUMBER_OR_NONE, STRING, entries, optional, parse, read_json, whole
+from utils.records import STRING, entries, optional, parse, read_json, whole
 
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
@@ -36,10 +36,10 @@ SCORE_MEANINGS = {
 }
 
 # What is read from metrics.json and from the header of error_maps.npz.
-_AT_THRESHOLD = entries(threshold=NUMBER_OR_NONE, dice=NUMBER_OR_NONE, dice_interval=INTERVAL)
-_BLOCK = entries(
-    auprc=NUMBER_OR_NONE, auprc_interval=INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD)
-)
+_NUMBER = {"type": ["number", "null"]}  # null where it is undefined
+_INTERVAL = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
+_AT_THRESHOLD = entries(threshold=_NUMBER, dice=_NUMBER, dice_interval=_INTERVAL)
+_BLOCK = entries(auprc=_NUMBER, auprc_interval=_INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD))
 _RUN = entries(
     method={"enum": list(METHODS)},
     input=STRING,
@@ -54,8 +54,8 @@ _METRICS = entries(
     **_RUN["properties"],
     **_BLOCK["properties"],
     n_slices=whole(1, 10**9),
-    chance=NUMBER_OR_NONE,
-    lost_lesion_share=NUMBER_OR_NONE,
+    chance=_NUMBER,
+    lost_lesion_share=_NUMBER,
     usual_error={"type": "number", "minimum": 0},
     unsmoothed=optional(_BLOCK),
     baseline_intensity={"allOf": [_BLOCK, entries(sign={"enum": [1, -1]})]},

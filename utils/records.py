@@ -11,8 +11,6 @@ import jsonschema
 from .cli import UserError
 
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
-NUMBER, NUMBER_OR_NONE = {"type": "number"}, {"type": ["number", "null"]}
-INTERVAL = {"type": "array", "items": NUMBER_OR_NONE, "minItems": 2, "maxItems": 2}
 
 
 def whole(least: int, most: int) -> dict[str, Any]:
