@@ -63,7 +63,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         make_folder(args.output_dir)
         anomaly = score_scan(scorer, scan, usual_error)
         if dist_util.rank() == 0:
-            report = draw_report(scan, anomaly, threshold, quantiles, scorer.score_kind)
+            report = draw_report(scan, anomaly, threshold, scorer.score_kind)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
     is_first = dist_util.rank() == 0
     dist_util.shut_down()

@@ -276,7 +276,7 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
         raise ValueError("some voxels are not finite")
     with np.errstate(all="ignore"):  # whatever overflows is not finite at the end
         low, high = np.quantile(voxels, [percentage_lower, percentage_upper]).astype(np.float64)
-        if low == high:
+        if np.isclose(low, high, rtol=1e-6, atol=0):  # what is between them is float32's rounding
             raise ValueError(f"its {percentage_lower:g} and {percentage_upper:g} quantiles are both {low:g}")
         image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
         scaled = (voxels - low) / (high - low) * (BRIGHT - BACKGROUND) + BACKGROUND

@@ -37,8 +37,8 @@ class Scan(NamedTuple):
     """A scan, and what the networks are to see of it."""
 
     path: Path
-    volume: np.ndarray  # [I, J, K] as in the file
-    grid: VoxelGrid  # of the volume
+    voxels: np.ndarray  # float32 [I, J, K] as in the file, normalised
+    grid: VoxelGrid  # of the voxels
     chosen: np.ndarray  # bool [I, J, K]: the brain of the slices asked for
     slices_grid: VoxelGrid  # where its slices lie for the networks, with the geometry of the training data
     image: np.ndarray  # float32 [H, W, D] there, normalised
@@ -86,7 +86,7 @@ def read_scan(
             raise ValueError("some voxels are not finite")
         slices_grid, cut_off = place_grid(geometry, brain, grid.affine)
         moved = resample_intensities(volume, grid.affine, slices_grid)
-        image = normalise(moved, **quantiles)
+        voxels, image = normalise(volume, **quantiles), normalise(moved, **quantiles)
     except ValueError as error:
         raise UserError(f"{path} cannot be scored, {error}") from error
     reference = read_onto(other, slices_grid, quantiles, moved != 0) if other else image
@@ -125,7 +125,7 @@ def read_scan(
     if header["sform_code"] == header["qform_code"] == 0:
         directions = ", ".join(nibabel.aff2axcodes(grid.affine))
         warnings.append(f"its header does not say how it lies: its axes are taken to lead to {directions}")
-    return Scan(path, volume, grid, chosen, slices_grid, image, moved != 0, numbers, warnings, reference)
+    return Scan(path, voxels, grid, chosen, slices_grid, image, moved != 0, numbers, warnings, reference)
 
 
 def read_onto(path: Path, slices_grid: VoxelGrid, quantiles: dict[str, float], brain: np.ndarray) -> np.ndarray:
@@ -191,12 +191,14 @@ def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float,
     print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {stem}{RESULTS[-1]}")
 
 
-def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, quantiles: dict[str, float], score: str) -> Figure:
+def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, score: str) -> Figure:
     """The scan's most anomalous axial slices, as radiologists look at them, numbered as in its file."""
-    image, mask = normalise(scan.volume, **quantiles), (anomaly >= threshold).astype(np.uint8)
+    mask = (anomaly >= threshold).astype(np.uint8)
     turn = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
     sizes = voxel_sizes(scan.grid.affine)[np.argsort(turn[:, 0])]  # mm along the turned axes
-    image, anomaly, mask = (np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (image, anomaly, mask))
+    image, anomaly, mask = (
+        np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (scan.voxels, anomaly, mask)
+    )
     picked = pick_slices(mask.sum(axis=(1, 2)), anomaly.sum(axis=(1, 2)), round(APART / sizes[2]))
     upside_down = turn[axial_axis(scan.grid.affine), 1] < 0
     labels = [

@@ -627,7 +627,7 @@ def test_the_report_shows_slices_front_up_and_numbered_as_in_the_file(tmp_path, 
     turned, turned_anomaly = (nibabel.Nifti1Image(volume, AFFINE).as_reoriented(turn) for volume in (head(2), anomaly))
     path = save(tmp_path / "scan.nii.gz", voxels(turned), turned.affine)
     scan, scores = read_scan(path, GRID, NORMALISATION, None), voxels(turned_anomaly)
-    figure = draw_report(scan, scores, 5.0, NORMALISATION, "errors")
+    figure = draw_report(scan, scores, 5.0, "errors")
     first, second, scores_of_first = figure.axes[:3]
     numbers = [4, 9] if "S" in axcodes else [9, 4]
     assert first.get_title() == f"slice {numbers[0]}\n1.5 cm² marked, score ≤ 8"
@@ -664,6 +664,7 @@ MISTAKES = {
     ),
     "empty": (["--scan=bad/empty.nii.gz"], ["bad/empty.nii.gz cannot be scored", "every voxel is 0"]),
     "constant": (["--scan=bad/constant.nii.gz"], ["bad/constant.nii.gz cannot be scored", "quantiles"]),
+    "speckled": (["--scan=bad/speckled.nii.gz"], ["bad/speckled.nii.gz cannot be scored", "quantiles are both 1"]),
     "not a number": (["--scan=bad/nan.nii.gz"], ["bad/nan.nii.gz cannot be scored", "not finite"]),
     "flat": (["--scan=bad/flat.nii.gz"], ["bad/flat.nii.gz cannot be scored", "no extent"]),
     "two of one name": (["--scan=bad/twice"], ["a.nii", "a.nii.gz have the same name", "rename"]),
@@ -689,10 +690,13 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def spoilt(place) -> Path:
     volume = head(2)
+    speckled = (volume != 0).astype(np.int16)  # once it is resampled, more than a tenth is brighter
+    speckled[::4, ::4] *= 2
     bad = place / "bad"
     for name, voxels, affine in (
         ("empty", volume * 0, AFFINE),
         ("constant", (volume != 0).astype(np.int16), AFFINE),
+        ("speckled", speckled, AFFINE @ np.diag([0.8, 0.8, 1, 1])),
         ("nan", np.where(volume > 400, np.nan, volume).astype(np.float32), AFFINE),
         ("series", np.ones((8, 8, 8, 2), np.int16), AFFINE),
         ("twice/a", volume, AFFINE),
