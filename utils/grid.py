@@ -16,7 +16,7 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_ori
 from scipy.ndimage import affine_transform, label
 
 SAME = 1e-3  # how far spacings (mm), directions (cosines) and voxel centres (voxels) may be apart and count as one
-TALLEST = 1000.0  # mm, of a volume: a header that says more is wrong, and would fill the memory
+LONGEST = 1000.0  # mm, of a volume along any axis: a header that says more is wrong, and would fill the memory
 
 
 class SliceGeometry(NamedTuple):
@@ -69,12 +69,15 @@ def place_grid(
     Returns:
         The grid [H, W, D], and the share of the mask's voxels, in [0, 1], that lie outside it.
 
-    A ValueError for an empty mask, an affine that gives voxels no extent, or a volume taller than TALLEST.
+    A ValueError for an empty mask, an affine that gives voxels no extent, or a volume longer than LONGEST.
     """
     if not mask.any():
         raise ValueError("every voxel is 0")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError("its affine gives its voxels no extent")
+    length = (nibabel.affines.voxel_sizes(affine) * mask.shape).max()
+    if length > LONGEST:
+        raise ValueError(f"its affine makes it {length:.0f} mm long")
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(geometry.axcodes))
     # Of the volume with its axes in the geometry's order and direction.
     turned = affine @ inv_ornt_aff(turn, mask.shape)
@@ -96,8 +99,6 @@ def place_grid(
     first = [0 if keeps_slices else _centred(low[i], high[i], geometry.shape[i]) for i in (0, 1)]
     if depth is None:
         bottom, top = (end[2] for end in _bounds(steps, _corners(mask.shape)))
-        if (top - bottom) * geometry.spacing[2] > TALLEST:
-            raise ValueError(f"its affine makes it {(top - bottom) * geometry.spacing[2]:.0f} mm tall")
         first.append(int(np.floor(bottom + SAME)))
         depth = int(np.ceil(top - SAME)) - first[2] + 1
     else:
