@@ -16,7 +16,9 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_ori
 from scipy.ndimage import affine_transform, label
 
 SAME = 1e-3  # how far spacings (mm), directions (cosines) and voxel centres (voxels) may be apart and count as one
-LONGEST = 1000.0  # mm, of a volume along any axis: a header that says more is wrong, and would fill the memory
+LONGEST = (
+    1000.0  # mm, of a volume along any axis of the slices: a header that says more is wrong, and would fill the memory
+)
 
 
 class SliceGeometry(NamedTuple):
@@ -75,9 +77,6 @@ def place_grid(
         raise ValueError("every voxel is 0")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError("its affine gives its voxels no extent")
-    length = (nibabel.affines.voxel_sizes(affine) * mask.shape).max()
-    if length > LONGEST:
-        raise ValueError(f"its affine makes it {length:.0f} mm long")
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(geometry.axcodes))
     # Of the volume with its axes in the geometry's order and direction.
     turned = affine @ inv_ornt_aff(turn, mask.shape)
@@ -93,14 +92,16 @@ def place_grid(
     # From a voxel index of the volume to steps along these axes from the turned volume's first voxel. Steps are
     # whole, so that coarser voxels, too, meet some of the grid's.
     steps = np.linalg.inv(nibabel.affines.from_matvec(axes, turned[:3, 3])) @ affine
+    bottom, top = _bounds(steps, _corners(mask.shape))
+    if (length := ((top - bottom) * geometry.spacing).max()) > LONGEST:
+        raise ValueError(f"its affine makes it {length:.0f} mm long")
     parts, _ = label(mask)  # skull stripping leaves specks behind, far from the brain
     low, high = _bounds(steps, np.argwhere(parts == np.bincount(parts[mask]).argmax()))
     keeps_slices = fits and turned_shape[:2] == geometry.shape
     first = [0 if keeps_slices else _centred(low[i], high[i], geometry.shape[i]) for i in (0, 1)]
     if depth is None:
-        bottom, top = (end[2] for end in _bounds(steps, _corners(mask.shape)))
-        first.append(int(np.floor(bottom + SAME)))
-        depth = int(np.ceil(top - SAME)) - first[2] + 1
+        first.append(int(np.floor(bottom[2] + SAME)))
+        depth = int(np.ceil(top[2] - SAME)) - first[2] + 1
     else:
         first.append(_centred(low[2], high[2], depth))
     shape, origin = (*geometry.shape, depth), turned[:3, 3] + axes @ first
