@@ -7,10 +7,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from datasets.cohorts import VOLUME_SUFFIXES
 from datasets.records import NORMALISATION
-from scoring.chain import Chain, chain_parser, find_chain, require_same_preprocessing, results_name, sampling_settings
+from scoring.chain import (
+    Chain,
+    chain_of_run,
+    chain_parser,
+    find_chain,
+    require_same_preprocessing,
+    results_name,
+    sampling_settings,
+)
 from utils.cli import UserError, parse_run_args, run
 from utils.files import writing
 from utils.storage import Folder, local_path, open_folder
@@ -26,7 +35,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     """Score the scans one after another, and write what came out of each."""
     # Only now what takes seconds to import.
     from guided_diffusion import dist_util
-    from scoring.scan import draw_report, read_scan, score_scan, trained_geometry, write_results
+    from scoring.scan import ScanScore, draw_report, read_scan, score_scan, trained_geometry, write_results
     from scoring.scorer import Scorer
     from utils.device import pick_device
 
@@ -35,17 +44,24 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     refuse_to_overwrite(args.output_dir, scans)
     dist_util.setup()
     experiments.writes = False
-    chain = find_chain(args, overrides, experiments)
-    require_same_preprocessing(chain)
-    translators = chain.translators.values()
-    geometry = trained_geometry(next((one for one in translators if one.preprocessing.get("grid")), chain.forward))
+    parts, threshold, origin = find_parts(args, overrides, experiments)
+    chains = [part.chain for part in parts if part.chain]
+    for chain in chains:
+        require_same_preprocessing(chain)
+    translators = [one for chain in chains for one in chain.translators.values()]
+    geometry = trained_geometry(next((one for one in translators if one.preprocessing.get("grid")), translators[0]))
     normalisations = (translator.preprocessing.get("normalisation") for translator in translators)
     quantiles = next(filter(None, normalisations), NORMALISATION)
-    threshold, usual_error, origin = find_threshold(args, overrides, experiments, chain)
-    scorer = Scorer(chain, pick_device(dist_util.gpu_id(args.gpu_id), chain.config.deterministic))
-    for direction, checkpoint in chain.checkpoints.items():
-        print(f"{direction + ':':10} {experiments.address(checkpoint)}")
+    device = pick_device(dist_util.gpu_id(args.gpu_id), chains[0].config.deterministic)
+    scores = [
+        ScanScore(Scorer(part.chain, device) if part.chain else None, part.usual_error, part.chosen, part.weight)
+        for part in parts
+    ]
+    for chain in chains:
+        for direction, checkpoint in chain.checkpoints.items():
+            print(f"{direction + ':':10} {experiments.address(checkpoint)}")
     print(f"threshold: {threshold:.6g}, {origin}")
+    meaning = "combined" if args.combined else "chosen" if parts[0].chosen else scores[0].scorer.score_kind
 
     failures = []
     for name, path in scans.items():
@@ -61,9 +77,9 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         for warning in scan.warnings:
             print(f"warning: {warning}")
         make_folder(args.output_dir)
-        anomaly = score_scan(scorer, scan, usual_error)
+        anomaly = score_scan(scores, scan)
         if dist_util.rank() == 0:
-            report = draw_report(scan, anomaly, threshold, scorer.score_kind)
+            report = draw_report(scan, anomaly, threshold, meaning)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
     is_first = dist_util.rank() == 0
     dist_util.shut_down()
@@ -87,6 +103,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--scan_trans", type=local_path, help=other)
     results = "NAME_anomaly.nii.gz, NAME_mask.nii.gz and NAME_report.png"
     add("--output_dir", type=local_path, required=True, help=f"where {results} go")
+    scoring = (
+        "the score that the test run chose on its validation slices, or the published one (default: chosen, where the "
+        "test run has it)"
+    )
+    add("--scoring", choices=["chosen", "published"], help=scoring)
+    combined = "results folder of modality_cyclic_test.py --combine: its runs instead of those that other flags name"
+    add("--combined", type=local_path, metavar="RUN", help=combined)
     default = "the validation threshold of the same translators' test run"
     add("--threshold", type=positive_number, help=f"score from which on a voxel is marked (default: {default})")
     add(
@@ -174,24 +197,58 @@ def make_folder(output_dir: Path) -> None:
         tempfile.TemporaryFile(dir=output_dir).close()  # so that it fails now, not after hours of scoring
 
 
-def find_threshold(
-    args: argparse.Namespace, overrides: list[str], experiments: Folder, chain: Chain
-) -> tuple[float, float, str]:
-    """The threshold, the usual error of the standardised score, and where they are from: the translators' test run.
+class Part(NamedTuple):
+    """A score and whose it is: a chain, or the bare intensity, which only a combined run takes."""
 
-    `--threshold` replaces the first, and with other scores needs no test run. A UserError if there is no such run, it
-    is of other checkpoints or another sampling, or it had no validation slices.
+    chain: Chain | None
+    usual_error: float
+    chosen: tuple[Any, Any] | None  # settings and constants; None: the published score
+    weight: float = 1.0
+
+
+def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> tuple[list[Part], float, str]:
+    """What is summed to the score of a scan, the threshold, and where that is from: a test run.
+
+    Raises:
+        UserError: if there is no such run, it is of other checkpoints or another sampling, or it has no threshold.
+    """
+    if args.combined is None:
+        return find_score(args, overrides, experiments, find_chain(args, overrides, experiments))
+    from evaluation.results import chosen_score, read_metrics
+
+    metrics = read_metrics(args.combined)
+    if "members" not in metrics:
+        raise UserError(f"{args.combined} is no combined run: leave out --combined, and name its translators")
+    if args.scoring == "published":
+        raise UserError("a combined run sums chosen scores: leave out --scoring published")
+    parts = [
+        Part(chain_of_run(one, experiments) if one["checkpoints"] else None, 0.0, chosen_score(one), one["weight"])
+        for one in metrics["members"]
+    ]
+    threshold, origin = threshold_of(args, metrics, args.combined, "combine runs with validation slices")
+    return parts, threshold, origin
+
+
+def find_score(
+    args: argparse.Namespace, overrides: list[str], experiments: Folder, chain: Chain
+) -> tuple[list[Part], float, str]:
+    """The score of a chain that its test run chose, or the published one, and the threshold, as from `find_parts`.
+
+    With `--threshold`, a published score that takes no constant needs no test run.
     """
     standardised = args.model_name == "diffusion" and chain.config.score_model.sampling.score == "standardised"
-    if args.threshold is not None and not standardised:
-        return args.threshold, 0.0, "as --threshold says"
-    from evaluation.results import METRICS, read_metrics
+    from evaluation.results import METRICS, chosen_score, read_metrics
+    from evaluation.tables import score_words
 
     folder = f"results/{results_name(chain)}"
+    if args.threshold is not None and not standardised and args.scoring == "published":
+        return [Part(chain, 0.0, None)], args.threshold, "as --threshold says"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
-    test = f"run {test_command(args, overrides)} to find a threshold"
-    remedy = f"{test} and what an error is usual" if standardised else f"{test}, or give --threshold"
+    needs_constants = standardised or args.scoring != "published"
+    found_there = "its score and threshold" if needs_constants else "a threshold"
+    test = f"run {test_command(args, overrides)} to find {found_there}"
+    remedy = test if needs_constants else f"{test}, or give --threshold"
     metrics = read_metrics(path.parent, remedy)
     tested, now = (
         {direction: short(where) for direction, where in checkpoints.items()}
@@ -202,15 +259,28 @@ def find_threshold(
         raise UserError(f"the threshold in {path} is {others}: {remedy}")
     if metrics.get("sampling_settings") != sampling_settings(chain):
         raise UserError(f"the threshold in {path} is of another sampling: {remedy}")
-    usual_error = metrics["usual_error"]
+    block, chosen = metrics.get("chosen"), None
+    if args.scoring == "chosen" and not block:
+        raise UserError(f"{path} has no chosen score: score it again with --rescore {path.parent}")
+    words = "the published one"
+    if block and args.scoring != "published":
+        chosen, words = chosen_score(block), f"chosen on validation slices, {score_words(block['settings'])}"
+    threshold, origin = threshold_of(args, block if chosen else metrics, experiments.address(path), test)
+    print(f"score: {words}")
+    return [Part(chain, metrics["usual_error"], chosen)], threshold, origin
+
+
+def threshold_of(args: argparse.Namespace, block: Mapping[str, Any], where: Any, remedy: str) -> tuple[float, str]:
+    """`--threshold`, or the validation threshold of a block of metrics.json; a UserError if there is neither."""
     if args.threshold is not None:
-        return args.threshold, usual_error, "as --threshold says"
-    threshold = metrics["validation"] and metrics["validation"]["threshold"]
+        return args.threshold, "as --threshold says"
+    threshold = block["validation"] and block["validation"]["threshold"]
     if not threshold:
         raise UserError(
-            f"{path} has no validation threshold: preprocess validation slices and {test}, or give --threshold"
+            f"{where} has no validation threshold: preprocess validation slices with lesions and {remedy}, or give "
+            "--threshold"
         )
-    return threshold, usual_error, f"the validation threshold in {experiments.address(path)}"
+    return threshold, f"the validation threshold in {where}"
 
 
 def short(checkpoint: Path | str) -> str:

@@ -10,9 +10,12 @@ from scoring.chain import (
     results_name,
     sampling_name,
     sampling_settings,
+    score_grid,
 )
 from utils.cli import parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
+
+TRAINING_SLICES = 64  # that say what error is usual where there are no validation slices
 
 
 def main() -> None:
@@ -21,8 +24,10 @@ def main() -> None:
         from evaluation.tables import comparison
 
         print(comparison(*args.compare))
+    elif args.combine:
+        combine_runs(args.combine, score_grid(args, overrides))
     elif args.rescore:
-        score_again(args.rescore)
+        score_again(args.rescore, score_grid(args, overrides))
     else:
         with open_folder(args.logdir) as experiments:
             score_translators(args, overrides, experiments)
@@ -45,11 +50,13 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     dist_util.setup()
     experiments.writes = dist_util.rank() == 0
     chain = find_chain(args, overrides, experiments)
-    config = chain.config
+    config, grid = chain.config, score_grid(args, overrides)
     require_same_preprocessing(chain, Path(config.data.data_dir))
     device = pick_device(dist_util.gpu_id(args.gpu_id), config.deterministic)
     scorer, name = Scorer(chain, device), results_name(chain)
     slices = {split: load_slices(chain, split) for split in ("test", "val")}
+    if slices["val"] is None:
+        slices["train"] = load_slices(chain, "train", TRAINING_SLICES)
     if args.select == "validation":
         chain, name = best_on_validation(chain, experiments, slices["val"], device), f"{name}__selected"
         scorer = Scorer(chain, device)
@@ -76,11 +83,11 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     with replaced(results, "--logdir", [EVENTS]) as new:
         write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
         write_maps(new / ERROR_MAPS, run, maps)
-        score_maps(new, run, maps, experiments.address(results))
+        score_maps(new, run, maps, experiments.address(results), grid)
         experiments.remove(f"results/{results.name}", EVENTS)
 
 
-def score_again(path: Path) -> None:
+def score_again(path: Path, grid: list) -> None:
     """Score the error maps of an earlier test run, given by its folder or its file of error maps."""
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, read_maps
@@ -89,7 +96,23 @@ def score_again(path: Path) -> None:
     path = path / ERROR_MAPS if path.is_dir() else path
     run, maps = read_maps(path)
     with replaced(path.parent, "--rescore", [EVENTS]) as new:
-        score_maps(new, run, maps, str(path.parent))
+        score_maps(new, run, maps, str(path.parent), grid)
+
+
+def combine_runs(runs: list[str], grid: list) -> None:
+    """Make a test run of the sum of several, beside the first of them."""
+    from evaluation.combination import INTENSITY, combine
+    from evaluation.report import EVENTS, score_maps
+    from evaluation.results import ERROR_MAPS, write_maps
+    from utils.experiment import write_record
+    from utils.files import replaced
+
+    name, run, maps = combine(runs)
+    results = next(Path(one) for one in runs if one != INTENSITY).parent / name
+    with replaced(results, "--combine", [EVENTS]) as new:
+        write_record(new, run)
+        write_maps(new / ERROR_MAPS, run, maps)
+        score_maps(new, run, maps, str(results), grid)
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -104,6 +127,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         metavar=("RUN_A", "RUN_B"),
         help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
     )
+    combine = (
+        "only sum the chosen scores of the test runs in these folders, and of the word intensity: a run of its own"
+    )
+    add("--combine", nargs="+", metavar="RUN", help=combine)
     add("--rescore", type=local_path, metavar="RUN", help="only score a test run's error maps again, without a model")
     return parse_run_args(parser)
 

@@ -20,33 +20,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.points import Row, over_seeds, read_points, run_training, write_points
+from benchmarks.shared.plan import METHODS, Training, chain_of, cycle, ended, needed, train
+from benchmarks.shared.points import Row, over_seeds, read_points, write_points
 from benchmarks.shared.timing import print_table
 from utils.cli import BASELINES, ArgumentParser, UserError, run
 
-# What is compared: the network of --model_name, and how it is tested.
-METHODS = {
-    "autoencoder": ("autoencoder",),
-    "dae": ("dae",),
-    "ddpm": ("ddpm",),
-    "cyclic_histogram": ("histogram",),
-    "cyclic_unet": ("unet",),
-    "mmccd": ("diffusion", "--sampling=fast"),
-    "one_way_unet": ("unet", "--score=one_way"),
-}
 REFERENCE = "cyclic_unet"
 SMOOTH = ("none", "median5")
 SCORES = {"auprc": "AUPRC", "oracle_dice": "oracle Dice", "validation_dice": "validation Dice"}
-
-
-class Training(NamedTuple):
-    """One experiment, in the folder of its seed."""
-
-    seed: int
-    model_name: str
-    process: str
-    input: str
-    trans: str | None  # none for a baseline
 
 
 class Point(NamedTuple):
@@ -122,12 +103,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def cycle(text: str) -> tuple[str, str]:
-    """INPUT and TRANS of a cycle; a ValueError, as argparse expects, for anything else."""
-    input, trans = text.split(":")
-    return input, trans
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The plan
 
@@ -144,21 +119,6 @@ def tests(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 def cohorts(args: argparse.Namespace) -> list[Path]:
     """The folders whose test slices are scored."""
     return args.test or [args.data_dir]
-
-
-def needed(args: argparse.Namespace, input: str, trans: str, method: str, seed: int) -> Iterator[Training]:
-    """The trainings that a test takes, forward first. Networks of one cycle serve another the other way around."""
-    model_name = METHODS[method][0]
-    if model_name in BASELINES:
-        yield Training(seed, model_name, "forward", input, None)
-        return
-    if model_name == "diffusion":
-        yield Training(seed, model_name, "forward", input, trans)
-    ways = [(input, trans)] * (model_name != "diffusion") + [(trans, input)] * (not method.startswith("one_way"))
-    for source, target in ways:
-        cycle = next(cycle for cycle in args.cycles if set(cycle) == {source, target})
-        process = "forward" if cycle == (source, target) else "backward"
-        yield Training(seed, "unet" if model_name == "diffusion" else model_name, process, *cycle)
 
 
 def announce_plan(args: argparse.Namespace, trainings: list[Training]) -> None:
@@ -183,41 +143,8 @@ def announce_plan(args: argparse.Namespace, trainings: list[Training]) -> None:
     print(f"about {total / 3600:,.1f} hours of training on one worker, shared by {args.workers}; the tests come after")
 
 
-def ended(args: argparse.Namespace, training: Training, iterations: int) -> bool:
-    """Whether a training has saved its last step."""
-    from guided_diffusion.checkpoint import saved
-
-    steps = saved(args.logdir / f"seed{training.seed}" / name_of(args, training))
-    return bool(steps) and (training.model_name == "histogram" or max(steps) >= iterations)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Training and testing
-
-
-def name_of(args: argparse.Namespace, training: Training) -> str:
-    from utils.experiment import experiment_name
-
-    _, model_name, process, input, trans = training
-    return experiment_name(model_name, process, args.dataset, trans or input, input)
-
-
-def flags_of(args: argparse.Namespace, seed: int, model_name: str, input: str, trans: str | None) -> list[str]:
-    """What training and testing share."""
-    return [
-        *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--gpu_id={args.gpu_id}", f"--seed={seed}"),
-        *(f"--model_name={model_name}", f"--input={input}", *([f"--trans={trans}"] if trans else [])),
-    ]
-
-
-def train(args: argparse.Namespace, training: Training) -> None:
-    """Bring one training to its end; one that has ended already is left as it is."""
-    seed, model_name, process, input, trans = training
-    flags = flags_of(args, seed, model_name, input, trans)
-    flags += [f"--training_process={process}", f"--logdir={args.logdir / f'seed{seed}'}"]
-    if args.iterations:
-        flags.append(f"--config.score_model.training.iterations={args.iterations}")
-    run_training(f"{name_of(args, training)} of seed {seed}", *flags, one_thread=args.workers > 1)
 
 
 def measure(
@@ -227,25 +154,21 @@ def measure(
 
     The validation slices of `--data_dir` choose its checkpoints, its threshold, and what error is usual.
     """
-    from evaluation.metrics import evaluate, smooth_scores
+    from evaluation.metrics import evaluate
     from evaluation.report import better_sign, labelled
-    from scoring.chain import chain_parser, find_chain
+    from evaluation.scores import smooth_scores
     from scoring.scorer import Scorer, create_maps, load_slices
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.storage import Folder
 
-    experiments, device = Folder(args.logdir / f"seed{seed}"), pick_device(args.gpu_id)
-    model_name, *how = METHODS[method]
-    chained = zip(("forward", "backward"), needed(args, input, trans, method, seed), strict=False)
-    flags = flags_of(args, seed, model_name, input, None if method in BASELINES else trans)
-    flags += [*how, *(f"--experiment_name_{direction}={name_of(args, one)}" for direction, one in chained)]
-    chain = find_chain(chain_parser("").parse_args(flags), [], experiments)
+    device = pick_device(args.gpu_id)
+    chain = chain_of(args, input, trans, method, seed)
     slices = {"val": load_slices(chain, "val")}
     if slices["val"] is None:
         raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
     if args.select == "validation":
-        chain = best_on_validation(chain, experiments, slices["val"], device)
+        chain = best_on_validation(chain, Folder(args.logdir / f"seed{seed}"), slices["val"], device)
     for cohort in cohorts(args):
         chain.config.data.data_dir = str(cohort)
         slices[cohort.name] = load_slices(chain, "test")

@@ -215,7 +215,7 @@ def anomaly_scores(
 
     Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
     """
-    from evaluation.metrics import smooth_scores
+    from evaluation.scores import smooth_scores
     from scoring.scorer import Scorer, create_maps, load_slices
 
     flags = [

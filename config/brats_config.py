@@ -68,4 +68,17 @@ def get_config() -> ConfigDict:
     sampling.use_ddim = True
     sampling.eta = 0.0
     sampling.timestep_respacing = "100"
+
+    # Validation slices choose one of every combination of these alternatives (evaluation/scores.py); fix some by naming
+    # one alone.
+    score_model.scoring = scoring = ConfigDict()
+    scoring.sign = "bright,dark,both"  # lesions lie above their reconstruction, below it, or either
+    scoring.norm = "absolute,squared,standardised"
+    scoring.calibration = "reconstruction,none"  # by the error that is usual at this intensity
+    scoring.match = "scan,affine,none"  # of a scan's intensities to its reconstruction
+    scoring.smoothing = "gaussian,median,none"
+    scoring.width = "0.03125,0.015625"  # of the smoothing, in shares of the slice
+    scoring.outside = "zeros,left_out"  # of the brain, to the smoothing
+    scoring.neighbours = "0,3"  # smoothing over neighbouring slices, where a scan has several
+    scoring.rim = "0,4"  # of the brain mask that is not scored, px at 128
     return config

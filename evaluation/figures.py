@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .metrics import average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
+from .metrics import RIM, average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
 from .results import SCORE_MEANINGS
 from .window import WINDOW, to_grey
 
@@ -23,7 +23,10 @@ GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ORANGE, SKY_BLUE, BLUE, VERMILION = "#e69f00", "#56b4e9", "#0072b2", "#d55e00"
 TRUTH_STYLE = {"color": SKY_BLUE, "linestyle": "-", "linewidth": 1.6}
 PREDICTION_STYLE = {"color": ORANGE, "linestyle": "-", "linewidth": 1.2}
-CURVE_STYLES = ({"color": BLUE, "linestyle": "-"}, {"color": VERMILION, "linestyle": "--"})
+CURVE_STYLES = tuple(
+    {"color": colour, "linestyle": style}
+    for colour, style in zip((BLUE, VERMILION) * 2, ("-", "--", "-.", ":"), strict=True)
+)
 HISTOGRAM_STYLES = (
     {"histtype": "stepfilled", "color": SKY_BLUE},
     {"histtype": "step", "color": VERMILION, "linewidth": 1.8},
@@ -50,22 +53,47 @@ def draw_scores(
         per_slice: columns of N values.
         ranked: by label, scores and truth of the ranked pixels, [M] each.
     """
-    scores = cut_scores(maps["scores"], maps["brainmask"])
-    # Without a single score above -inf there is no threshold, and nothing is predicted.
-    thresholds = {
-        choice: np.inf if metrics[choice]["threshold"] is None else metrics[choice]["threshold"]
-        for choice in THRESHOLD_STYLES
-        if metrics[choice]
-    }
-    choice = "validation" if "validation" in thresholds else "oracle"
-    prediction, dice = scores >= thresholds[choice], per_slice[f"{choice}_dice"]
-    modalities, meaning = (metrics["input"], metrics["trans"]), SCORE_MEANINGS[metrics["score"]]
-    return {
-        "slices": slices_figure(maps, prediction, dice, f"prediction ({choice} threshold)", *modalities, meaning),
+    scores = cut_scores(maps["scores"], maps["brainmask"], metrics.get("rim", RIM))
+    thresholds = _thresholds(metrics)
+    meaning = SCORE_MEANINGS[metrics["score"]]
+    figures = {
+        "slices": _segmentation_figure(maps, metrics, metrics, scores, per_slice, meaning),
         "precision_recall": precision_recall_figure(ranked),
         "dice_threshold": dice_threshold_figure(scores, maps["truth"], thresholds, meaning),
         "histograms": histograms_figure(scores, maps["truth"], thresholds, meaning),
     }
+    if chosen := metrics.get("chosen"):
+        maps = {**maps, "scores": maps["chosen"]}
+        scores = cut_scores(maps["scores"], maps["brainmask"], chosen["settings"]["rim"])
+        columns = {key.removeprefix("chosen_"): values for key, values in per_slice.items() if "chosen_" in key}
+        meaning = SCORE_MEANINGS["chosen"]
+        figures["chosen_slices"] = _segmentation_figure(maps, metrics, chosen, scores, columns, meaning)
+    return figures
+
+
+def _thresholds(block: Mapping[str, Any]) -> dict[str, float]:
+    """The thresholds of a score; without a single score above -inf there is none, and nothing is predicted."""
+    return {
+        choice: np.inf if block[choice]["threshold"] is None else block[choice]["threshold"]
+        for choice in THRESHOLD_STYLES
+        if block[choice]
+    }
+
+
+def _segmentation_figure(
+    maps: Mapping[str, np.ndarray],
+    run: Mapping[str, Any],
+    block: Mapping[str, Any],
+    scores: np.ndarray,
+    per_slice: Mapping[str, np.ndarray],
+    meaning: str,
+) -> Figure:
+    """Slices under one score, cut to where it counts, with its block of metrics.json and its columns."""
+    thresholds = _thresholds(block)
+    choice = "validation" if "validation" in thresholds else "oracle"
+    prediction, dice = scores >= thresholds[choice], per_slice[f"{choice}_dice"]
+    label = f"prediction ({choice} threshold)"
+    return slices_figure(maps, prediction, dice, label, run["input"], run["trans"], meaning)
 
 
 def write_figures(directory: Path, figures: Mapping[str, Figure]) -> None:
@@ -202,7 +230,7 @@ def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
 def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Precision against recall for each score, beside chance; `ranked` as in `draw_scores`, with one truth for all."""
     figure, ax = _chart("recall", "precision")
-    for (label, (scores, truth)), style in zip(ranked.items(), CURVE_STYLES, strict=True):
+    for (label, (scores, truth)), style in zip(ranked.items(), CURVE_STYLES, strict=False):
         precision, recall = precision_recall(scores, truth)
         auprc = average_precision(scores, truth)
         ax.plot(recall, precision, drawstyle="steps-post", label=f"{label}: AUPRC {auprc:.3f}", **style)

@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import median_filter
 from scipy.stats import bootstrap, rankdata
 from skimage.morphology import isotropic_erosion
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -40,6 +39,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+RIM = 4.0  # px at 128 that the brain mask is eroded by, as in the published script
 CHUNK = 1024  # thresholds that `weighted_auprc` takes at once: bounds its memory
 
 
@@ -53,40 +53,35 @@ class Evaluation(NamedTuple):
 # Where a score counts
 
 
-def erosion_radius(height: int, width: int) -> int:
-    """Radius in px of the disk that erodes the brain mask: 4 at 128 px, scaled with the shorter side, >= 1."""
-    return max(1, round(4 * min(height, width) / 128))
+def erosion_radius(height: int, width: int, rim: float = RIM) -> int:
+    """Radius in px of the disk that erodes the brain mask: `rim` at 128 px, scaled with the shorter side, >= 1."""
+    return max(1, round(rim * min(height, width) / 128))
 
 
-def scored_region(brainmask: ArrayLike) -> BoolArray:
+def scored_region(brainmask: ArrayLike, rim: float = RIM) -> BoolArray:
     """The brain mask without its rim, where skull stripping and partial volume make any method err.
 
-    `brainmask` is [N, H, W] bool, and so is the result: the mask eroded by a disk. What lies beyond the image counts
-    as background.
+    `brainmask` is [N, H, W] bool, and so is the result: the mask eroded by a disk of `rim` px at 128, or as it is for a
+    rim of 0. Pixels beyond the image count as background.
     """
     mask = _as_slices("brainmask", brainmask, bool)
-    radius = erosion_radius(*mask.shape[1:])
+    if rim == 0:
+        return mask
+    radius = erosion_radius(*mask.shape[1:], rim)
     # scikit-image would take a mask that touches the image border to go on beyond it: one pixel of background
     # around the image says that it does not.
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     return np.stack([isotropic_erosion(one, radius)[1:-1, 1:-1] for one in padded])
 
 
-def smooth_scores(scores: FloatArray, how: str) -> FloatArray:
-    """Scores [N, H, W] under a median filter of each slice: "none", or "median3", "median5" for its width in px.
-
-    Lesions are larger than the stray pixels that a rim or a vessel gives, which a median takes away.
-    """
-    return scores if how == "none" else median_filter(scores, size=(1, *2 * (int(how.removeprefix("median")),)))
-
-
-def cut_scores(scores: ArrayLike, brainmask: ArrayLike) -> FloatArray:
+def cut_scores(scores: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> FloatArray:
     """The scores with -inf, the lowest there is, outside the scored region and where a score is NaN.
 
-    Args and result: scores [N, H, W] of any range, brain mask [N, H, W] bool; float64 [N, H, W].
+    Args and result: scores [N, H, W] of any range, brain mask [N, H, W] bool, rim as in `scored_region`; float64
+    [N, H, W].
     """
     scores = _as_slices("scores", scores, np.float64)
-    region = scored_region(brainmask)
+    region = scored_region(brainmask, rim)
     _require_same_shape("brainmask", region, scores)
     return np.where(region & ~np.isnan(scores), scores, -np.inf)
 
@@ -96,16 +91,18 @@ def ranked_pixels(truth: ArrayLike, brainmask: ArrayLike) -> BoolArray:
     return np.asarray(brainmask, dtype=bool) | np.asarray(truth, dtype=bool)
 
 
-def ranked_scores(scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike) -> tuple[FloatArray, BoolArray]:
-    """Scores and truth of the ranked pixels of all slices together, [M] each; arguments [N, H, W]."""
+def ranked_scores(
+    scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM
+) -> tuple[FloatArray, BoolArray]:
+    """Scores and truth of the ranked pixels of all slices together, [M] each; arguments as in `cut_scores`."""
     ranked = ranked_pixels(truth, brainmask)
-    return cut_scores(scores, brainmask)[ranked], np.asarray(truth, dtype=bool)[ranked]
+    return cut_scores(scores, brainmask, rim)[ranked], np.asarray(truth, dtype=bool)[ranked]
 
 
-def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike) -> float:
+def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> float:
     """Share of the lesion pixels outside the scored region, which no method can find; NaN without any."""
     truth = np.asarray(truth, dtype=bool)
-    return float(_ratio(np.count_nonzero(truth & ~scored_region(brainmask)), np.count_nonzero(truth)))
+    return float(_ratio(np.count_nonzero(truth & ~scored_region(brainmask, rim)), np.count_nonzero(truth)))
 
 
 def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
@@ -333,7 +330,9 @@ def auprc_bootstrap_interval(
     return float(low), float(high)
 
 
-def weighted_auprc(scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike) -> FloatArray:
+def weighted_auprc(
+    scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike, most_thresholds: int | None = None
+) -> FloatArray:
     """The pooled AUPRC of many resamples of the slices at once, exact, ties included.
 
     Average precision needs the counts of predicted pixels and of hits at the distinct scores of lesion pixels
@@ -343,6 +342,8 @@ def weighted_auprc(scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws
     Args:
         scores, truth, ranked: [N, H, W], as in `auprc_bootstrap_interval`.
         draws: [R, N] int, how often resample r holds slice n.
+        most_thresholds: that are taken, evenly over the lesion pixels' scores; the AUPRC is then too low by at most
+            the reciprocal of this number. None: all.
 
     Returns:
         [R] float64; NaN for a resample with no lesion pixel.
@@ -352,7 +353,10 @@ def weighted_auprc(scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws
     ranked, draws = np.asarray(ranked, dtype=bool), np.asarray(draws, dtype=np.float64)
     pixels = [np.sort(s[r]) for s, r in zip(scores, ranked, strict=True)]
     lesions = [np.sort(s[r & t]) for s, r, t in zip(scores, ranked, truth, strict=True)]
-    thresholds = np.unique(np.concatenate(lesions))[::-1]
+    thresholds = np.sort(np.concatenate(lesions))
+    if most_thresholds and len(thresholds) > most_thresholds:
+        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, most_thresholds).round().astype(int)]
+    thresholds = np.unique(thresholds)[::-1]
 
     area, hits_before = np.zeros(len(draws)), np.zeros(len(draws))
     for start in range(0, len(thresholds), CHUNK):
@@ -379,6 +383,7 @@ def evaluate(
     truth: ArrayLike,
     brainmask: ArrayLike,
     val: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    rim: float = RIM,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -390,6 +395,7 @@ def evaluate(
         brainmask: [N, H, W] bool.
         val: scores, truth and brain mask of the validation slices, [M, H, W] each. They alone choose the
             validation threshold; the test set's slices choose the oracle's.
+        rim: as in `scored_region`.
         n_resamples, seed: of the bootstrap over slices; the thresholds stay.
 
     Returns:
@@ -397,11 +403,11 @@ def evaluate(
         of that mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels of the scored region), and
         `oracle` and `validation`, each with the threshold, the mean over slices and `*_interval` of every
         segmentation metric, and `undefined`, the number of slices left out of each mean; `validation` is None
-        without `val`. What is undefined (or not finite) is None.
+        without `val` or a lesion in it. What is undefined (or not finite) is None.
         The columns: lesion_area (px), auprc, oracle_* and validation_* of every segmentation metric, [N] each.
     """
     truth = _as_slices("truth", truth, bool)
-    cut = cut_scores(scores, brainmask)
+    cut = cut_scores(scores, brainmask, rim)
     _require_same_shape("truth", truth, cut)
     ranked = ranked_pixels(truth, brainmask)
     auprc = [average_precision(s[r], t[r]) for s, t, r in zip(cut, truth, ranked, strict=True)]
@@ -414,15 +420,15 @@ def evaluate(
         "auprc_undefined": int(np.isnan(auprc).sum()),
         "auroc": _number(auroc(cut[ranked], truth[ranked])),
         "chance": _number(chance(truth, brainmask)),
-        "lost_lesion_share": _number(lost_lesion_share(truth, brainmask)),
-        "nan_scores": int(np.isnan(np.asarray(scores)[scored_region(brainmask)]).sum()),
+        "lost_lesion_share": _number(lost_lesion_share(truth, brainmask, rim)),
+        "nan_scores": int(np.isnan(np.asarray(scores)[scored_region(brainmask, rim)]).sum()),
         "oracle": None,
         "validation": None,
     }
     thresholds = {"oracle": best_threshold(cut, truth)[0]}
-    if val is not None:
+    if val is not None and np.any(val[1]):
         val_scores, val_truth, val_brainmask = val
-        thresholds["validation"] = best_threshold(cut_scores(val_scores, val_brainmask), val_truth)[0]
+        thresholds["validation"] = best_threshold(cut_scores(val_scores, val_brainmask, rim), val_truth)[0]
     for choice, threshold in thresholds.items():
         segmentation = overlap_at(cut, truth, threshold) | surface_distances_at(cut, truth, threshold)
         columns |= {f"{choice}_{name}": values for name, values in segmentation.items()}

@@ -12,9 +12,16 @@ import numpy as np
 from utils.cli import UserError
 from utils.records import STRING, entries, optional, parse, read_json, whole
 
+from .scores import OPTIONS, RANGES, Constants, ScoreSettings
+
 ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
 MASKS = ("truth", "brainmask")  # which of them are bool; the others are floats
+# The modality that a one-way reconstruction is compared with; other runs compare with the image.
+REFERENCE = "reference"
+
+# Validation slices choose a score and thresholds; where there are none, training slices say what error is usual.
+SPLITS = ("test", "val", "train")
 
 # What tables call a method.
 METHODS = {
@@ -27,12 +34,15 @@ METHODS = {
     "one_way_unet": "UNet, one way",
     "one_way_diffusion": "masked diffusion, one way",
     "one_way_histogram": "histogram, one way",
+    "combined": "combined runs",
 }
 # What a score says, by its kind (see models/cycle.py).
 SCORE_MEANINGS = {
     "errors": "squared cyclic error",
     "reconstructions": "squared cyclic error",
     "standardised": "squared cyclic error, times the usual",
+    "chosen": "score, chosen on validation slices",
+    "combined": "sum of standardised scores",
 }
 
 # What is read from metrics.json and from the header of error_maps.npz.
@@ -60,10 +70,46 @@ _METRICS = entries(
     unsmoothed=optional(_BLOCK),
     baseline_intensity={"allOf": [_BLOCK, entries(sign={"enum": [1, -1]})]},
 )
-# A score is a squared error: no threshold of it lies below 0.
-_METRICS["properties"]["validation"] = optional(
-    {"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]}
-)
+# No score is below 0, and so no threshold.
+_THRESHOLD = optional({"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]})
+_METRICS["properties"]["validation"] = _THRESHOLD
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_CHOSEN = {
+    "allOf": [
+        _BLOCK,
+        entries(
+            validation=_THRESHOLD,
+            settings=entries(
+                **{name: {"enum": list(known)} for name, known in OPTIONS.items()},
+                **{name: {"type": "number", "minimum": low, "maximum": high} for name, (low, high) in RANGES.items()},
+            ),
+            constants=entries(
+                error_floor={"type": "number", "exclusiveMinimum": 0},
+                slope={"type": "number", "exclusiveMinimum": 0},
+                offset={"type": "number"},
+                intensities=_NUMBERS,
+                usual={"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}},
+            ),
+        ),
+    ]
+}
+_METRICS["properties"]["members"] = {
+    "type": "array",
+    "minItems": 1,
+    "items": entries(
+        run=STRING,
+        method={"enum": [*METHODS, "intensity"]},
+        input=STRING,
+        trans=STRING,
+        checkpoints={"type": "object", "additionalProperties": STRING},
+        weight={"type": "number", "minimum": 0},
+        settings=_CHOSEN["allOf"][1]["properties"]["settings"],
+        constants=_CHOSEN["allOf"][1]["properties"]["constants"],
+    ),
+}
+# Runs of earlier versions have none.
+_METRICS["properties"]["chosen"] = optional(_CHOSEN)
+_METRICS["properties"]["baseline_intensity"]["properties"] = {"chosen": optional(_CHOSEN)}
 
 Maps = Mapping[str, Mapping[str, Any]]  # by split: `names` of the slices, and the arrays named in MAPS
 
@@ -88,21 +134,22 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
     try:
         with np.load(path) as file:
             run = parse(str(file["run"]), _RUN)
-            splits = ("test", "val") if "val_names" in file else ("test",)
-            maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *MAPS)} for split in splits}
+            splits = [split for split in SPLITS if split == "test" or f"{split}_names" in file]
+            kept = (*MAPS, REFERENCE) if f"test_{REFERENCE}" in file else MAPS
+            maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *kept)} for split in splits}
         for group in maps.values():
             n_slices, height, width = group["scores"].shape
-            shapes = {group[key].shape for key in MAPS} | {(*group["names"].shape, height, width)}
+            shapes = {group[key].shape for key in kept} | {(*group["names"].shape, height, width)}
             if shapes != {(n_slices, height, width)} or not n_slices:
                 raise ValueError(f"arrays of different shapes, or no slices: {shapes}")
             if group["names"].dtype.kind != "U":
                 raise ValueError(f"names of slices that are {group['names'].dtype}")
-            for key in MAPS:
+            for key in kept:
                 kind = "b" if key in MASKS else "f"
                 if group[key].dtype.kind != kind:
                     raise ValueError(f"{key} holds {group[key].dtype}")
             if (height, width) != maps["test"]["scores"].shape[1:]:
-                raise ValueError("validation maps of another size than the test maps")
+                raise ValueError(f"{group['scores'].shape} maps of another size than the test maps")
             if not (np.isfinite(group["scores"]) & group["brainmask"]).any():
                 raise ValueError("no finite score in any brain")
     except Exception as error:  # whatever NumPy, zip and JSON make of a file that is damaged or another's
@@ -148,3 +195,12 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): score the run again with --rescore") from error
     return slices
+
+
+def chosen_score(block: Mapping[str, Any]) -> tuple[ScoreSettings, Constants]:
+    """The settings and constants of a chosen score, from its block in metrics.json; a UserError if they do not fit."""
+    settings = ScoreSettings(**{name: block["settings"][name] for name in ScoreSettings._fields})
+    constants = Constants(**{name: block["constants"][name] for name in Constants._fields})
+    if len(constants.intensities) != len(constants.usual) or sorted(constants.intensities) != constants.intensities:
+        raise UserError("the constants of the chosen score in metrics.json are damaged: score the run with --rescore")
+    return settings, constants

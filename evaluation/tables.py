@@ -22,9 +22,11 @@ SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """A table of test runs (contents of metrics.json), of each input the bare intensity first, with 95 % intervals."""
     rows: dict[tuple[str, ...], None] = {}
-    inputs = list(dict.fromkeys(one["input"] for one in runs))
+    inputs, notes = list(dict.fromkeys(one["input"] for one in runs)), []
     for one in sorted(runs, key=lambda one: inputs.index(one["input"])):
         rows[(intensity_name(one), "none", *_scores(one["baseline_intensity"]))] = None
+        if chosen := one["baseline_intensity"].get("chosen"):
+            rows[(f"{intensity_name(one)}, chosen", "none", *_scores(chosen))] = None
         steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in one["trained_steps"].values())
         name, smooth = METHODS[one["method"]], one["sampling_settings"]["smooth"]
         if len(inputs) > 1:
@@ -32,6 +34,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         if one["unsmoothed"]:
             rows[(name, steps, *_scores(one["unsmoothed"]))] = None
         rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(one))] = None
+        if chosen := one.get("chosen"):
+            rows[(f"{name}, chosen", steps, *_scores(chosen))] = None
+            notes.append(f"{name}, chosen: {score_words(chosen['settings'])}")
     header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
     lines = _aligned(header, *rows)
     first = runs[0]
@@ -45,7 +50,24 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         f"{interval}oracle: threshold chosen on these test slices, as the literature does; validation: chosen on the "
         "val slices"
     )
+    lines += notes
     return "\n".join(lines)
+
+
+def score_words(settings: Mapping[str, Any]) -> str:
+    """A score's settings in a line; `settings` is as in metrics.json."""
+    width, filters = settings["width"], {"gaussian": "Gaussian σ", "median": "median half-width", "none": "unsmoothed"}
+    words = [
+        {"both": "errors of both signs", "bright": "bright errors", "dark": "dark errors"}[settings["sign"]],
+        settings["norm"],
+        "calibrated" if settings["calibration"] != "none" else "",
+        {"scan": "scans matched", "affine": "scans matched and rescaled", "none": ""}[settings["match"]],
+        filters[settings["smoothing"]] + (f" {width:.3g} of the slice" if width else ""),
+        "outside left out" if settings["outside"] == "left_out" else "",
+        f"over neighbouring slices (σ {settings['neighbours']:g})" if settings["neighbours"] else "",
+        f"rim of {settings['rim']:g} px at 128 px cut" if settings["rim"] else "whole brain",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def intensity_name(metrics: Mapping[str, Any]) -> str:

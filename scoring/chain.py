@@ -1,6 +1,7 @@
 """Which two trained translators make a cycle, and how MMCCD samples: from flags to checkpoints and their config."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,22 @@ def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     return parser
 
 
+def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
+    """The scores, `ScoreSettings`, of which validation slices choose one: `score_model.scoring` of the config.
+
+    Raises:
+        UserError: if the config names a score that is not known.
+    """
+    import config as configs
+    from evaluation.scores import parse_grid
+
+    config, _ = configs.resolve(args.dataset, {}, overrides, preset=args.preset)
+    try:
+        return parse_grid(config.score_model.scoring)
+    except ValueError as error:
+        raise UserError(f"score_model.scoring.{error}") from error
+
+
 # What the training of a translator fixes, by the beginning of its key in the config.
 HELD_BY_BOTH = ("data.input", "data.trans", "data.image_size")
 HELD = {
@@ -130,6 +147,29 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
         backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
     configs.check(config, args.model_name)
     return Chain(args.model_name, forward, backward)
+
+
+def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
+    """The translators of a test run, and how it sampled, from its record in a combined run's metrics.json.
+
+    Raises:
+        UserError: if a checkpoint is not where experiments are, or the record does not fit it.
+    """
+    one_way = run["method"].startswith("one_way_")
+    models = {"cyclic_unet": "unet", "mmccd": "diffusion", "cyclic_histogram": "histogram"}
+    model_name = models.get(run["method"], run["method"].removeprefix("one_way_"))
+    flags = [f"--model_name={model_name}", f"--score={'one_way' if one_way else 'cycle'}", f"--input={run['input']}"]
+    flags += [f"--trans={run['trans']}"] if model_name in TRANSLATORS else []
+    for direction, address in run["checkpoints"].items():
+        *_, name, file = address.split("/")
+        experiments.pull(name, "config.json", file)
+        flags.append(f"--checkpoint_{direction}={experiments.local / name / file}")
+    sampling = dict(run["sampling_settings"])
+    overrides = [f"--config.seed={sampling.pop('seed')}"] if "seed" in sampling else []
+    if "noise_timestep" in sampling:
+        overrides.append(f"--config.score_model.baselines.noise_timestep={sampling.pop('noise_timestep')}")
+    overrides += [f"--config.score_model.sampling.{key}={value}" for key, value in sampling.items()]
+    return find_chain(chain_parser("").parse_args(flags), overrides, experiments)
 
 
 def find_translator(

@@ -1,5 +1,6 @@
 """A scan's way in and out: onto the grid of the training slices, through the cycle, and back to where the scan lies."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,22 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from torch import Tensor
 
 from datasets.brats2021 import resize_image, resize_mask
 from datasets.subject import BRATS_SLICES, normalise
 from evaluation.figures import scan_figure
-from evaluation.metrics import scored_region, smooth_scores
+from evaluation.metrics import RIM, scored_region
 from evaluation.results import SCORE_MEANINGS
+from evaluation.scores import (
+    FAR_OFF,
+    Constants,
+    ScoreSettings,
+    anomaly_map,
+    far_off,
+    intensity_maps,
+    smooth_scores,
+)
 from models.cycle import anomaly_score
 from utils.cli import UserError
 from utils.experiment import RECORD
@@ -150,29 +161,57 @@ def axial_axis(affine: np.ndarray) -> int:
     return io_orientation(affine)[:, 0].tolist().index(2)
 
 
-def score_scan(scorer: Scorer, scan: Scan, usual_error: float) -> np.ndarray:
-    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its eroded brain.
+class ScanScore(NamedTuple):
+    """A score of a scan: of translators or of the bare intensity, alone or as a part of a sum."""
 
-    `usual_error` is the constant of the standardised score, from the test run of the same translators.
+    scorer: Scorer | None  # None: the intensity
+    usual_error: float  # constant of the published "standardised" score
+    chosen: tuple[ScoreSettings, Constants] | None  # None: the published score
+    weight: float = 1.0
+
+
+def score_scan(parts: Sequence[ScanScore], scan: Scan) -> np.ndarray:
+    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its brain or on a rim that is cut.
+
+    The weighted sum of the `parts`, of which at least one has translators.
     """
-    size = scorer.config.data.image_size
+    config = next(part.scorer for part in parts if part.scorer).config
     images, reference, brains = (
         torch.from_numpy(np.moveaxis(stack[:, :, scan.numbers], 2, 0)[:, None].copy())
         for stack in (scan.image, scan.reference, scan.brain.view(np.uint8))
     )
+    size = config.data.image_size
     images, reference = (torch.stack([resize_image(one, size) for one in stack]) for stack in (images, reference))
     brains = torch.stack([resize_mask(brain, size) for brain in brains])
 
-    announce(scorer, brains)
-    cycle = scorer.cycle(images, brains, reference)
-    scores = anomaly_score(reference, cycle, scorer.score_kind, usual_error)
-    scores = torch.from_numpy(smooth_scores(scores[:, 0].numpy(), scorer.config.score_model.sampling.smooth))[:, None]
-    scores = scores.where(torch.from_numpy(scored_region(brains[:, 0].numpy()))[:, None], 0)
-    scores = F.interpolate(scores, scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
+    total = sum(part.weight * score_slices(part, scan, images, reference, brains) for part in parts)
+    scores = F.interpolate(torch.from_numpy(total), scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
     on_slices = np.zeros(scan.slices_grid.shape, dtype=np.float32)
     on_slices[:, :, scan.numbers] = np.moveaxis(scores[:, 0].numpy(), 0, 2)
     anomaly = resample(on_slices, scan.slices_grid.affine, scan.grid)
     return np.where(scan.chosen, anomaly, np.float32(0))
+
+
+def score_slices(part: ScanScore, scan: Scan, images: Tensor, reference: Tensor, brains: Tensor) -> np.ndarray:
+    """One score of a scan's slices, float32 [N, 1, H, W]; images, what they are compared with, and masks likewise."""
+    maps = {"image": reference[:, 0].numpy(), "brainmask": brains[:, 0].numpy()}
+    maps["names"] = [f"{scan.path.name}_{number}" for number in scan.numbers]
+    rim = part.chosen[0].rim if part.chosen else RIM
+    if part.scorer:
+        announce(part.scorer, brains)
+        cycle = part.scorer.cycle(images, brains, reference)
+        maps |= {"reconstruction": cycle.reconstruction[:, 0].numpy(), "variance": cycle.variance[:, 0].numpy()}
+    else:
+        maps = intensity_maps(maps, part.chosen[0].sign)
+    if part.chosen:
+        scores = anomaly_map(maps, *part.chosen)
+        far = far_off(maps, part.chosen[1]) if part.scorer else {}
+        for slope in far.values():
+            print(f"warning: {scan.path} has {slope:.2f} times the usual contrast: {FAR_OFF}")
+    else:
+        scores = anomaly_score(reference, cycle, part.scorer.score_kind, part.usual_error)[:, 0].numpy()
+        scores = smooth_scores(scores, part.scorer.config.score_model.sampling.smooth)
+    return np.where(scored_region(maps["brainmask"], rim), scores, np.float32(0))[:, None]
 
 
 def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float, figure: Figure) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from datasets.brats2021 import BraTS2021Dataset
 from datasets.loader import all_slices
 from evaluation.metrics import scored_region
+from evaluation.results import REFERENCE
 from guided_diffusion import checkpoint, dist_util
 from models.build import bytes_a_sample, create_masked_translator, create_network, create_reconstructor
 from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
@@ -134,7 +136,7 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
     cost = announce(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
     maps = {}
-    for split in sorted(slices, key=lambda split: split != "val"):  # first, since it says what an error is usual
+    for split in sorted(slices, key=("val", "test", "train").index):  # the first one says what an error is usual
         batch = slices[split]
         image, reference, brainmask = (
             batch[kind] for kind in (scorer.config.data.input, scorer.reference, "brainmask")
@@ -145,6 +147,8 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
             cost["usual_error"] = usual_error(reference, cycle, scored & ~batch["seg"])
         scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
         images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
+        if scorer.reference != scorer.config.data.input:
+            images[REFERENCE] = reference
         images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction, "variance": cycle.variance}
         maps[split] = {key: value[:, 0].numpy() for key, value in images.items()} | {"names": batch["name"]}
     return maps, cost
@@ -155,14 +159,22 @@ def kinds_scored(chain: Chain) -> list[str]:
     return [*dict.fromkeys((chain.config.data.input, chain.reference)), "seg", "brainmask"]
 
 
-def load_slices(chain: Chain, split: str) -> dict | None:
-    """All slices of a split as one batch; None, with a word about it, if there are no validation slices.
+def load_slices(chain: Chain, split: str, most: int | None = None) -> dict | None:
+    """The slices of a split as one batch, at most so many, evenly over the split.
 
-    A UserError if there are no test slices, or not of the modalities that are scored.
+    Returns:
+        None, after a word about it, if there are no validation slices, and if there are no training slices.
+
+    Raises:
+        UserError: if there are no test slices, or not of the modalities that are scored.
     """
     data, first = chain.config.data, dist_util.rank() == 0
-    if split == "val" and not any(Path(data.data_dir, split).glob("*/*.npy")):
-        print(f"no validation slices in {data.data_dir}: only the oracle threshold can be shown")
+    if split != "test" and not any(Path(data.data_dir, split).glob("*/*.npy")):
+        if split == "val":
+            print(f"no validation slices in {data.data_dir}: only the oracle threshold can be shown")
         return None
     where = (data.data_dir, split, kinds_scored(chain), data.image_size)
-    return all_slices(BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first))
+    dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
+    if most and most < len(dataset):
+        dataset = Subset(dataset, [i * len(dataset) // most for i in range(most)])
+    return all_slices(dataset)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from evaluation.metrics import average_precision, ranked_scores, smooth_scores
+from evaluation.metrics import average_precision, ranked_scores
+from evaluation.scores import smooth_scores
 from guided_diffusion.checkpoint import EMA, saved
 from utils.cli import UserError
 from utils.storage import Folder

@@ -32,6 +32,7 @@ TRAIN, TEST, PREDICT = (f"modality_cyclic_{kind}.py" for kind in ("train", "test
 DATA = ("--dataset=phantom", "--data_dir=datasets/data")
 FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
 RESULTS = f"experiments/results/{FORWARD}__{BACKWARD}"
+COMBINED = "experiments/results/combined__cyclic_unet+intensity__1f5382"
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 
 # What takes the place of a value somewhere in JSON.
@@ -84,6 +85,7 @@ def make_place(folder: Path) -> None:
         (TRAIN, *once),
         (TRAIN, *once, "--training_process=backward"),
         (TEST, *DATA),
+        (TEST, "--combine", RESULTS, "intensity"),
     ):
         done = run_here(*command, cwd=folder)
         assert done.code == 0, done.stderr
@@ -226,6 +228,7 @@ PREPROCESS = (
 TABLE = ("datasets/brats_preprocess.py", "--output_dir=other", "--workers=1", "--csv=cohort.csv", "--modality=t2")
 TRAINING_ON_IT = (TRAIN, *TINY, *SHORT, "--data_dir=own", "--experiment_name=own")
 PREDICTION = (PREDICT, "--dataset=phantom", "--scan=scan.nii.gz", "--output_dir=out")
+COMBINED_PREDICTION = (*PREDICTION, f"--combined={COMBINED}")
 RESCORE = (TEST, "--rescore", RESULTS)
 KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[str, ...], ...]]] = {
     "config.json": (
@@ -234,6 +237,12 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
         ((TEST, *DATA, "--logdir=experiments"), (TRAIN, *TINY, *SHORT), PREDICTION),
     ),
     "metrics.json": (f"{RESULTS}/metrics.json", spoil_json_file, (PREDICTION, ("evaluation.tables", RESULTS))),
+    "combined.json": (f"{COMBINED}/metrics.json", spoil_json_file, (COMBINED_PREDICTION,)),
+    "combined runs": (
+        f"{RESULTS}/metrics.json",
+        spoil_json_file,
+        ((TEST, "--combine", RESULTS, "intensity"),),
+    ),
     "error_maps.npz": (f"{RESULTS}/error_maps.npz", spoil_npz, (RESCORE,)),
     "slices": ("datasets/data/test/flair/S1_flair_80.npy", spoil_npy, ((TEST, *DATA),)),
     "ema.pt": (f"experiments/{BACKWARD}/ema_0.5_000001.pt", spoil_pt, ((TEST, *DATA),)),

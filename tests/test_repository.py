@@ -35,6 +35,7 @@ FLAGS = {
         *CHAIN,
         "select",
         "compare",
+        "combine",
         "rescore",
     ),
     "modality_cyclic_predict.py": (
@@ -43,6 +44,8 @@ FLAGS = {
         "scan",
         "scan_trans",
         "output_dir",
+        "scoring",
+        "combined",
         "threshold",
         "slices",
     ),

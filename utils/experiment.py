@@ -22,7 +22,7 @@ RESULTS = "results"  # the folder of test runs, beside the experiments
 # What may change when training resumes: where the data lie, how long it trains, what it saves and shows. Only the
 # diffusion of MMCCD knows bands.
 _FREE = (
-    *("config.data.data_dir", "config.deterministic", "config.score_model.sampling."),
+    *("config.data.data_dir", "config.deterministic", "config.score_model.sampling.", "config.score_model.scoring."),
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
 )
 # What earlier versions did not record: an experiment without it resumes with any value.

@@ -109,20 +109,21 @@ def test_a_learning_curve_is_drawn_once(slices, tmp_path):
     assert files["figure"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_score_of_either_input_is_measured_once(slices, tmp_path):
-    path = tmp_path / "scores.csv"
-    flags = (f"--data_dir={slices}", "--gpu_id=cpu", f"--csv={path}", f"--logdir={tmp_path / 'scores'}")
-    flags += ("--seeds", "1", "--widths", "8", "--iterations=1", "--workers=2", "--test", str(slices))
+def test_what_the_chosen_score_is_worth_is_printed(slices, tmp_path):
+    flags = (f"--data_dir={slices}", "--test", str(slices), "--gpu_id=cpu", "--seeds", "1", "--iterations=1")
+    flags += ("--methods", "dae", "cyclic_unet", "--cycles", "flair:t2", "--workers=2", "--draws=0")
+    flags += (f"--logdir={tmp_path / 'all'}", f"--maps={tmp_path / 'maps'}")
     for _ in range(2):
         done = run_here("benchmarks/scores.py", *flags, cwd=tmp_path)
         assert done.code == 0, done.stderr
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        settings = {(row["split"], row["input"], row["method"], row["score"], row["smooth"]) for row in rows}
-        assert len(rows) == len(settings) == 2 * 2 * (3 + 9)  # splits, inputs, and what is made of one or several draws
-        assert all(0 < float(row["auprc"]) <= 1 for row in rows)
-        assert len({row["auprc"] for row in rows if row["method"] == "diffusion" and row["input"] == "t2"}) > 3
-    assert "pass/s" not in done.stderr  # the second time all was known
+        for method in ("intensity", "dae", "cyclic_unet"):
+            values = re.findall(rf"^flair +{method} +([\d.]+) +([\d.]+) ", done.stdout, re.MULTILINE)
+            assert values, done.stdout
+            assert all(0 < float(value) <= 1 for value in values[0])
+            assert f"flair, {method}, seed 1: " in done.stdout
+        assert re.search(r"^flair +dae +without match +[\d.]+ +[+-]", done.stdout, re.MULTILINE)
+        assert re.search(r"^flair +combined +[\d.]+ ", done.stdout, re.MULTILINE)
+    assert "pass/s" not in done.stderr  # the second time all maps were there
 
 
 def test_all_methods_are_compared_once(slices, tmp_path):

@@ -21,6 +21,7 @@ from sklearn.metrics import (
 )
 
 from evaluation import metrics
+from evaluation.scores import smooth_scores
 
 NAN = float("nan")
 
@@ -563,5 +564,5 @@ def test_scores_are_smoothed_slice_by_slice(how, width):
     expected = [
         [[np.median(one[i : i + width, j : j + width]) for j in range(10)] for i in range(12)] for one in padded
     ]
-    np.testing.assert_allclose(metrics.smooth_scores(scores, how), expected)
-    np.testing.assert_array_equal(metrics.smooth_scores(scores, "none"), scores)
+    np.testing.assert_allclose(smooth_scores(scores, how), expected)
+    np.testing.assert_array_equal(smooth_scores(scores, "none"), scores)

@@ -8,12 +8,15 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.results import MAPS, write_maps
+from evaluation.metrics import evaluate
+from evaluation.results import MAPS, chosen_score, write_maps
+from evaluation.scores import anomaly_map, intensity_maps
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
 
@@ -27,8 +30,10 @@ RUN = {
     "trained_steps": {"forward": 4, "backward": None},
     "sampling_settings": {"smooth": "none"},
     "score": "errors",
+    "usual_error": 1.0,
 }
 N_TEST = 7
+FIGURES = {"slices", "chosen_slices", "precision_recall", "dice_threshold", "histograms"}
 
 
 def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]:
@@ -131,9 +136,9 @@ def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, in_proce
     accumulator.Reload()
     tags = accumulator.Tags()
     figures = {path.stem for path in (runs / "good/figures").iterdir()}
-    assert set(tags["images"]) == figures == {"slices", "precision_recall", "dice_threshold", "histograms"}
+    assert set(tags["images"]) == figures == FIGURES
     assert all(len(accumulator.Images(tag)) == 1 for tag in figures)
-    assert len([tag for tag in tags["tensors"] if "precision_recall/" in tag]) == 2
+    assert len([tag for tag in tags["tensors"] if "precision_recall/" in tag]) == 4
     (event,) = accumulator.Scalars("results/validation_dice")
     assert event.value == pytest.approx(read_metrics(runs / "good")["validation"]["dice"])
 
@@ -298,6 +303,7 @@ def test_comparison_has_a_line_for_every_metric(runs, in_process):
     lines = {metric: (float(d), float(low), float(high), int(n)) for metric, d, low, high, n in found}
     kinds = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")
     named = {f"{choice}_{kind}" for choice in ("oracle", "validation") for kind in kinds} | {"auprc"}
+    named |= {f"chosen_{name}" for name in named}
     assert named == {line.split()[0] for line in done.stdout.splitlines()[4:-1]}
     for metric in ("auprc", "oracle_dice", "validation_dice"):
         difference, low, high, n_slices = lines[metric]
@@ -317,7 +323,7 @@ def test_comparison_pairs_slices_by_name_and_not_by_place(runs, in_process, tmp_
 def test_a_run_does_not_differ_from_itself(runs, in_process):
     done = in_process(TEST, "--compare", "good", "good", cwd=runs)
     rows = done.stdout.splitlines()[4:-1]
-    assert len(rows) == 13
+    assert len(rows) == 26
     for row in rows:
         assert row.split()[1:4] == ["+0.000", "[+0.000,", "+0.000]"]
 
@@ -362,3 +368,263 @@ def test_comparing_does_not_wait_for_torch(runs, repository):
     done = subprocess.run([sys.executable, "-c", start + code], cwd=runs, capture_output=True, text=True, check=True)
     assert "oracle_dice" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The chosen score
+
+BLOCK = {"auprc", "auprc_interval", "oracle", "validation", "settings", "constants", "selection"}
+
+
+def test_a_score_is_chosen_beside_the_published_one(runs, in_process):
+    done, metrics = in_process(TEST, "--rescore", "good", cwd=runs), read_metrics(runs / "good")
+    baseline = metrics["baseline_intensity"]
+    for block in (metrics["chosen"], baseline["chosen"]):
+        assert block.keys() >= BLOCK
+        assert block["validation"]["dice"] <= block["oracle"]["dice"] <= 1
+    maps = make_maps(N_TEST, 5, 0)
+    published = evaluate(maps["scores"], maps["truth"], maps["brainmask"]).summary
+    del published["validation"]
+    assert {key: metrics[key] for key in published} == published
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
+    assert rows[:4] == ["intensity (flair)", "intensity (flair), chosen", "Cyclic UNet", "Cyclic UNet, chosen"]
+    columns = (read_column(runs / "good", f"{prefix}auprc") for prefix in ("", "chosen_"))
+    for values, block in zip(columns, (metrics, metrics["chosen"]), strict=True):
+        assert values.mean() == pytest.approx(block["auprc_per_slice_mean"], rel=1e-4)
+
+
+FIXED = {"sign": "dark", "norm": "squared", "match": "none", "smoothing": "median", "rim": "2"}
+
+
+def fixed(**options: str) -> list[str]:
+    return [f"--config.score_model.scoring.{key}={value}" for key, value in options.items()]
+
+
+def test_what_the_user_fixes_is_not_chosen(in_process, tmp_path):
+    write_run(tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, *fixed(**FIXED), cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    settings = read_metrics(tmp_path)["chosen"]["settings"]
+    assert {key: str(settings[key]) for key in FIXED} == FIXED | {"rim": "2.0"}
+    assert read_metrics(tmp_path)["baseline_intensity"]["chosen"]["settings"]["sign"] == "dark"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sign": "up"}, "score_model.scoring.sign='up' is not known: choose of bright, dark, both"),
+        ({"rim": "0,many"}, "score_model.scoring.rim='many' is no number in 0 … 32"),
+        ({"sgin": "both"}, "did you mean 'score_model.scoring.sign'?"),
+    ],
+)
+def test_a_score_that_nobody_knows_is_refused_before_anything(in_process, tmp_path, options, said):
+    write_run(tmp_path)
+    before = contents(tmp_path)
+    expect_refusal(in_process(TEST, "--rescore", tmp_path, *fixed(**options), cwd=tmp_path), said)
+    assert contents(tmp_path) == before
+
+
+def spoilt_val(how: str) -> dict:
+    val = make_maps(3, 2.0, 1)
+    if how == "without a lesion":
+        val["truth"][:] = False
+    elif how == "of one slice":
+        val = {key: values[:1] for key, values in val.items()}
+    elif how == "of one subject":
+        val["names"] = np.array([f"S_{i}" for i in (70, 71, 75)])
+    elif how == "with NaN":
+        val["reconstruction"][1, 10:20, 10:20] = np.nan
+    elif how == "without a healthy pixel":
+        val["truth"] = val["brainmask"].copy()
+    return val
+
+
+@pytest.mark.parametrize(
+    "how", ["without a lesion", "of one slice", "of one subject", "with NaN", "without a healthy pixel"]
+)
+def test_validation_slices_that_say_little(in_process, tmp_path, how):
+    write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), "val": spoilt_val(how)})
+    done = in_process(TEST, "--rescore", tmp_path, *fixed(rim="0"), cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "Warning" not in done.stderr
+    chosen = read_metrics(tmp_path)["chosen"]
+    assert chosen["settings"]["norm"] != "standardised"  # there are no draws
+    if how == "without a lesion":
+        assert chosen["selection"] is None
+        assert chosen["settings"]["sign"] == "bright"
+        assert chosen["validation"] is read_metrics(tmp_path)["validation"] is None
+        assert "no lesion in the val slices: the score is not chosen but the robust one" in done.stdout
+    elif how == "of one subject":
+        assert chosen["selection"]["resampled"] == "slices"
+    assert 0 <= chosen["auprc"] <= 1
+
+
+def test_training_slices_say_what_error_is_usual_where_there_are_no_others(in_process, tmp_path):
+    train = make_maps(5, 0.0, 3)
+    train["truth"][:] = False
+    for maps in ({}, {"train": train}):
+        write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), **maps})
+        done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        chosen = read_metrics(tmp_path)["chosen"]
+        assert (chosen is None) == (not maps)
+        assert ("no score can be chosen" in done.stdout) == (not maps)
+    assert chosen["validation"] is None
+    assert len(chosen["constants"]["usual"]) > 1
+
+
+def test_one_way_runs_are_compared_with_the_other_modality(in_process, tmp_path):
+    run = RUN | {"method": "one_way_unet"}
+    maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
+    write_maps(tmp_path / "error_maps.npz", run, maps)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert "no score can be chosen" in done.stdout  # what it was compared with was not kept
+    assert read_metrics(tmp_path)["chosen"] is None
+    found = []
+    for scale in (1, 5):
+        for group in maps.values():
+            group["reference"] = (group["reconstruction"] + group["truth"]).astype(np.float32)
+            group["image"] = scale * group["image"]
+        write_maps(tmp_path / "error_maps.npz", run, maps)
+        assert in_process(TEST, "--rescore", tmp_path, *fixed(sign="bright", rim="0"), cwd=tmp_path).code == 0
+        found.append(read_metrics(tmp_path)["chosen"]["auprc"])
+    assert found[0] == found[1] > 0.9  # whatever the input is
+
+
+def test_a_scan_that_was_normalised_otherwise_is_named(in_process, tmp_path):
+    maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
+    for group in maps.values():
+        group["image"] = group["reconstruction"] + 0.1 * group["image"]
+    maps["test"]["image"][2] *= 3
+    write_maps(tmp_path / "error_maps.npz", RUN, maps)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert re.findall(r"warning: (\w+) has (\d)\.\d+ times the usual contrast", done.stdout) in (
+        [("S_02", "2")],
+        [("S_02", "3")],
+    )
+
+
+def test_old_results_are_printed_and_compared(runs, in_process, tmp_path):
+    """As a version without a chosen score wrote them."""
+    shutil.copytree(runs / "good", tmp_path / "old")
+    metrics = read_metrics(tmp_path / "old")
+    del metrics["chosen"], metrics["baseline_intensity"]["chosen"]
+    (tmp_path / "old/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    done = in_process("evaluation.tables", tmp_path / "old", runs / "poor", cwd=runs)
+    assert done.code == 0, done.stderr
+    assert done.stdout.count("Cyclic UNet, chosen  ") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs combined
+
+
+@pytest.fixture(scope="module")
+def combined(runs, in_process):
+    """The folder of `good`, `poor` and the intensity combined, and what was said; both runs are of the same slices."""
+    folder = runs / "results"
+    folder.mkdir()
+    for name, quality in (("a", 2.0), ("b", 1.8)):
+        (folder / name).mkdir()
+        rng = np.random.default_rng(9 if name == "b" else 8)
+        maps = {split: make_maps(n, quality, seed) for split, n, seed in (("test", N_TEST, 0), ("val", 3, 1))}
+        for group in maps.values():  # errors of their own, around the same image
+            noise = rng.normal(size=group["image"].shape)
+            group["reconstruction"] = (group["image"] - quality * group["truth"] + noise).astype(np.float32)
+        write_maps(folder / name / "error_maps.npz", RUN, maps)
+        assert in_process(TEST, "--rescore", folder / name, *fixed(rim="0"), cwd=runs).code == 0
+    done = in_process(TEST, "--combine", folder / "a", folder / "b", "intensity", cwd=runs)
+    assert done.code == 0, done.stderr
+    (found,) = folder.glob("combined__*")
+    return found, done.stdout
+
+
+def test_a_combination_is_a_run_like_any_other(combined, runs, in_process):
+    folder, said = combined
+    metrics, alone = read_metrics(folder), [read_metrics(runs / "results" / name) for name in "ab"]
+    assert metrics["method"] == "combined"
+    assert metrics["auprc"] > max(one["chosen"]["auprc"] for one in alone) - 0.02
+    assert f"results: {folder}" in said
+    assert "combined runs" in said
+    for command in (("--rescore", folder), ("--compare", folder, runs / "results/a")):
+        done = in_process(TEST, *command, cwd=runs)
+        assert done.code == 0, done.stderr
+    assert read_metrics(folder)["auprc"] == metrics["auprc"]
+
+
+def test_a_combination_is_the_sum_of_standardised_scores(combined, runs):
+    folder, _ = combined
+    members = read_metrics(folder)["members"]
+    assert len(members) >= 2
+    total = 0
+    for member in members:
+        path = runs / "results" / Path(member["run"].replace("intensity", "a")).name
+        with np.load(path / "error_maps.npz") as file:
+            splits = [{key: file[f"{split}_{key}"] for key in ("names", *MAPS)} for split in ("test", "val")]
+        settings, constants = chosen_score(member)
+        if member["run"] == "intensity":
+            splits = [intensity_maps(group, settings.sign) for group in splits]
+        assert settings.rim == 0
+        scores, val = (anomaly_map(group, settings, constants) for group in splits)
+        healthy = val[splits[1]["brainmask"] & ~splits[1]["truth"]]
+        middle, high = np.quantile(healthy, [0.5, 0.95])
+        assert member["weight"] == pytest.approx(1 / (high - middle))
+        total = total + scores / (high - middle)
+    with np.load(folder / "error_maps.npz") as file:
+        np.testing.assert_allclose(file["test_scores"], total, rtol=1e-4, atol=1e-5)
+
+
+def other(what: str, folder) -> None:
+    """A run that differs from `write_run`'s in one thing."""
+    maps = {"test": make_maps(N_TEST, 2.0, 0), "val": make_maps(3, 2.0, 1)}
+    run = RUN | ({"input": "t2"} if what == "input" else {})
+    if what == "size":
+        maps = {
+            split: {key: array if key == "names" else array[:, 2:30, 2:30] for key, array in group.items()}
+            for split, group in maps.items()
+        }
+    elif what == "names":
+        maps["test"]["names"] = np.array([f"T_{i:02d}_80" for i in range(N_TEST)])
+    elif what == "truth":
+        maps["val"]["truth"][0, 20, 20] = True
+    elif what == "splits":
+        del maps["val"]
+    folder.mkdir()
+    write_maps(folder / "error_maps.npz", run, maps)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("size", "differ in the truth of their test slices"),
+        ("names", "differ in the names of their test slices"),
+        ("truth", "differ in the truth of their val slices"),
+        ("input", "have different inputs, flair and t2"),
+        ("splits", "has val slices"),
+    ],
+)
+def test_runs_of_other_pixels_are_not_combined(in_process, tmp_path, what, said):
+    write_run(tmp_path / "first")
+    other(what, tmp_path / "other")
+    for name in ("first", "other"):
+        assert in_process(TEST, "--rescore", tmp_path / name, *fixed(rim="0"), cwd=tmp_path).code == 0
+    before = contents(tmp_path)
+    expect_refusal(in_process(TEST, "--combine", tmp_path / "first", tmp_path / "other", cwd=tmp_path), said)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("runs_given", "said"),
+    [
+        (["first"], "takes 2 to 10 different runs"),
+        (["first", "first"], "takes 2 to 10 different runs"),
+        (["intensity", "intensity"], "takes 2 to 10 different runs"),
+        (["first", "nothing"], "no error_maps.npz in nothing"),
+        (["first", "unscored"], "no metrics.json in unscored"),
+    ],
+)
+def test_what_cannot_be_combined_is_said(in_process, tmp_path, runs_given, said):
+    for name in ("first", "unscored"):
+        write_run(tmp_path / name)
+    assert in_process(TEST, "--rescore", "first", *fixed(rim="0"), cwd=tmp_path).code == 0
+    expect_refusal(in_process(TEST, "--combine", *runs_given, cwd=tmp_path), said)

@@ -16,7 +16,9 @@ from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.records import NORMALISATION
-from evaluation.metrics import scored_region, smooth_scores
+from evaluation.metrics import scored_region
+from evaluation.results import chosen_score
+from evaluation.scores import anomaly_map, smooth_scores
 from scoring.scan import LARGEST_BRAIN, SHOWN, axial_axis, draw_report, pick_slices, read_scan
 from scoring.scan import RESULTS as RESULT_FILES
 from utils.grid import SliceGeometry
@@ -108,10 +110,12 @@ def place(tmp_path_factory, workspace, chain, as_subprocess, in_process, reposit
 
 @pytest.fixture(scope="module")
 def predict(place, in_process) -> Callable:
-    """Call the script in the folder of `place` on the CPU."""
+    """Call the script in the folder of `place` on the CPU, for the published score unless flags say otherwise."""
 
     def run(scan: Path | str, output_dir: Path | str, *flags: object):
         where = (f"--scan={scan}", f"--output_dir={output_dir}")
+        if not any(str(flag).startswith(("--scoring", "--combined")) for flag in flags):
+            where += ("--scoring=published",)
         return in_process(PREDICT, "--dataset=phantom", *where, *flags, cwd=place)
 
     return run
@@ -209,6 +213,90 @@ def test_results_lie_where_the_scan_lies(place, predict, tmp_path, kind):
         assert voxels(found).max() > 0
     whole = voxels(load(place / "out_cyclic_unet", "C_flair"))
     np.testing.assert_allclose(voxels(load(tmp_path / "out", "scan")), whole, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The chosen score, and runs combined
+
+CHOSEN = [
+    ("cyclic_unet", {"sign": "bright", "norm": "squared", "smoothing": "none", "match": "none", "rim": "0"}),
+    ("cyclic_unet", {"sign": "both", "calibration": "none", "smoothing": "median", "outside": "left_out", "rim": "2"}),
+    ("mmccd", {"sign": "both", "norm": "standardised", "match": "affine", "outside": "zeros", "rim": "4"}),
+    ("mmccd", {"neighbours": "2", "outside": "left_out", "smoothing": "gaussian", "width": "0.05", "match": "scan"}),
+]
+
+
+def rescore(place: Path, in_process: Callable, method: str, **options: str) -> dict:
+    """Score a test run again with some options fixed; its metrics."""
+    folder = place / "experiments/results" / RESULTS[method]
+    flags = (f"--config.score_model.scoring.{key}={value}" for key, value in options.items())
+    done = in_process(TEST, "--rescore", folder, *flags, cwd=place)
+    assert done.code == 0, done.stderr
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def slice_of(maps: dict) -> int:
+    (name,) = maps["names"].tolist()
+    return int(name.removeprefix("C_"))
+
+
+def error_maps(folder: Path) -> dict:
+    with np.load(folder / "error_maps.npz") as file:
+        return {key.removeprefix("test_"): file[key] for key in file if key.startswith("test_")}
+
+
+@pytest.mark.parametrize(("method", "options"), CHOSEN)
+def test_the_chosen_score_of_a_slice_is_that_of_the_test_run(place, predict, in_process, tmp_path, method, options):
+    chosen = rescore(place, in_process, method, **options)["chosen"]
+    settings, constants = chosen_score(chosen)
+    maps = error_maps(place / "experiments/results" / RESULTS[method])
+    number = slice_of(maps)
+    flags = (*METHODS[method], "--scoring=chosen", "--slices", number, number + 1)
+    done = predict("raw/C/C_flair.nii.gz", tmp_path, *flags)
+    assert done.code == 0, done.stderr
+    assert f"threshold: {chosen['validation']['threshold']:.6g}, the validation threshold in" in done.stdout
+    assert "score: chosen on validation slices, " in done.stdout
+    region = scored_region(maps["brainmask"], settings.rim)
+    expected = np.where(region, anomaly_map(maps, settings, constants), 0)[0]
+    found = voxels(load(tmp_path, "C_flair"))
+    np.testing.assert_allclose(found[:, :, number], expected, rtol=1e-4, atol=1e-4)
+    assert expected.any()
+    assert not np.delete(found, number, axis=2).any()
+
+
+def test_the_chosen_score_is_the_default_and_is_said_to_be(place, in_process, tmp_path):
+    rescore(place, in_process, "cyclic_unet", rim="0")
+    flags = ("--dataset=phantom", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
+    done = in_process(PREDICT, *flags, cwd=place)
+    assert done.code == 0, done.stderr
+    assert "score: chosen on validation slices, " in done.stdout
+    assert "whole brain" in done.stdout
+    done = in_process(PREDICT, *flags, "--scoring=published", cwd=place)
+    assert "score: the published one" in done.stdout
+
+
+def test_a_combined_run_predicts_its_own_scores(place, in_process, predict, tmp_path):
+    runs = [f"experiments/results/{RESULTS[method]}" for method in ("cyclic_unet", "mmccd")]
+    for method in ("cyclic_unet", "mmccd"):
+        rescore(place, in_process, method, sign="both", match="none", rim="0")
+    done = in_process(TEST, "--combine", *runs, "intensity", cwd=place)
+    assert done.code == 0, done.stderr
+    (folder,) = (place / "experiments/results").glob("combined__*")
+    maps = error_maps(folder)
+    number = slice_of(maps)
+    flags = (f"--combined={folder}", "--slices", number, number + 1)
+    done = predict("raw/C/C_flair.nii.gz", tmp_path, *flags)
+    assert done.code == 0, done.stderr
+    found = voxels(load(tmp_path, "C_flair"))[:, :, number]
+    np.testing.assert_allclose(found, maps["scores"][0], rtol=1e-4, atol=1e-4)
+    assert found.any()
+    for flags, said in (
+        ((f"--combined={runs[0]}",), "is no combined run"),
+        ((f"--combined={folder}", "--scoring=published"), "leave out --scoring published"),
+    ):
+        done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
+        assert done.code == 2
+        assert said in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""Choosing a score on validation slices: near-ties, and slices that say little or nothing."""
+
+import numpy as np
+import pytest
+from test_scores import make_maps
+
+from evaluation.choice import auprc_of_each, choose, intensity_grid, most_robust, possible
+from evaluation.metrics import average_precision, ranked_scores, weighted_auprc
+from evaluation.scores import ScoreSettings, anomaly_map, fit_constants, parse_grid
+
+OPTIONS = {
+    "sign": "bright,dark,both",
+    "norm": "absolute,standardised",
+    "calibration": "reconstruction,none",
+    "match": "scan,none",
+    "smoothing": "gaussian,none",
+    "width": "0.03125",
+    "outside": "zeros",
+    "neighbours": "0,3",
+    "rim": "0,4",
+}
+GRID = parse_grid(OPTIONS)
+
+
+def choice(maps: dict, input: str = "flair"):
+    return choose(maps, GRID, input)
+
+
+def test_every_score_is_tried_at_its_own_auprc():
+    maps = make_maps(n=6)
+    grid = possible(maps, GRID)
+    assert {one.neighbours for one in grid} == {0.0}  # of one slice a scan
+    found = dict(auprc_of_each(maps, grid, np.ones((1, 6), dtype=int)))
+    assert list(found) == grid
+    for one in grid[::7]:
+        scores = anomaly_map(maps, one, fit_constants(maps, one))
+        exact = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"], one.rim))
+        assert float(found[one][0]) == pytest.approx(exact, abs=1 / 512)
+
+
+def test_few_thresholds_bound_the_error_of_auprc():
+    rng = np.random.default_rng(0)
+    truth = rng.random((8, 40, 40)) < 0.2
+    scores, ranked = rng.normal(size=truth.shape) + truth, np.ones_like(truth)
+    draws = rng.multinomial(8, np.full(8, 1 / 8), 20)
+    exact = weighted_auprc(scores, truth, ranked, draws)
+    for most in (16, 64, 256):
+        few = weighted_auprc(scores, truth, ranked, draws, most)
+        assert (np.abs(few - exact) <= 1 / most).all()
+
+
+def test_the_sign_of_lesions_is_found_where_healthy_errors_have_the_other():
+    maps = make_maps(n=8)
+    spots = np.random.default_rng(3).random(maps["truth"].shape) < 0.1
+    maps["image"] = maps["image"] - np.float32(4) * (spots & maps["brainmask"] & ~maps["truth"])
+    assert choice(maps).settings.sign == "bright"
+    dark = {**maps, "image": 2 * maps["reconstruction"] - maps["image"]}
+    assert choice(dark).settings.sign == "dark"
+
+
+def test_both_signs_are_kept_where_lesions_have_both():
+    maps = make_maps(n=8)
+    core = maps["truth"].copy()
+    core[:, :, 13:] = False
+    maps["image"] = maps["image"] - np.float32(6) * core
+    found = choice(maps)
+    assert found.settings.sign == "both"
+    assert 0.3 < found.selection["lesion_error_above"] < 0.7
+
+
+def test_of_scores_that_find_about_as_much_the_robust_one_is_taken():
+    """A lesion so clear that everything finds it: then what is robust elsewhere decides."""
+    maps = make_maps(n=8)
+    maps["image"] = maps["image"] + np.float32(50) * maps["truth"]
+    found = choice(maps)
+    assert found.settings[:4] == ("bright", "absolute", "reconstruction", "scan")
+    assert found.selection["auprc"] >= found.selection["best_auprc"] - 0.02
+    assert found.selection["near_the_best"] >= 1
+    assert found.selection["resampled"] == "subjects"
+
+
+def test_the_order_of_preference():
+    robust = ScoreSettings("bright")
+    worse = [
+        robust._replace(norm="squared"),
+        robust._replace(match="none"),
+        robust._replace(sign="both"),
+        robust._replace(sign="dark"),
+    ]
+    for i, one in enumerate(worse):
+        assert most_robust([*reversed(worse[i:])], "bright") == one
+    assert most_robust(worse, "dark") == worse[-1]
+
+
+@pytest.mark.parametrize(("input", "sign"), [("flair", "bright"), ("t2", "bright"), ("t1", "dark")])
+def test_without_a_lesion_the_modality_says_the_sign(input, sign):
+    maps = make_maps()
+    maps["truth"][:] = False
+    found = choice(maps, input)
+    assert found.settings == ScoreSettings(sign)
+    assert found.selection is None
+    assert found.constants.usual
+
+
+def test_a_single_slice_says_the_sign_only():
+    found = choice(make_maps(n=1))
+    assert found.settings == ScoreSettings("bright")
+
+
+def test_of_one_subject_the_slices_are_resampled():
+    found = choice(make_maps(n=6, per_scan=6))
+    assert found.selection["resampled"] == "slices"
+    assert {one.neighbours for one in possible(make_maps(n=6, per_scan=6), GRID)} == {0.0, 3.0}
+
+
+def test_without_variance_nothing_is_standardised():
+    maps = make_maps()
+    maps["variance"][:] = 0
+    assert {one.norm for one in possible(maps, GRID)} == {"absolute"}
+    alone = [ScoreSettings(norm="standardised")]
+    assert possible(maps, alone) == alone
+
+
+def test_the_intensity_is_given_the_same_choice():
+    sign, grid = intensity_grid(GRID, "dark")
+    assert sign == "dark"
+    assert {one[:4] for one in grid} == {("dark", "absolute", "none", "none")}
+    assert {one.rim for one in grid} == {0.0, 4.0}
+    assert intensity_grid([ScoreSettings("bright")], "dark")[0] == "bright"
+    assert len(intensity_grid([ScoreSettings(norm="standardised")], "dark")[1]) == 1
