@@ -62,6 +62,16 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.sampling.use_ddim": True,
     "score_model.sampling.eta": 0.0,
     "score_model.sampling.timestep_respacing": "100",
+    # ours: what validation slices choose from, beside the paper's score
+    "score_model.scoring.sign": "bright,dark,both",
+    "score_model.scoring.norm": "absolute,squared,standardised",
+    "score_model.scoring.calibration": "reconstruction,none",
+    "score_model.scoring.match": "scan,affine,none",
+    "score_model.scoring.smoothing": "gaussian,median,none",
+    "score_model.scoring.width": "0.03125,0.015625",
+    "score_model.scoring.outside": "zeros,left_out",
+    "score_model.scoring.neighbours": "0,3",
+    "score_model.scoring.rim": "0,4",
 }
 
 
