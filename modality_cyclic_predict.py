@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets.cohorts import VOLUME_SUFFIXES
 from datasets.records import NORMALISATION
@@ -35,7 +35,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     """Score the scans one after another, and write what came out of each."""
     # Only now what takes seconds to import.
     from guided_diffusion import dist_util
-    from scoring.scan import ScanScore, draw_report, read_scan, score_scan, trained_geometry, write_results
+    from scoring.scan import draw_report, read_scan, score_scan, trained_geometry, write_results
     from scoring.scorer import Scorer
     from utils.device import pick_device
 
@@ -53,15 +53,12 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
     normalisations = (translator.preprocessing.get("normalisation") for translator in translators)
     quantiles = next(filter(None, normalisations), NORMALISATION)
     device = pick_device(dist_util.gpu_id(args.gpu_id), chains[0].config.deterministic)
-    scores = [
-        ScanScore(Scorer(part.chain, device) if part.chain else None, part.usual_error, part.chosen, part.weight)
-        for part in parts
-    ]
+    parts = [part._replace(scorer=Scorer(part.chain, device)) if part.chain else part for part in parts]
     for chain in chains:
         for direction, checkpoint in chain.checkpoints.items():
             print(f"{direction + ':':10} {experiments.address(checkpoint)}")
     print(f"threshold: {threshold:.6g}, {origin}")
-    meaning = "combined" if args.combined else "chosen" if parts[0].chosen else scores[0].scorer.score_kind
+    meaning = "combined" if args.combined else "chosen" if parts[0].chosen else parts[0].scorer.score_kind
 
     failures = []
     for name, path in scans.items():
@@ -77,7 +74,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         for warning in scan.warnings:
             print(f"warning: {warning}")
         make_folder(args.output_dir)
-        anomaly = score_scan(scores, scan)
+        anomaly = score_scan(parts, scan)
         if dist_util.rank() == 0:
             report = draw_report(scan, anomaly, threshold, meaning)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
@@ -197,17 +194,8 @@ def make_folder(output_dir: Path) -> None:
         tempfile.TemporaryFile(dir=output_dir).close()  # so that it fails now, not after hours of scoring
 
 
-class Part(NamedTuple):
-    """A score and whose it is: a chain, or the bare intensity, which only a combined run takes."""
-
-    chain: Chain | None
-    usual_error: float
-    chosen: tuple[Any, Any] | None  # settings and constants; None: the published score
-    weight: float = 1.0
-
-
-def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> tuple[list[Part], float, str]:
-    """What is summed to the score of a scan, the threshold, and where that is from: a test run.
+def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> tuple[list[Any], float, str]:
+    """The scores, `ScanScore`, whose weighted sum scores a scan; the threshold; and where that is from, a test run.
 
     Raises:
         UserError: if there is no such run, it is of other checkpoints or another sampling, or it has no threshold.
@@ -215,14 +203,17 @@ def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Fold
     if args.combined is None:
         return find_score(args, overrides, experiments, find_chain(args, overrides, experiments))
     from evaluation.results import chosen_score, read_metrics
+    from scoring.scan import ScanScore
 
     metrics = read_metrics(args.combined)
     if "members" not in metrics:
         raise UserError(f"{args.combined} is no combined run: leave out --combined, and name its translators")
+    if not any(one["checkpoints"] for one in metrics["members"]):
+        raise UserError(f"{args.combined} names no networks: combine its runs again")
     if args.scoring == "published":
         raise UserError("a combined run sums chosen scores: leave out --scoring published")
     parts = [
-        Part(chain_of_run(one, experiments) if one["checkpoints"] else None, 0.0, chosen_score(one), one["weight"])
+        ScanScore(chain_of_run(one, experiments) if one["checkpoints"] else None, 0.0, chosen_score(one), one["weight"])
         for one in metrics["members"]
     ]
     threshold, origin = threshold_of(args, metrics, args.combined, "combine runs with validation slices")
@@ -231,7 +222,7 @@ def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Fold
 
 def find_score(
     args: argparse.Namespace, overrides: list[str], experiments: Folder, chain: Chain
-) -> tuple[list[Part], float, str]:
+) -> tuple[list[Any], float, str]:
     """The score of a chain that its test run chose, or the published one, and the threshold, as from `find_parts`.
 
     With `--threshold`, a published score that takes no constant needs no test run.
@@ -239,10 +230,11 @@ def find_score(
     standardised = args.model_name == "diffusion" and chain.config.score_model.sampling.score == "standardised"
     from evaluation.results import METRICS, chosen_score, read_metrics
     from evaluation.tables import score_words
+    from scoring.scan import ScanScore
 
     folder = f"results/{results_name(chain)}"
     if args.threshold is not None and not standardised and args.scoring == "published":
-        return [Part(chain, 0.0, None)], args.threshold, "as --threshold says"
+        return [ScanScore(chain, 0.0, None)], args.threshold, "as --threshold says"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
     needs_constants = standardised or args.scoring != "published"
@@ -267,7 +259,7 @@ def find_score(
         chosen, words = chosen_score(block), f"chosen on validation slices, {score_words(block['settings'])}"
     threshold, origin = threshold_of(args, block if chosen else metrics, experiments.address(path), test)
     print(f"score: {words}")
-    return [Part(chain, metrics["usual_error"], chosen)], threshold, origin
+    return [ScanScore(chain, metrics["usual_error"], chosen)], threshold, origin
 
 
 def threshold_of(args: argparse.Namespace, block: Mapping[str, Any], where: Any, remedy: str) -> tuple[float, str]:

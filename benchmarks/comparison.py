@@ -25,8 +25,9 @@ from benchmarks.shared.points import Row, over_seeds, read_points, write_points
 from benchmarks.shared.timing import print_table
 from utils.cli import BASELINES, ArgumentParser, UserError, run
 
+WORDS = {"none": "as it is", "median5": "under median5", "chosen": "chosen"}
 REFERENCE = "cyclic_unet"
-SMOOTH = ("none", "median5")
+SMOOTH = ("none", "median5", "chosen")  # the published score as it is and filtered, and the one chosen on validation
 SCORES = {"auprc": "AUPRC", "oracle_dice": "oracle Dice", "validation_dice": "validation Dice"}
 
 
@@ -150,13 +151,14 @@ def announce_plan(args: argparse.Namespace, trainings: list[Training]) -> None:
 def measure(
     args: argparse.Namespace, input: str, trans: str, method: str, seed: int
 ) -> Iterator[tuple[Point, Row, dict[Slice, Row]]]:
-    """The scores of a method on the test slices of every cohort, without and with a median filter.
+    """The scores of a method on the test slices of every cohort, as they are, under a median filter, and chosen.
 
-    The validation slices of `--data_dir` choose its checkpoints, its threshold, and what error is usual.
+    The validation slices of `--data_dir` choose its checkpoints, its score and its threshold.
     """
-    from evaluation.metrics import evaluate
-    from evaluation.report import better_sign, labelled
-    from evaluation.scores import smooth_scores
+    import config as configs
+    from evaluation.metrics import RIM, evaluate
+    from evaluation.report import better_sign, choose_scores, labelled
+    from evaluation.scores import parse_grid, smooth_scores
     from scoring.scorer import Scorer, create_maps, load_slices
     from scoring.selection import best_on_validation
     from utils.device import pick_device
@@ -174,14 +176,22 @@ def measure(
         slices[cohort.name] = load_slices(chain, "test")
     maps, _ = create_maps(Scorer(chain, device), slices)
     sign = better_sign(maps["val"])
+    grid = parse_grid(configs.get_config(args.dataset).score_model.scoring)
+    run = {"method": chain.method, "input": input, "trans": trans}
+    choices, chosen = choose_scores(run, maps, grid, sign)
     for cohort, smooth in product(cohorts(args), SMOOTH):
         sets = {split: maps[split] for split in ("val", cohort.name)}
-        scores = {method: {split: smooth_scores(group["scores"], smooth) for split, group in sets.items()}}
-        if method == REFERENCE:
-            scores["intensity"] = {split: smooth_scores(sign * group["image"], smooth) for split, group in sets.items()}
-        for name, group in scores.items():
-            val, test = (labelled(maps[split] | {"scores": group[split]}, "scores") for split in sets)
-            summary, per_slice = evaluate(*test, val=val)
+        keys = {method: "chosen"} | ({"intensity": "chosen_intensity"} if method == REFERENCE else {})
+        for name, key in keys.items():
+            if smooth == "chosen":
+                rim, scores = choices[key].settings.rim, {split: chosen[split][key] for split in sets}
+            else:
+                rim, plain = RIM, {split: group["scores"] for split, group in sets.items()}
+                if name == "intensity":
+                    plain = {split: sign * group["image"] for split, group in sets.items()}
+                scores = {split: smooth_scores(values, smooth) for split, values in plain.items()}
+            val, test = (labelled(maps[split] | {"scores": scores[split]}, "scores") for split in sets)
+            summary, per_slice = evaluate(*test, val=val, rim=rim)
             point = Point(cohort.name, input, trans, name, seed, smooth)
             row = {
                 "auprc": summary["auprc"],
@@ -203,7 +213,7 @@ def show(rows: Mapping[Point, Row], slices: Mapping[Slice, Row]) -> None:
         for method, found in methods.items():
             cells = [over_seeds([row[score] for row in found]) for score in SCORES]
             lines.append([label(method, input), *cells, difference(slices, key, method)])
-        print(f"\n{input} → {trans} → {input}, {'as it is' if smooth == 'none' else smooth}")
+        print(f"\n{input} → {trans} → {input}, {WORDS[smooth]}")
         print_table([input, *SCORES.values(), "mean AUPRC of a slice − Cyclic UNet's"], lines)
     print("mean (range) over seeds and cohorts; [95 % interval of a paired bootstrap over slices, of means over seeds]")
 
@@ -244,28 +254,28 @@ def difference(slices: Mapping[Slice, Row], key: tuple[str, str, str], method: s
 
 
 def draw(rows: Mapping[Point, Row], path: Path) -> None:
-    """AUPRC of every method, a panel for each cycle: the mean over seeds, a dot for each; pale without the filter."""
+    """AUPRC of every method, a panel for each cycle: the mean over seeds, a dot for each, by score."""
     from matplotlib.figure import Figure
 
     found = settings(rows)
     cycles = list(dict.fromkeys((input, trans) for input, trans, _ in found))
     figure = Figure(figsize=(4.2 * len(cycles) + 1, 4.6), layout="constrained")
     axes = figure.subplots(1, len(cycles), sharex=True, squeeze=False)[0]
-    colours = {"none": "#56b4e9", "median5": "#0072b2"}
+    colours = {"none": "#56b4e9", "median5": "#0072b2", "chosen": "#d55e00"}
     for ax, (input, trans) in zip(axes, cycles, strict=True):
         methods = list(found[input, trans, SMOOTH[0]])
         for i, smooth in enumerate(SMOOTH):
             values = [[row["auprc"] for row in found[input, trans, smooth][method]] for method in methods]
-            places = [k + 0.4 * (i - 0.5) for k in range(len(methods))]
-            name = "as it is" if smooth == "none" else f"under {smooth}"
-            ax.barh(places, [mean(group) for group in values], 0.38, color=colours[smooth], label=name)
+            places = [k + 0.28 * (i - 1) for k in range(len(methods))]
+            means = [mean(group) for group in values]
+            ax.barh(places, means, 0.26, color=colours[smooth], label=WORDS[smooth])
             for place, group in zip(places, values, strict=True):
                 ax.plot(group, [place] * len(group), ".", color="black", markersize=4)
         ax.set_yticks(range(len(methods)), [label(method, input) for method in methods])
         ax.invert_yaxis()
         ax.set(title=f"{input} → {trans} → {input}", xlabel="AUPRC, test slices", xlim=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

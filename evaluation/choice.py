@@ -23,6 +23,7 @@ from .scores import (
 
 RESAMPLES = 200  # of the bootstrap that says which scores are as good as the best
 THRESHOLDS = 512  # that AUPRC is computed at while choosing, spread evenly over the lesions' scores
+ALIKE = 3  # by what slices of one subject, which resemble each other, make a standard error too small
 ONE_SIDED = 0.98  # share of the lesions' squared error, above or below, from which on the other side is left out
 # The order in which settings are held to the robust ones while the score stays near the best (docs/scores.md).
 PREFERENCE = ("sign", "match", "calibration", "smoothing", "width", "rim", "outside", "norm", "neighbours")
@@ -63,7 +64,7 @@ def choose(maps: Mapping[str, Any], grid: Sequence[ScoreSettings], input: str, l
     found = dict(tqdm(auprc_of_each(maps, grid, draws), total=len(grid), desc=label, unit="score", leave=False))
     values = np.array(list(found.values()))  # [scores, 1 + resamples]
     best = values[:, 0].argmax()
-    errors = np.nanstd(values[:, 1:] - values[best, 1:], axis=1)
+    errors = np.nanstd(values[:, 1:] - values[best, 1:], axis=1) * (ALIKE if of_slices else 1)
     behind = values[best, 0] - values[:, 0]
     near = [one for one, is_near in zip(found, (behind <= errors) | (n == 1), strict=True) if is_near]
     error = np.where(inside, error_of(maps, ScoreSettings(), fit_match(maps, "scan")), 0)

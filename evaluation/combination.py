@@ -38,6 +38,8 @@ def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
     metrics = [read_metrics(folder) for folder in folders]
     for folder, header, of_run in zip(folders[1:], headers[1:], maps[1:], strict=True):
         require_same_slices(folders[0], headers[0], maps[0], folder, header, of_run)
+    if any(header["method"].startswith(("one_way", "combined")) for header in headers):
+        raise UserError("--combine takes runs that need a single modality, and none that is combined already")
     if "val" not in maps[0]:
         raise UserError(
             f"{folders[0]} has no validation slices, which say how scores compare: preprocess some, and test"

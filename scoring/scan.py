@@ -34,7 +34,7 @@ from utils.files import replaced
 from utils.grid import SAME, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
 from utils.nifti import read_header, read_volume, write_like
 
-from .chain import TrainedTranslator
+from .chain import Chain, TrainedTranslator
 from .scorer import Scorer, announce
 
 RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
@@ -162,12 +162,13 @@ def axial_axis(affine: np.ndarray) -> int:
 
 
 class ScanScore(NamedTuple):
-    """A score of a scan: of translators or of the bare intensity, alone or as a part of a sum."""
+    """A score of a scan, alone or as a part of a weighted sum."""
 
-    scorer: Scorer | None  # None: the intensity
+    chain: Chain | None  # None: the bare intensity
     usual_error: float  # constant of the published "standardised" score
     chosen: tuple[ScoreSettings, Constants] | None  # None: the published score
     weight: float = 1.0
+    scorer: Scorer | None = None  # of the chain
 
 
 def score_scan(parts: Sequence[ScanScore], scan: Scan) -> np.ndarray:

@@ -137,7 +137,7 @@ def test_all_methods_are_compared_once(slices, tmp_path):
         with files["csv"].open(newline="") as file:
             rows = list(csv.DictReader(file))
         settings = {(row["input"], row["method"], row["smooth"]) for row in rows}
-        assert len(rows) == len(settings) == 2 * 2 * (len(methods) + 1)  # inputs, smoothings; and the intensity
+        assert len(rows) == len(settings) == 2 * 3 * (len(methods) + 1)  # inputs, scores; and the intensity
         assert {row["method"] for row in rows} == {*methods, "intensity"}
         assert all(0 < float(row["auprc"]) <= 1 for row in rows)
         with (tmp_path / "all_slices.csv").open(newline="") as file:
