@@ -241,6 +241,8 @@ def find_score(
     found_there = "its score and threshold" if needs_constants else "a threshold"
     test = f"run {test_command(args, overrides)} to find {found_there}"
     remedy = test if needs_constants else f"{test}, or give --threshold"
+    if args.threshold is not None and not standardised:
+        remedy = f"{test}, or give --scoring published"
     metrics = read_metrics(path.parent, remedy)
     tested, now = (
         {direction: short(where) for direction, where in checkpoints.items()}

@@ -136,7 +136,8 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
     cost = announce(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
     maps = {}
-    for split in sorted(slices, key=("val", "test", "train").index):  # the first one says what an error is usual
+    # The first one says what an error is usual: validation slices, or else those of any other split but training.
+    for split in sorted(slices, key=lambda split: (split != "val", split == "train")):
         batch = slices[split]
         image, reference, brainmask = (
             batch[kind] for kind in (scorer.config.data.input, scorer.reference, "brainmask")

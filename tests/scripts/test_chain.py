@@ -185,7 +185,8 @@ def test_results_have_the_documented_files(results, method):
     assert files - events == {"config.json", "metrics.json", "per_slice.csv", "error_maps.npz", "figures"}
     assert events
     figures = {path.name for path in (folder / "figures").iterdir()}
-    assert figures == {"slices.png", "precision_recall.png", "dice_threshold.png", "histograms.png"}
+    names = ("slices", "chosen_slices", "precision_recall", "dice_threshold", "histograms")
+    assert figures == {f"{name}.png" for name in names}
     picture = matplotlib.image.imread(folder / "figures/slices.png")[..., :3]
     height, width, _ = picture.shape
     assert width >= 800  # five columns
@@ -292,8 +293,9 @@ def test_per_slice_has_a_row_for_every_test_slice(results, workspace, method):
 def test_the_table_on_the_terminal(chain, results, method, label):
     metrics, printed = read_metrics(results[method]), chain[method].stdout
     rows = {"intensity (flair)": metrics["baseline_intensity"], label: metrics}
+    rows |= {f"{start}, chosen": block["chosen"] for start, block in rows.items()}
     for start, block in rows.items():
-        (row,) = [line for line in printed.splitlines() if line.startswith(start)]
+        (row,) = [line for line in printed.splitlines() if line.startswith(f"{start}  ")]
         cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in ("oracle", "validation"))]
         assert re.findall(r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]", row) == cells
     assert "4 + 4" in row  # the steps each translator was trained for

@@ -16,14 +16,15 @@ def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subpr
     assert done.code == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    starts = ("method", "intensity (flair)", "Cyclic UNet", "MMCCD")
+    methods = ("intensity (flair)", "Cyclic UNet", "MMCCD")
+    starts = ("method  ", *(f"{name}{kind}  " for name in methods for kind in ("", ", chosen")))
     places = []
     for start in starts:
         (place,) = [i for i, line in enumerate(lines) if line.startswith(start)]
         places.append(place)
     assert places == sorted(places)
     # A row is the one that the run itself printed.
-    for run, start in (("cyclic_unet", "Cyclic UNet"), ("mmccd", "MMCCD")):
+    for run, start in (("cyclic_unet", "Cyclic UNet  "), ("mmccd", "MMCCD, chosen  ")):
         (printed,) = [line for line in chain[run].stdout.splitlines() if line.startswith(start)]
         (row,) = [line for line in lines if line.startswith(start)]
         assert row.split() == printed.split()
