@@ -203,6 +203,7 @@ def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Fold
     if args.combined is None:
         return find_score(args, overrides, experiments, find_chain(args, overrides, experiments))
     from evaluation.results import chosen_score, read_metrics
+    from evaluation.tables import members_words
     from scoring.scan import ScanScore
 
     metrics = read_metrics(args.combined)
@@ -217,6 +218,7 @@ def find_parts(args: argparse.Namespace, overrides: list[str], experiments: Fold
         for one in metrics["members"]
     ]
     threshold, origin = threshold_of(args, metrics, args.combined, "combine runs with validation slices")
+    print(f"score: {members_words(metrics['members'])}")
     return parts, threshold, origin
 
 

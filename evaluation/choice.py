@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
 
 def choose(maps: Mapping[str, Any], grid: Sequence[ScoreSettings], input: str, label: str = "choosing") -> Choice:
-    """The score to use: the most robust of those that find about as much as the best on validation slices.
+    """Choose the most robust of the scores that find about as much as the best one on validation slices.
 
     Every score of the grid is tried. Those within one standard error of the best, of their paired difference under a
     bootstrap over scans (over slices where there is one scan), are as good. Among them the sign of the lesions' errors
@@ -83,9 +83,9 @@ def choose(maps: Mapping[str, Any], grid: Sequence[ScoreSettings], input: str, l
 
 
 def possible(maps: Mapping[str, Any], grid: Sequence[ScoreSettings]) -> list[ScoreSettings]:
-    """The scores that the maps allow: without draws there is no variance, and without neighbours none to smooth over.
+    """Drop scores that the maps do not allow: standardised ones without variance, neighbours of single slices.
 
-    A grid of such scores alone stays as it is: without variance, standardised errors are squared ones.
+    If nothing else is left, the grid stays as it is: without variance, standardised errors are squared ones.
     """
     scans, _ = scans_of(maps["names"])
     alone, single = len(np.unique(scans)) == len(scans), not maps["variance"].any()
@@ -94,7 +94,7 @@ def possible(maps: Mapping[str, Any], grid: Sequence[ScoreSettings]) -> list[Sco
 
 
 def most_robust(settings: Sequence[ScoreSettings], sign: str) -> ScoreSettings:
-    """Of some settings those that depart least from the robust ones, in the order of preference; `sign` is robust."""
+    """Return the settings that depart least from the robust ones, in order of preference; `sign` is the robust sign."""
     robust = ScoreSettings(sign)._asdict()
     # Where one side is robust, both are better than the other side; where both are, bright lesions are the rule.
     signs = [sign, *(one for one in ("both", "bright", "dark") if one != sign)]
@@ -108,7 +108,7 @@ def most_robust(settings: Sequence[ScoreSettings], sign: str) -> ScoreSettings:
 def auprc_of_each(
     maps: Mapping[str, Any], grid: Sequence[ScoreSettings], draws: np.ndarray
 ) -> Iterator[tuple[ScoreSettings, np.ndarray]]:
-    """The AUPRC of every score of a grid, [R], under the draws of the slices [R, N], as `weighted_auprc` takes them."""
+    """Yield the AUPRC of every score of a grid, [R], for draws of the slices [R, N] as in `weighted_auprc`."""
     ranked = ranked_pixels(maps["truth"], maps["brainmask"])
     regions = {rim: scored_region(maps["brainmask"], rim) for rim in {one.rim for one in grid}}
     matches = {one.match for one in grid} - {"none"}
@@ -125,7 +125,7 @@ def auprc_of_each(
 
 
 def intensity_grid(grid: Sequence[ScoreSettings], sign: str) -> tuple[str, list[ScoreSettings]]:
-    """The scores of a grid that the bare intensity can have, which has no reconstruction, and the sign of all of them.
+    """Return the sign and the scores of a grid that suit the bare intensity, which has no reconstruction.
 
     `sign` is the one to take, unless the grid has the other one alone.
     """

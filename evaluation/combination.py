@@ -20,7 +20,7 @@ MOST = 10  # runs, of which every combination is tried
 
 
 def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
-    """The name of a combined run, its header and its error maps, as `write_maps` takes them.
+    """Sum the scores of test runs; return the combined run's name, header and error maps for `write_maps`.
 
     Each run's chosen score is divided by the distance of the median to the 95th percentile in healthy validation
     pixels, and the scores are summed: those of the runs that together have the highest validation AUPRC.
@@ -97,7 +97,7 @@ def require_same_slices(
 
 
 def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a combined run records of a member, and its weighted scores [N, H, W] by split.
+    """Return the record of a member for metrics.json, and its weighted scores [N, H, W] by split.
 
     Raises:
         UserError: if the run has no chosen score.
@@ -125,7 +125,7 @@ def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dic
 
 
 def standard_weight(scores: np.ndarray, val: Mapping[str, Any]) -> float:
-    """The reciprocal of the distance of the median to the 95th percentile of scores in healthy validation pixels.
+    """Return one over the distance from the median to the 95th percentile of scores in healthy validation pixels.
 
     So weighted, scores are standardised but for a constant, which no threshold and no order depends on.
     """
@@ -135,7 +135,7 @@ def standard_weight(scores: np.ndarray, val: Mapping[str, Any]) -> float:
 
 
 def best_of(val: Mapping[str, Any], scores: Sequence[np.ndarray], networks: Sequence[bool]) -> list[int]:
-    """The runs whose sum of validation scores has the highest AUPRC, at least one of them of `networks`.
+    """Return the runs whose summed validation scores have the highest AUPRC, at least one of them from `networks`.
 
     Without any lesion, all of them.
     """

@@ -55,7 +55,7 @@ class ScoreSettings(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What a score takes from healthy pixels."""
+    """Constants of a score, fitted on healthy pixels."""
 
     error_floor: float  # c of the standardised norm: the squared error that the draws' variance does not explain
     slope: float = 1.0  # of image against reconstruction that is usual for a scan
@@ -73,9 +73,9 @@ class Matched(NamedTuple):
 
 
 def parse_grid(options: Mapping[str, str]) -> list[ScoreSettings]:
-    """Every combination of comma-separated alternatives, as `config.score_model.scoring` has them.
+    """Return every combination of the comma-separated alternatives of `config.score_model.scoring`.
 
-    Alternatives that make no difference are left out: nothing is smoothed with several widths of nothing.
+    Combinations that equal another one are left out: without smoothing, its width makes no difference.
 
     Raises:
         ValueError: if an alternative is not known, or a number is out of range.
@@ -108,19 +108,19 @@ def _parse(name: str, text: str) -> str | float:
 
 
 def smooth_scores(scores: FloatArray, how: str) -> FloatArray:
-    """Scores [N, H, W] under `sampling.smooth`, a median filter of each slice, "median3" or "median5" px, or "none"."""
+    """Apply `sampling.smooth` to scores [N, H, W]: "median3" or "median5" filters each slice, "none" does nothing."""
     return scores if how == "none" else median_filter(scores, size=(1, *2 * (int(how.removeprefix("median")),)))
 
 
 def scans_of(names: Sequence[str]) -> tuple[NDArray, NDArray]:
-    """The scan that each slice is of, as numbers from 0, and the slice's own number; names are "{subject}_{slice}"."""
+    """Return each slice's scan, numbered from 0, and the slice's own number; names are "{subject}_{slice}"."""
     subjects, numbers = zip(*(name.rpartition("_")[::2] for name in map(str, names)), strict=True)
     are_numbers = [int(number) if number.isdecimal() and len(number) < 10 else 0 for number in numbers]
     return np.unique(subjects, return_inverse=True)[1], np.array(are_numbers)
 
 
 def match_scans(maps: Mapping[str, Any], match: str, constants: Constants) -> Matched:
-    """The image with each scan's offset and scale made the usual ones; all slices of a scan are matched together.
+    """Give each scan the usual offset and scale; all slices of a scan are matched together.
 
     Quantiles normalise a scan, and a large lesion moves them: then all healthy tissue is too dark for the networks. The
     reconstruction has the intensities of training. `match` is as in `ScoreSettings`: "scan" corrects a scale only where
@@ -142,7 +142,7 @@ def match_scans(maps: Mapping[str, Any], match: str, constants: Constants) -> Ma
 
 
 def scan_slopes(maps: Mapping[str, Any]) -> FloatArray:
-    """The slope of image against reconstruction of each slice's scan, [N]."""
+    """Return the slope of image against reconstruction of each slice's scan, [N]."""
     slopes = np.ones(len(maps["image"]))
     scans, _ = scans_of(maps["names"])
     for scan in np.unique(scans):
@@ -155,14 +155,14 @@ def scan_slopes(maps: Mapping[str, Any]) -> FloatArray:
 
 
 def far_off(maps: Mapping[str, Any], constants: Constants) -> dict[str, float]:
-    """The scans whose scale is so far from the usual one that their normalisation failed: the slope by their names."""
+    """Return the relative slope of each scan whose normalisation failed, by its name."""
     names = [str(name).rpartition("_")[0] for name in maps["names"]]
     slopes = dict(zip(names, (scan_slopes(maps) / constants.slope).tolist(), strict=True))
     return {name: slope for name, slope in slopes.items() if not SLOPES[0] <= slope <= SLOPES[1]}
 
 
 def fit_match(maps: Mapping[str, Any], match: str) -> Constants:
-    """The slope and the offset that are usual, from some scans; no truth is needed."""
+    """Fit the usual slope and offset on some scans; no truth is needed."""
     _, first = np.unique(scans_of(maps["names"])[0], return_index=True)
     constants = Constants(1.0, float(np.median(scan_slopes(maps)[first])))
     if match == "none":
@@ -173,7 +173,7 @@ def fit_match(maps: Mapping[str, Any], match: str) -> Constants:
 
 
 def _slope(image: FloatArray, reconstruction: FloatArray) -> float:
-    """The slope of image against reconstruction [M], from the pixels that fit best.
+    """Return the slope of image against reconstruction [M], from the pixels that fit best.
 
     Both have errors: noise and lesions in the image, lost detail in the reconstruction. So the slope is the ratio of
     standard deviations (reduced major axis), which scales as the image does; least squares would be flattened by the
@@ -191,7 +191,7 @@ def _slope(image: FloatArray, reconstruction: FloatArray) -> float:
 
 
 def fit_constants(maps: Mapping[str, Any], settings: ScoreSettings, usual: Constants | None = None) -> Constants:
-    """The constants of a score, from the healthy pixels of slices: those of the brain that `maps["truth"]` leaves.
+    """Fit the constants of a score on healthy pixels, those of the brain outside `maps["truth"]`.
 
     `usual` is that of `fit_match`, where it is known already.
     """
@@ -215,12 +215,12 @@ def fit_constants(maps: Mapping[str, Any], settings: ScoreSettings, usual: Const
 
 
 def anomaly_map(maps: Mapping[str, Any], settings: ScoreSettings, constants: Constants) -> FloatArray:
-    """The score of every pixel, float32 [N, H, W], at least 0; 0 outside the brain. The rim is not cut here."""
+    """Return the score of every pixel, float32 [N, H, W], at least 0, and 0 outside the brain. No rim is cut here."""
     return smooth(pixel_scores(maps, settings, constants), maps, settings)
 
 
 def pixel_scores(maps: Mapping[str, Any], settings: ScoreSettings, constants: Constants) -> FloatArray:
-    """The score of every pixel by itself, before smoothing; where it is undefined, 0, the lowest."""
+    """Return the score of every pixel before smoothing; an undefined score is 0, the lowest."""
     error = error_of(maps, settings, constants)
     if settings.sign != "both":
         error = np.maximum(error if settings.sign == "bright" else -error, 0)
@@ -231,7 +231,7 @@ def pixel_scores(maps: Mapping[str, Any], settings: ScoreSettings, constants: Co
 
 
 def error_of(maps: Mapping[str, Any], settings: ScoreSettings, constants: Constants) -> FloatArray:
-    """The signed error [N, H, W], of the matched image where the settings say so."""
+    """Return the signed error [N, H, W] of the image, matched if the settings ask for it."""
     matched = settings.match != "none"
     image = match_scans(maps, settings.match, constants).image if matched else maps["image"]
     return image - maps["reconstruction"]
@@ -240,7 +240,7 @@ def error_of(maps: Mapping[str, Any], settings: ScoreSettings, constants: Consta
 def _normed(error: FloatArray, variance: FloatArray, norm: str, error_floor: float) -> FloatArray:
     if norm == "absolute":
         return np.abs(error)
-    return error**2 if norm == "squared" else error**2 / (variance + error_floor)
+    return error**2 if norm == "squared" else error**2 / (np.maximum(variance, 0) + error_floor)
 
 
 def _blurred(images: FloatArray) -> FloatArray:
@@ -248,7 +248,7 @@ def _blurred(images: FloatArray) -> FloatArray:
 
 
 def smooth(scores: FloatArray, maps: Mapping[str, Any], settings: ScoreSettings) -> FloatArray:
-    """Scores [N, H, W] that are 0 outside the brain, smoothed within the slices and over neighbouring ones."""
+    """Smooth scores [N, H, W] that are 0 outside the brain, within slices and over neighbouring ones."""
     brain, width = maps["brainmask"], settings.width * min(scores.shape[1:])
     leaves_out = settings.outside == "left_out"
     if settings.smoothing == "median" and width:
@@ -268,7 +268,7 @@ def smooth(scores: FloatArray, maps: Mapping[str, Any], settings: ScoreSettings)
 
 
 def _median(scores: FloatArray, brain: NDArray[np.bool_], radius: int, beyond: float) -> FloatArray:
-    """The median filter of a slice [H, W] inside its brain; pixels outside count as `beyond`, or not at all if NaN."""
+    """Median filter a slice [H, W] inside its brain; pixels outside count as `beyond`, or not at all if NaN."""
     padded = np.pad(np.where(brain, scores, np.float32(beyond)), radius, constant_values=beyond)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * (2 * radius + 1,))[brain]
     ordered = np.sort(windows.reshape(len(windows), -1), axis=1)  # NaN comes last
@@ -279,7 +279,7 @@ def _median(scores: FloatArray, brain: NDArray[np.bool_], radius: int, beyond: f
 
 
 def _over_slices(values: FloatArray, names: Sequence[str], sigma: float) -> FloatArray:
-    """The mean over the slices of the same scan, with Gaussian weights by the distance of their numbers."""
+    """Average slices of the same scan with Gaussian weights of the distance of their numbers."""
     scans, numbers = scans_of(names)
     found = np.empty_like(values)
     for scan in np.unique(scans):
@@ -291,7 +291,7 @@ def _over_slices(values: FloatArray, names: Sequence[str], sigma: float) -> Floa
 
 
 def compared(maps: Mapping[str, Any]) -> dict[str, Any]:
-    """Maps in float32, with the image that the reconstruction is of: in a one-way run the other modality."""
+    """Return maps in float32 whose image is the reconstructed modality, which in one-way runs is not the input."""
     floats = {
         "image": maps.get("reference", maps["image"]),
         **{key: maps[key] for key in ("reconstruction", "variance")},
@@ -300,7 +300,7 @@ def compared(maps: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def intensity_maps(maps: Mapping[str, Any], sign: str) -> dict[str, Any]:
-    """Maps whose score is the bare intensity: the error of a reconstruction that is −3 or, for dark lesions, 3."""
+    """Return maps whose error is the bare intensity: the reconstruction is −3 or, for dark lesions, 3."""
     image = maps["image"].astype(np.float32)
     background = np.full_like(image, -3.0 if sign == "bright" else 3.0)
     return {**maps, "image": image, "reconstruction": background, "variance": np.zeros_like(background)}

@@ -34,6 +34,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         if one["unsmoothed"]:
             rows[(name, steps, *_scores(one["unsmoothed"]))] = None
         rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(one))] = None
+        if members := one.get("members"):
+            notes.append(f"{name}: {members_words(members)}")
         if chosen := one.get("chosen"):
             rows[(f"{name}, chosen", steps, *_scores(chosen))] = None
             notes.append(f"{name}, chosen: {score_words(chosen['settings'])}")
@@ -54,8 +56,13 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def members_words(members: Sequence[Mapping[str, Any]]) -> str:
+    """Name the scores that a combined run sums; `members` is as in metrics.json."""
+    return f"sum of the chosen scores of {' + '.join(METHODS.get(one['method'], 'intensity') for one in members)}"
+
+
 def score_words(settings: Mapping[str, Any]) -> str:
-    """A score's settings in a line; `settings` is as in metrics.json."""
+    """Describe a score in a line; `settings` is as in metrics.json."""
     width, filters = settings["width"], {"gaussian": "Gaussian σ", "median": "median half-width", "none": "unsmoothed"}
     words = [
         {"both": "errors of both signs", "bright": "bright errors", "dark": "dark errors"}[settings["sign"]],
