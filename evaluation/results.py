@@ -70,6 +70,7 @@ _METRICS = entries(
     unsmoothed=optional(_BLOCK),
     baseline_intensity={"allOf": [_BLOCK, entries(sign={"enum": [1, -1]})]},
 )
+_RUN["properties"]["rim"] = {"type": "number", "minimum": 0, "maximum": RANGES["rim"][1]}  # of combined runs only
 # No score is below 0, and so no threshold.
 _THRESHOLD = optional({"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]})
 _METRICS["properties"]["validation"] = _THRESHOLD
