@@ -441,12 +441,12 @@ def test_the_standardised_score_needs_a_test_run_even_so(experiments, predict, t
     assert done.code == 0, done.stderr
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags[1:])
     assert done.code == 2
-    assert done.stderr.endswith("to find a threshold, or give --threshold\n")
+    assert done.stderr.endswith("to find its score and threshold, or give --threshold\n")
     forget_the_test(experiments)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags)
     assert done.code == 2
     (line,) = done.stderr.splitlines()
-    assert "to find a threshold and what an error is usual" in line
+    assert line.endswith("to find its score and threshold")
     assert not (tmp_path / "none").exists()
 
 
@@ -643,6 +643,7 @@ def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predi
 def test_two_processes_predict_what_one_does(place, whole, repository, tmp_path):
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     flags = ("--dataset=phantom", "--gpu_id=cpu", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
+    flags += ("--scoring=published",)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
         [*command, str(repository / PREDICT), *flags],
