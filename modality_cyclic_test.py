@@ -128,7 +128,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
     )
     combine = (
-        "only sum the chosen scores of the test runs in these folders, and of the word intensity: a run of its own"
+        "only sum the chosen scores of the test runs in these folders into a run of its own; intensity: the bare input"
     )
     add("--combine", nargs="+", metavar="RUN", help=combine)
     add("--rescore", type=local_path, metavar="RUN", help="only score a test run's error maps again, without a model")

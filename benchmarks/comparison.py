@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.plan import METHODS, Training, chain_of, cycle, ended, needed, train
+from benchmarks.shared.plan import METHODS, Training, chain_of, cycle, ended, grid_of, needed, train
 from benchmarks.shared.points import Row, over_seeds, read_points, write_points
 from benchmarks.shared.timing import print_table
 from utils.cli import BASELINES, ArgumentParser, UserError, run
@@ -155,10 +155,9 @@ def measure(
 
     The validation slices of `--data_dir` choose its checkpoints, its score and its threshold.
     """
-    import config as configs
     from evaluation.metrics import RIM, evaluate
     from evaluation.report import better_sign, choose_scores, labelled
-    from evaluation.scores import parse_grid, smooth_scores
+    from evaluation.scores import smooth_scores
     from scoring.scorer import Scorer, create_maps, load_slices
     from scoring.selection import best_on_validation
     from utils.device import pick_device
@@ -176,9 +175,8 @@ def measure(
         slices[cohort.name] = load_slices(chain, "test")
     maps, _ = create_maps(Scorer(chain, device), slices)
     sign = better_sign(maps["val"])
-    grid = parse_grid(configs.get_config(args.dataset).score_model.scoring)
     run = {"method": chain.method, "input": input, "trans": trans}
-    choices, chosen = choose_scores(run, maps, grid, sign)
+    choices, chosen = choose_scores(run, maps, grid_of(args), sign)
     for cohort, smooth in product(cohorts(args), SMOOTH):
         sets = {split: maps[split] for split in ("val", cohort.name)}
         keys = {method: "chosen"} | ({"intensity": "chosen_intensity"} if method == REFERENCE else {})

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.plan import METHODS, chain_of, cycle, ended, needed, train
+from benchmarks.shared.plan import METHODS, chain_of, cycle, ended, grid_of, needed, train
 from benchmarks.shared.points import over_seeds
 from benchmarks.shared.timing import print_table
 from utils.cli import BASELINES, ArgumentParser, UserError, run
@@ -164,14 +164,6 @@ def auprc(group: Mapping[str, Any], score: Score) -> tuple[float, Any]:
         for of_slice in zip(scores, group["truth"], group["brainmask"], strict=True)
     ]
     return average_precision(*ranked_scores(scores, group["truth"], group["brainmask"], rim)), np.array(of_slices)
-
-
-def grid_of(args: argparse.Namespace) -> list:
-    """All scores of the config."""
-    import config as configs
-    from evaluation.scores import parse_grid
-
-    return parse_grid(configs.get_config(args.dataset).score_model.scoring)
 
 
 def by_method(args: argparse.Namespace, runs: Mapping) -> Iterator[tuple[str, str]]:

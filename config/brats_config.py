@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     # Validation slices choose one of every combination of these alternatives (evaluation/scores.py); fix some by naming
     # one alone.
     score_model.scoring = scoring = ConfigDict()
-    scoring.sign = "bright,dark,both"  # lesions lie above their reconstruction, below it, or either
+    scoring.sign = "bright,dark,both"  # count errors above the reconstruction, below it, or both
     scoring.norm = "absolute,squared,standardised"
     scoring.calibration = "reconstruction,none"  # by the error that is usual at this intensity
     scoring.match = "scan,affine,none"  # of a scan's intensities to its reconstruction

@@ -91,26 +91,26 @@ def choose_scores(
         The choices by `chosen` and `chosen_intensity`, and by split the maps [N, H, W] that they make. Neither is there
         without slices to choose on, of combined runs, and of a one-way run that did not keep the other modality.
     """
-    nothing: dict[str, dict[str, np.ndarray]] = {split: {} for split in maps}
+    choices: dict[str, Choice] = {}
+    found: dict[str, dict[str, np.ndarray]] = {split: {} for split in maps}
     split = next((one for one in ("val", "train") if one in maps), None)
     one_way = run["method"].startswith("one_way")
     if run["method"] == "combined":
-        return {}, nothing
+        return choices, found
     if split is None or (one_way and REFERENCE not in maps[split]):
         lacking = "other modality" if split else "validation or training slices"
         print(f"no score can be chosen, these error maps hold no {lacking}: test again for one")
-        return {}, nothing
+        return choices, found
     input = run["trans" if one_way else "input"]
     sources = {key: compared(group) for key, group in maps.items()}
     usual = fit_match(sources[split], "scan")
     for group in sources.values():
         for name, slope in far_off(group, usual).items():
-            print(f"warning: {name} has {slope:.2f} times the usual contrast: {FAR_OFF}")
+            print(FAR_OFF.format(name, slope))
     if not (maps[split]["truth"] & maps[split]["brainmask"]).any():
         sign = 1 if run["input"] in BRIGHT_LESIONS else -1
         print(f"no lesion in the {split} slices: the score is not chosen but the robust one (docs/scores.md)")
     side, alternatives = intensity_grid(grid, "bright" if sign > 0 else "dark")
-    choices, found = {}, nothing
     intensities = {key: intensity_maps(group, side) for key, group in maps.items()}
     for key, of_splits, options in (("chosen", sources, grid), ("chosen_intensity", intensities, alternatives)):
         choices[key] = choose(of_splits[split], options, input, f"choosing on {split}")

@@ -75,25 +75,21 @@ _RUN["properties"]["rim"] = {"type": "number", "minimum": 0, "maximum": RANGES["
 _THRESHOLD = optional({"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]})
 _METRICS["properties"]["validation"] = _THRESHOLD
 _NUMBERS = {"type": "array", "items": {"type": "number"}}
-_CHOSEN = {
-    "allOf": [
-        _BLOCK,
-        entries(
-            validation=_THRESHOLD,
-            settings=entries(
-                **{name: {"enum": list(known)} for name, known in OPTIONS.items()},
-                **{name: {"type": "number", "minimum": low, "maximum": high} for name, (low, high) in RANGES.items()},
-            ),
-            constants=entries(
-                error_floor={"type": "number", "exclusiveMinimum": 0},
-                slope={"type": "number", "exclusiveMinimum": 0},
-                offset={"type": "number"},
-                intensities=_NUMBERS,
-                usual={"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}},
-            ),
-        ),
-    ]
+_POSITIVE = {"type": "number", "exclusiveMinimum": 0}
+_SCORE = {
+    "settings": entries(
+        **{name: {"enum": list(known)} for name, known in OPTIONS.items()},
+        **{name: {"type": "number", "minimum": low, "maximum": high} for name, (low, high) in RANGES.items()},
+    ),
+    "constants": entries(
+        error_floor=_POSITIVE,
+        slope=_POSITIVE,
+        offset={"type": "number"},
+        intensities=_NUMBERS,
+        usual={"type": "array", "items": _POSITIVE},
+    ),
 }
+_CHOSEN = {"allOf": [_BLOCK, entries(validation=_THRESHOLD, **_SCORE)]}
 _METRICS["properties"]["members"] = {
     "type": "array",
     "minItems": 1,
@@ -105,8 +101,7 @@ _METRICS["properties"]["members"] = {
         checkpoints={"type": "object", "additionalProperties": {"type": "string", "pattern": "[^/]/[^/]+$"}},
         sampling_settings={"type": "object"},
         weight={"type": "number", "minimum": 0, "maximum": 1e9},
-        settings=_CHOSEN["allOf"][1]["properties"]["settings"],
-        constants=_CHOSEN["allOf"][1]["properties"]["constants"],
+        **_SCORE,
     ),
 }
 # Runs of earlier versions have none.

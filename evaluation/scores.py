@@ -36,7 +36,10 @@ UNUSUAL = 0.3, 0.1
 SLOPES = (0.6, 1.6)  # of a match, relative to the usual one; outside, the scan's normalisation is far off
 BINS, BIN_PIXELS = 24, 50  # of the calibration, and the pixels that each needs at least
 BLUR = 0.5 / 64  # of the reconstruction, in shares of the slice, before its intensity is looked up
-FAR_OFF = "its normalisation is far off, look at its intensities and at a large lesion's effect on their quantiles"
+FAR_OFF = (
+    "warning: {} has {:.2f} times the usual contrast: its normalisation is far off, look at its intensities and at a "
+    "large lesion's effect on their quantiles"
+)
 
 
 class ScoreSettings(NamedTuple):

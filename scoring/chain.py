@@ -17,6 +17,9 @@ from utils.cli import (
 )
 from utils.storage import Folder, local_path
 
+# What metrics.json calls the cycle of a model; a baseline has the model's name.
+CYCLES = {"unet": "cyclic_unet", "diffusion": "mmccd", "histogram": "cyclic_histogram"}
+
 
 class TrainedTranslator(NamedTuple):
     """A trained translator on disk, and the config of this run with what its training fixed."""
@@ -56,8 +59,7 @@ class Chain(NamedTuple):
         """As metrics.json has it, and `METHODS` in evaluation/results.py."""
         if self.model_name in BASELINES:
             return self.model_name
-        cycles = {"unet": "cyclic_unet", "diffusion": "mmccd", "histogram": "cyclic_histogram"}
-        return cycles[self.model_name] if self.backward else f"one_way_{self.model_name}"
+        return CYCLES[self.model_name] if self.backward else f"one_way_{self.model_name}"
 
 
 def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
@@ -150,15 +152,13 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
 
 
 def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
-    """The translators of a test run, and how it sampled, from its record in a combined run's metrics.json.
+    """Find the translators of a cycle or baseline, and its sampling, from a combined run's record of it.
 
     Raises:
         UserError: if a checkpoint is not where experiments are, or the record does not fit it.
     """
-    one_way = run["method"].startswith("one_way_")
-    models = {"cyclic_unet": "unet", "mmccd": "diffusion", "cyclic_histogram": "histogram"}
-    model_name = models.get(run["method"], run["method"].removeprefix("one_way_"))
-    flags = [f"--model_name={model_name}", f"--score={'one_way' if one_way else 'cycle'}", f"--input={run['input']}"]
+    model_name = {cycle: model for model, cycle in CYCLES.items()}.get(run["method"], run["method"])
+    flags = [f"--model_name={model_name}", f"--input={run['input']}"]
     flags += [f"--trans={run['trans']}"] if model_name in TRANSLATORS else []
     for direction, address in run["checkpoints"].items():
         *_, name, file = address.split("/")

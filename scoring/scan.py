@@ -208,7 +208,7 @@ def score_slices(part: ScanScore, scan: Scan, images: Tensor, reference: Tensor,
         scores = anomaly_map(maps, *part.chosen)
         far = far_off(maps, part.chosen[1]) if part.scorer else {}
         for slope in far.values():
-            print(f"warning: {scan.path} has {slope:.2f} times the usual contrast: {FAR_OFF}")
+            print(FAR_OFF.format(scan.path, slope))
     else:
         scores = anomaly_score(reference, cycle, part.scorer.score_kind, part.usual_error)[:, 0].numpy()
         scores = smooth_scores(scores, part.scorer.config.score_model.sampling.smooth)

@@ -161,10 +161,10 @@ def kinds_scored(chain: Chain) -> list[str]:
 
 
 def load_slices(chain: Chain, split: str, most: int | None = None) -> dict | None:
-    """The slices of a split as one batch, at most so many, evenly over the split.
+    """Load the slices of a split as one batch, at most `most` of them, spread evenly.
 
     Returns:
-        None, after a word about it, if there are no validation slices, and if there are no training slices.
+        The batch, or None if there are no validation slices, which is printed, or no training slices.
 
     Raises:
         UserError: if there are no test slices, or not of the modalities that are scored.

@@ -90,6 +90,14 @@ def chain_of(args: argparse.Namespace, input: str, trans: str, method: str, seed
     return find_chain(chain_parser("").parse_args(flags), [], Folder(args.logdir / f"seed{seed}"))
 
 
+def grid_of(args: argparse.Namespace) -> list[Any]:
+    """Return all scores of the config that validation slices choose from."""
+    import config as configs
+    from evaluation.scores import parse_grid
+
+    return parse_grid(configs.get_config(args.dataset).score_model.scoring)
+
+
 def cycle(text: str) -> tuple[str, str]:
     """INPUT and TRANS of a cycle; a ValueError, as argparse expects, for anything else."""
     input, trans = text.split(":")
