@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets.cohorts import VOLUME_SUFFIXES
 from datasets.records import NORMALISATION
+from models import load_method
 from scoring.chain import (
     Chain,
     chain_of_run,
@@ -18,7 +19,6 @@ from scoring.chain import (
     find_chain,
     require_same_preprocessing,
     results_name,
-    sampling_settings,
 )
 from utils.cli import UserError, parse_run_args, run
 from utils.files import writing
@@ -229,7 +229,8 @@ def find_score(
 
     With `--threshold`, a published score that takes no constant needs no test run.
     """
-    standardised = args.model_name == "diffusion" and chain.config.score_model.sampling.score == "standardised"
+    method = load_method(args.model_name)
+    standardised = method.score_kind(chain.config) == "standardised"
     from evaluation.results import METRICS, chosen_score, read_metrics
     from evaluation.tables import score_words
     from scoring.scan import ScanScore
@@ -253,7 +254,7 @@ def find_score(
     if tested != now:
         others = f"of other weights ({' and '.join(tested.values())}, not {' and '.join(now.values())})"
         raise UserError(f"the threshold in {path} is {others}: {remedy}")
-    if metrics.get("sampling_settings") != sampling_settings(chain):
+    if metrics.get("sampling_settings") != method.sampling_settings(chain.config):
         raise UserError(f"the threshold in {path} is of another sampling: {remedy}")
     block, chosen = metrics.get("chosen"), None
     if args.scoring == "chosen" and not block:

@@ -3,15 +3,7 @@
 import argparse
 from pathlib import Path
 
-from scoring.chain import (
-    chain_parser,
-    find_chain,
-    require_same_preprocessing,
-    results_name,
-    sampling_name,
-    sampling_settings,
-    score_grid,
-)
+from scoring.chain import chain_parser, find_chain, require_same_preprocessing, results_name, score_grid
 from utils.cli import parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
 
@@ -72,8 +64,8 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         "input": config.data.input,
         "trans": config.data.trans,
         "image_size": config.data.image_size,
-        "sampling": sampling_name(config) if args.model_name == "diffusion" else None,
-        "sampling_settings": sampling_settings(chain),
+        "sampling": scorer.method.sampling_name(config),
+        "sampling_settings": scorer.method.sampling_settings(config),
         **cost,
         "checkpoints": checkpoints,
         "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},

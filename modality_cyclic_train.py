@@ -8,7 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from utils.cli import BASELINES, MODEL_HELP, TRANSLATORS, UserError, config_fields, parse_run_args, run, run_parser
+from models import METHODS, load_method, method_help
+from utils.cli import UserError, config_fields, parse_run_args, run, run_parser
 from utils.storage import Folder, StorageError, open_folder
 
 
@@ -30,21 +31,14 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
-    from models.build import (
-        bytes_a_sample,
-        create_losses,
-        create_masked_translator,
-        create_network,
-        create_reconstructor,
-        seconds_a_step,
-        translate_example,
-    )
+    from models.training import bytes_a_sample, create_losses, seconds_a_step
     from utils import experiment
     from utils.device import compile_if_it_pays, pick_device, pick_precision, require_memory, speed_up
     from utils.files import locked, writing
 
     config, _ = configs.resolve(args.dataset, config_fields(args), overrides, args.model_name, args.preset)
     configs.check(config, args.model_name)
+    method = load_method(args.model_name)
     dist_util.setup()
     first = dist_util.rank() == 0
     experiments.writes = first
@@ -60,14 +54,13 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
-        network = create_network(args.model_name, config.score_model)
+        network = method.create_network(config.score_model)
         share = dist_util.share(training.batch_size)
-        losses, schedule_sampler = create_losses(args.model_name, config, device, share)
-        if args.model_name == "diffusion":
-            create_masked_translator(network, config)  # so that it fails now, not at the first save
-        create_reconstructor(args.model_name, network, config)
-        in_float32 = bytes_a_sample(args.model_name, config)
-        require_memory(device, share.stop - share.start, in_float32 * precision.itemsize // 4)
+        if method.fit is None:
+            losses, schedule_sampler = create_losses(method, config, device, share)
+            in_float32 = bytes_a_sample(method, config)
+            require_memory(device, share.stop - share.start, in_float32 * precision.itemsize // 4)
+        method.create_translator(network, config)  # so that it fails now, not at the first save
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -80,7 +73,9 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         needed = checkpoint.needed_to_resume(experiments.names(name), training.keep_last)
         experiments.pull(name, experiment.RECORD, "log.txt", "progress.csv", *needed)
         if checkpoint.saved(directory):
-            experiment.refuse_other_settings(directory, record)
+            uses_bands = any(key.startswith("score_model.mask.") for key in method.fixed)
+            unused = () if uses_bands else ("config.score_model.mask.",)
+            experiment.refuse_other_settings(directory, record, unused)
 
     where = (data.data_dir, "train", [image, target], data.image_size)
     dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
@@ -96,8 +91,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         where = f"{dist_util.world_size()} × {device.type} in {str(precision).removeprefix('torch.')}"
         logger.info(f"{image} → {target}: {len(dataset)} slices, {training.iterations} steps, on {where}")
 
-        if device.type == "cpu":
-            hours = training.iterations * seconds_a_step(args.model_name, config, device) / 3600
+        if device.type == "cpu" and method.fit is None:
+            hours = training.iterations * seconds_a_step(method, config, device) / 3600
             if hours > 24:
                 logger.info(f"warning: about {hours:,.0f} hours on this CPU: take a GPU, or give --preset small")
         example = dataset[len(dataset) // 2]
@@ -108,7 +103,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
 
         def show_and_store(network: Any, step: int) -> None:
             source = example[image][None].to(device)
-            row = (*translate_example(args.model_name, network, source, config), example[target][None])
+            row = (*method.translate_example(network, source, config), example[target][None])
             shown, translation, truth = (picture[0, 0].float().cpu().numpy() for picture in row)
             logger.image(step, "input | target | translation", side_by_side(shown, truth, translation))
             try:
@@ -142,10 +137,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                 on_save=show_and_store,
             ).run()
 
-        def count() -> None:
+        def fit() -> None:
             record_run()
             slices = all_slices(dataset)
-            network.fit(slices[image], slices[target])
+            method.fit(network, slices[image], slices[target])
             state = network.state_dict()
             paths = checkpoint.paths_of(directory, training.ema_rate, 0)
             checkpoint.save(paths, {"model": state, "ema": state, "opt": {"step": 0}})
@@ -153,10 +148,10 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
 
         try:
             with plain_errors(directory, experiments):
-                if args.model_name != "histogram":
+                if method.fit is None:
                     descend()
                 elif first:
-                    count()
+                    fit()
                 logger.info(f"done, all in {experiments.address(directory)}")
         finally:
             logger.close()
@@ -195,16 +190,20 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--training_process", default="forward", choices=["forward", "backward"], help="input → trans, or back")
-    add("--model_name", default="unet", choices=[*TRANSLATORS, *BASELINES], help=MODEL_HELP)
+    add("--model_name", default="unet", choices=METHODS, help=method_help())
     add("--experiment_name", help="folder below logdir (default: {model}_{process}_{dataset}_{trans}_{input})")
     add("--overwrite", action="store_true", help="start over where an experiment of this name lies already")
     args, overrides = parse_run_args(parser)
-    if args.model_name in BASELINES and args.training_process == "backward":
+    entry = METHODS[args.model_name]
+    if not entry.translates and args.training_process == "backward":
         raise UserError(
             f"--model_name {args.model_name} reconstructs the input modality: there is no way back to train"
         )
-    if args.model_name == "diffusion" and args.training_process == "backward":
-        raise UserError("in MMCCD only the forward translator is a diffusion model: use --model_name unet for backward")
+    if entry.backward and args.training_process == "backward":
+        raise UserError(
+            f"only the forward translator of {entry.title} is a {args.model_name} model: use --model_name "
+            f"{entry.backward} for backward"
+        )
     return args, overrides
 
 

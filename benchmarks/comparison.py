@@ -20,10 +20,21 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.plan import METHODS, Training, chain_of, cycle, ended, grid_of, needed, train
+from benchmarks.shared.plan import (
+    DEFAULT_METHODS,
+    METHODS,
+    Training,
+    chain_of,
+    cycle,
+    ended,
+    grid_of,
+    needed,
+    train,
+    translates,
+)
 from benchmarks.shared.points import Row, over_seeds, read_points, write_points
 from benchmarks.shared.timing import print_table
-from utils.cli import BASELINES, ArgumentParser, UserError, run
+from utils.cli import ArgumentParser, UserError, run
 
 WORDS = {"none": "as it is", "median5": "under median5", "chosen": "chosen"}
 REFERENCE = "cyclic_unet"
@@ -88,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
     cycles = "modalities at hand and translated to, as INPUT:TRANS; a baseline takes each input once"
     add("--cycles", type=cycle, nargs="+", default=[("flair", "t2"), ("t2", "flair"), ("t1", "t2")], help=cycles)
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what is compared")
+    add("--methods", nargs="+", default=DEFAULT_METHODS, choices=METHODS, help="what is compared")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights, data order and noise; one run each")
     add("--iterations", type=int, help="training steps of each network (default: the config's)")
     select = "checkpoints to test: of all saved the best on the validation slices, or the newest EMA"
@@ -111,7 +122,7 @@ def parse_args() -> argparse.Namespace:
 def tests(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Every input, trans, method and seed."""
     for seed, method in product(args.seeds, args.methods):
-        if method in BASELINES:
+        if not translates(method):
             yield from ((input, input, method, seed) for input in dict.fromkeys(input for input, _ in args.cycles))
         else:
             yield from ((*cycle, method, seed) for cycle in args.cycles)
@@ -125,15 +136,17 @@ def cohorts(args: argparse.Namespace) -> list[Path]:
 def announce_plan(args: argparse.Namespace, trainings: list[Training]) -> None:
     """Say what is to be done, and how long its trainings will take at the speed of one step of each network."""
     import config as configs
-    from models.build import seconds_a_step
+    from models import load_method
+    from models.training import seconds_a_step
     from utils.device import pick_device
 
     config = configs.get_config(args.dataset)
     iterations = args.iterations or config.score_model.training.iterations
     open_ones = [one for one in trainings if not ended(args, one, iterations)]
     device = pick_device(args.gpu_id)
-    seconds = {name: seconds_a_step(name, config, device) for name in {one.model_name for one in open_ones}}
-    total = sum(seconds[one.model_name] * iterations for one in open_ones)
+    names = {one.model_name for one in open_ones if load_method(one.model_name).fit is None}
+    seconds = {name: seconds_a_step(load_method(name), config, device) for name in names}
+    total = sum(seconds.get(one.model_name, 0.0) * iterations for one in open_ones)
     n_tests = sum(1 for _ in tests(args))
     print(
         f"{len(trainings)} trainings, {len(open_ones)} of them to be done, {iterations:,} steps each; {n_tests} tests"
@@ -228,9 +241,9 @@ def settings(rows: Mapping[Point, Row]) -> dict[tuple[str, str, str], dict[str, 
 
 
 def label(method: str, input: str) -> str:
-    from evaluation.results import METHODS as LABELS
+    from evaluation.results import TITLES
 
-    return LABELS.get(method, f"intensity ({input})")
+    return TITLES.get(method, f"intensity ({input})")
 
 
 def difference(slices: Mapping[Slice, Row], key: tuple[str, str, str], method: str) -> str:

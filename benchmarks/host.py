@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     import config as configs
-    from config import SAMPLING, sampling_keys
+    from models.sampling import SAMPLING, sampling_keys
 
     torch.set_num_threads(1)
     config = configs.get_config(args.dataset)
@@ -82,12 +82,15 @@ def identity(config: Any) -> Any:
     """A network that only hands on what it is given, scaled by 1, and has all parameters of a real one."""
     from torch import nn, ones
 
-    from models.build import create_network
+    from models import load_method
 
     class Identity(nn.Module):
         def __init__(self):
             super().__init__()
-            self.network, self.scale = create_network("diffusion", config.score_model), nn.Parameter(ones(()))
+            self.network, self.scale = (
+                load_method("diffusion").create_network(config.score_model),
+                nn.Parameter(ones(())),
+            )
 
         def forward(self, x: Any, t: Any, condition: Any) -> Any:
             return self.scale * x
@@ -100,8 +103,8 @@ def training_draws(config: Any) -> Callable[[], object]:
     from itertools import count
 
     from guided_diffusion.resample import ScheduleSampler
-    from models.build import create_diffusion
     from models.masked_diffusion import draw_masked_diffusion
+    from models.sampling import create_diffusion
 
     mask, steps = config.score_model.mask, count()
     sampler = ScheduleSampler(create_diffusion(config.score_model.diffusion))
@@ -114,11 +117,11 @@ def sampling_steps(config: Any) -> tuple[int, Callable[[], object]]:
     """How many steps a batch of samples takes, and what takes them."""
     import torch
 
-    from models.build import create_masked_translator
+    from models import load_method
     from models.masks import sweep
 
     batch_size, size = config.score_model.sampling.batch_size, config.data.image_size
-    translator = create_masked_translator(identity(config), config)
+    translator = load_method("diffusion").create_translator(identity(config), config)
     image = torch.zeros(batch_size, 1, size, size)
     bands = (sweep(size, config.score_model.sampling.stride) * batch_size)[:batch_size]
     return translator.diffusion.num_timesteps, lambda: translator.sample(image, bands)

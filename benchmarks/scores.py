@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.plan import METHODS, chain_of, cycle, ended, grid_of, needed, train
+from benchmarks.shared.plan import METHODS, chain_of, cycle, ended, grid_of, needed, train, translates
 from benchmarks.shared.points import over_seeds
 from benchmarks.shared.timing import print_table
-from utils.cli import BASELINES, ArgumentParser, UserError, run
+from utils.cli import ArgumentParser, UserError, run
 
 Groups = dict[str, dict[str, Any]]  # error maps by cohort; `val` and `pool` are of the one that is chosen on
 INTENSITY = "intensity"
@@ -41,7 +41,7 @@ PARTS = {
 def main() -> None:
     args = parse_args()
     plan = [
-        (input, input if method in BASELINES else trans, method, seed)
+        (input, trans if translates(method) else input, method, seed)
         for seed, method, (input, trans) in product(args.seeds, args.methods, args.cycles)
     ]
     trainings = list(dict.fromkeys(training for one in plan for training in needed(args, *one)))

@@ -157,9 +157,8 @@ def compare_slices(args: argparse.Namespace, config: Any, device: Any) -> None:
 
 def whole_sweep(config: Any, preset: str) -> Sweep:
     """How a preset of the config scores the synthetic slice."""
-    from config import SAMPLING, sampling_keys
-    from models.build import create_diffusion
     from models.masks import band_masks, sweep
+    from models.sampling import SAMPLING, create_diffusion, sampling_keys
 
     config = config.copy_and_resolve_references()
     size, width, sampling = config.data.image_size, config.score_model.mask.width, config.score_model.sampling
@@ -181,20 +180,20 @@ def part_of(whole: Sweep, n_bands: int) -> Sweep:
 def prepare_plain_score(sweep: Sweep, device: Any, n_slices: int = 1) -> Work:
     """Slices, scored by the reference, all together."""
     from benchmarks.shared.reference import plain_mmccd, plain_network
-    from models.build import create_masked_translator
+    from models import load_method
 
     forward, backward = (
         plain_network(untrained_network(name, sweep.config).eval()).to(device) for name in ("diffusion", "unet")
     )
-    translator = create_masked_translator(forward, sweep.config)
+    translator = load_method("diffusion").create_translator(forward, sweep.config)
     image, brainmask = (tensor.to(device) for tensor in synthetic_slices(n_slices, sweep.config.data.image_size))
     return lambda: plain_mmccd(image, brainmask, translator, backward, sweep.bands)
 
 
 def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
     """As many of `n_slices` slices as it is told, by default one, scored as modality_cyclic_test.py does."""
-    from models.build import create_masked_translator
-    from models.cycle import mmccd
+    from models import load_method
+    from models.mmccd import mmccd
     from utils.device import autocast, compile_if_it_pays, pick_precision, speed_up
 
     forward, backward = (
@@ -202,7 +201,7 @@ def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
     )
     for network in (forward, backward):
         compile_if_it_pays(network, device, n_slices * sweep.passes // sweep.config.score_model.sampling.batch_size)
-    translator = create_masked_translator(forward, sweep.config)
+    translator = load_method("diffusion").create_translator(forward, sweep.config)
     image, brainmask = synthetic_slices(n_slices, sweep.config.data.image_size)
     image = image.to(device)
     precision = pick_precision(sweep.config.precision, device)

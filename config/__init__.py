@@ -7,16 +7,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from utils.cli import BASELINES, UserError, did_you_mean
+from models import METHODS, load_method
+from utils.cli import UserError, did_you_mean
 from utils.device import PRECISIONS
-from utils.experiment import leaves, require_name
+from utils.experiment import flatten, require_name
 
 from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
-# How MMCCD samples and scores, by name: the DDIM steps; the bands of the sweep in the width of one band (so many see
-# each pixel, in either direction); the score, and how it is smoothed. docs/speed.md shows what each costs and scores.
-SAMPLING = {"paper": ("100", 8, "errors", "none"), "fast": ("trailing2", 2, "standardised", "median5")}
 # How a score is made of the draws of each pixel (see models/cycle.py), and smoothed (see evaluation/metrics.py).
 SCORING = {"score": ("errors", "reconstructions", "standardised"), "smooth": ("none", "median3", "median5")}
 MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -66,7 +64,7 @@ def resolve(
     given = {key: value for key, value in flags_given.items() if value is not None}
     config.update_from_flattened_dict(given)
     keys = {*given, *override(config, overrides)}
-    if model_name in BASELINES:
+    if not METHODS[model_name].translates:
         if "data.trans" in keys:
             raise UserError(f"--model_name {model_name} reconstructs the input modality itself: leave out --trans")
         config.data.trans = config.data.input
@@ -81,7 +79,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
 
     A UserError for an unknown key (the nearest known one is named), or a value of the wrong type.
     """
-    known, given = dict(leaves(config)), []
+    known, given = dict(flatten(config)), []
     for argument in arguments:
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if key not in known:
@@ -98,16 +96,6 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def sampling_keys(steps: str, bands_a_width: int, score: str, smooth: str, band_width: int) -> dict[str, Any]:
-    """The keys of the config that say how MMCCD samples, of `SAMPLING` for example, for bands of this width."""
-    return {
-        "score_model.sampling.timestep_respacing": steps,
-        "score_model.sampling.stride": max(band_width // bands_a_width, 1),
-        "score_model.sampling.score": score,
-        "score_model.sampling.smooth": smooth,
-    }
-
-
 def check(config: ConfigDict, model_name: str = "unet") -> None:
     """Refuse values that no run of `model_name` can work with, before anything is written.
 
@@ -117,20 +105,18 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
     model, width = score_model.model, score_model.mask.width
     for flag, modality in (("--input", data.input), ("--trans", data.trans)):
         require_name(flag, modality)
-    if data.input == data.trans and model_name not in BASELINES:
+    if data.input == data.trans and METHODS[model_name].translates:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not model.channel_mult:
         raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
     names = {"precision": ("auto", *PRECISIONS)} | {
         f"score_model.sampling.{key}": known for key, known in SCORING.items()
     }
-    values = dict(leaves(config))
+    values = dict(flatten(config))
     for key, known in names.items():
         if values[key] not in known:
             raise UserError(f"{key}={values[key]!r} is not known: choose one of {', '.join(known)}")
-    bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)}
-    if model_name == "ddpm":
-        bounds |= {"score_model.baselines.noise_timestep": (0, max(score_model.diffusion.steps - 1, 0))}
+    bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)} | load_method(model_name).bounds(config)
     for key, (least, most) in bounds.items():
         if not least <= values[key] <= most:
             allowed = f"be at least {least}" if most == inf else f"lie in {least} … {most}"

@@ -22,8 +22,8 @@ def main() -> None:
     from datasets.brats2021 import BraTS2021Dataset
     from evaluation.results import ERROR_MAPS, read_maps
     from evaluation.window import to_grey
-    from models.build import create_masked_translator, create_network
-    from models.cycle import cyclic_unet
+    from models import load_method
+    from models.cycle import modality_cycle
     from models.masks import Band
     from scoring.chain import newest_ema
     from scoring.scorer import load_weights
@@ -33,7 +33,7 @@ def main() -> None:
     def load(model_name: str, direction: str):
         checkpoint = newest_ema(Folder(args.logdir), f"{model_name}_{direction}_phantom_t2_flair")
         config = ConfigDict(read_record(checkpoint.parent)["config"])
-        network = create_network(model_name, config.score_model)
+        network = load_method(model_name).create_network(config.score_model)
         load_weights(network, checkpoint)
         return network.eval(), config
 
@@ -51,7 +51,7 @@ def main() -> None:
     def errors(score: torch.Tensor, where: torch.Tensor) -> np.ndarray:
         return np.where(where[0, 0], score[0, 0], 0)[crop].T
 
-    cycle = cyclic_unet(image, load("unet", "forward")[0], backward, batch_size=1)
+    cycle = modality_cycle(image, load("unet", "forward")[0], backward, batch_size=1)
     top = float(cycle.error[brain].quantile(0.99))
     draw_cycle(
         args.output_dir / "cycle.png",
@@ -62,7 +62,7 @@ def main() -> None:
     )
 
     network, config = load("diffusion", "forward")
-    translator = create_masked_translator(network, config)
+    translator = load_method("diffusion").create_translator(network, config)
     rows = example["seg"][0].nonzero()[:, 0].float()
     band = Band("horizontal", int(rows.mean()) - config.score_model.mask.width // 2)
     hidden = translator.mask([band])

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .choice import Choice, choose, intensity_grid
 from .figures import draw_scores, write_figures
 from .metrics import RIM, average_precision, by_lesion_size, evaluate, ranked_scores
-from .results import METHODS, REFERENCE, Maps, write_scores
+from .results import REFERENCE, TITLES, Maps, write_scores
 from .scores import (
     BRIGHT_LESIONS,
     FAR_OFF,
@@ -68,7 +68,7 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str, 
     metrics = {**run, **blocks["scores"], "unsmoothed": blocks.get("unsmoothed"), "chosen": blocks.get("chosen")}
     metrics["baseline_intensity"] = {**blocks["intensity"], "sign": sign, "chosen": blocks.get("chosen_intensity")}
     per_slice = found["scores"].per_slice
-    names = {"scores": METHODS[run["method"]], "intensity": intensity_name(metrics)}
+    names = {"scores": TITLES[run["method"]], "intensity": intensity_name(metrics)}
     names |= {"chosen": f"{names['scores']}, chosen", "chosen_intensity": f"{names['intensity']}, chosen"}
     ranked = {
         name: ranked_scores(*labelled(maps["test"], key), rims[key]) for key, name in names.items() if key in rims

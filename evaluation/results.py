@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from models import titles
 from utils.cli import UserError
 from utils.records import STRING, entries, optional, parse, read_json, whole
 
@@ -23,19 +24,8 @@ REFERENCE = "reference"
 # Validation slices choose a score and thresholds; where there are none, training slices say what error is usual.
 SPLITS = ("test", "val", "train")
 
-# What tables call a method.
-METHODS = {
-    "cyclic_unet": "Cyclic UNet",
-    "mmccd": "MMCCD",
-    "cyclic_histogram": "histogram cycle",
-    "autoencoder": "autoencoder",
-    "dae": "denoising autoencoder",
-    "ddpm": "AnoDDPM",
-    "one_way_unet": "UNet, one way",
-    "one_way_diffusion": "masked diffusion, one way",
-    "one_way_histogram": "histogram, one way",
-    "combined": "combined runs",
-}
+# Titles by `method` of metrics.json.
+TITLES = {**titles(), "combined": "combined runs"}
 # What a score says, by its kind (see models/cycle.py).
 SCORE_MEANINGS = {
     "errors": "squared cyclic error",
@@ -51,7 +41,7 @@ _INTERVAL = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
 _AT_THRESHOLD = entries(threshold=_NUMBER, dice=_NUMBER, dice_interval=_INTERVAL)
 _BLOCK = entries(auprc=_NUMBER, auprc_interval=_INTERVAL, oracle=_AT_THRESHOLD, validation=optional(_AT_THRESHOLD))
 _RUN = entries(
-    method={"enum": list(METHODS)},
+    method={"enum": list(TITLES)},
     input=STRING,
     trans=STRING,
     score={"enum": list(SCORE_MEANINGS)},
@@ -95,7 +85,7 @@ _METRICS["properties"]["members"] = {
     "minItems": 1,
     "items": entries(
         run=STRING,
-        method={"enum": [*METHODS, "intensity"]},
+        method={"enum": [*TITLES, "intensity"]},
         input=STRING,
         trans=STRING,
         checkpoints={"type": "object", "additionalProperties": {"type": "string", "pattern": "[^/]/[^/]+$"}},

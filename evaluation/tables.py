@@ -13,7 +13,7 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import METHODS, read_metrics, read_per_slice
+from .results import TITLES, read_metrics, read_per_slice
 
 CHOICES = ("oracle", "validation")  # of a threshold
 SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
@@ -28,7 +28,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         if chosen := one["baseline_intensity"].get("chosen"):
             rows[(f"{intensity_name(one)}, chosen", "none", *_scores(chosen))] = None
         steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in one["trained_steps"].values())
-        name, smooth = METHODS[one["method"]], one["sampling_settings"]["smooth"]
+        name, smooth = TITLES[one["method"]], one["sampling_settings"]["smooth"]
         if len(inputs) > 1:
             name += f" ({one['input']})"
         if one["unsmoothed"]:
@@ -58,7 +58,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def members_words(members: Sequence[Mapping[str, Any]]) -> str:
     """Name the scores that a combined run sums; `members` is as in metrics.json."""
-    return f"sum of the chosen scores of {' + '.join(METHODS.get(one['method'], 'intensity') for one in members)}"
+    return f"sum of the chosen scores of {' + '.join(TITLES.get(one['method'], 'intensity') for one in members)}"
 
 
 def score_words(settings: Mapping[str, Any]) -> str:
@@ -86,7 +86,7 @@ def size_table(metrics: Mapping[str, Any]) -> str:
     """A table of one test run (contents of metrics.json) by the size of the lesions."""
     rows = []
     methods = {intensity_name(metrics): metrics["baseline_intensity"]}
-    methods[METHODS[metrics["method"]]] = metrics
+    methods[TITLES[metrics["method"]]] = metrics
     for size in metrics["by_lesion_size"]:
         for method, block in methods.items():
             third = block["by_lesion_size"][size]

@@ -5,20 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import (
-    BASELINES,
-    MODEL_HELP,
-    TRANSLATORS,
-    ArgumentParser,
-    UserError,
-    config_fields,
-    did_you_mean,
-    run_parser,
-)
+from models import METHODS, load_method, method_help
+from utils.cli import ArgumentParser, UserError, config_fields, did_you_mean, run_parser
 from utils.storage import Folder, local_path
-
-# What metrics.json calls the cycle of a model; a baseline has the model's name.
-CYCLES = {"unet": "cyclic_unet", "diffusion": "mmccd", "histogram": "cyclic_histogram"}
 
 
 class TrainedTranslator(NamedTuple):
@@ -56,23 +45,23 @@ class Chain(NamedTuple):
 
     @property
     def method(self) -> str:
-        """As metrics.json has it, and `METHODS` in evaluation/results.py."""
-        if self.model_name in BASELINES:
-            return self.model_name
-        return CYCLES[self.model_name] if self.backward else f"one_way_{self.model_name}"
+        """The name in metrics.json: that of the cycle or baseline, or of the one-way score."""
+        entry = METHODS[self.model_name]
+        return f"one_way_{self.model_name}" if entry.translates and not self.backward else entry.key
 
 
 def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     """A parser with the flags that say which translators are chained, and how MMCCD samples."""
     parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
-    add("--model_name", "--model", default="unet", choices=[*TRANSLATORS, *BASELINES], help=MODEL_HELP)
+    add("--model_name", "--model", default="unet", choices=METHODS, help=method_help())
     one_way = (
         "what is scored: the error of the cycle, or that of the translation, where the other modality is there, too"
     )
     add("--score", default="cycle", choices=["cycle", "one_way"], help=one_way)
-    for direction, model in (("forward", "{model}"), ("backward", "unet")):
-        default = f"(default: {model}_{direction}_{{dataset}}_{{trans}}_{{input}})"
+    others = "".join(f"; of {name}: {one.backward}" for name, one in METHODS.items() if one.backward)
+    for direction, model in (("forward", "--model_name"), ("backward", f"--model_name{others}")):
+        default = f"(default: {{model}}_{direction}_{{dataset}}_{{trans}}_{{input}}; model: {model})"
         add(f"--experiment_name_{direction}", help=f"experiment of the {direction} translator {default}")
         newest = "state dict to use (default: the experiment's newest EMA)"
         add(f"--checkpoint_{direction}", type=local_path, help=newest)
@@ -107,26 +96,13 @@ def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
         raise UserError(f"score_model.scoring.{error}") from error
 
 
-# What the training of a translator fixes, by the beginning of its key in the config.
-HELD_BY_BOTH = ("data.input", "data.trans", "data.image_size")
-HELD = {
-    "unet": (*HELD_BY_BOTH, "score_model.model."),
-    "diffusion": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion.", "score_model.mask.width"),
-    "histogram": HELD_BY_BOTH,
-    "autoencoder": (*HELD_BY_BOTH, "score_model.model.", "score_model.baselines.latent_channels"),
-    "dae": (*HELD_BY_BOTH, "score_model.model."),
-    "ddpm": (*HELD_BY_BOTH, "score_model.model.", "score_model.diffusion."),
-}
-# How AnoDDPM samples, unless the user says otherwise: ancestrally, and all steps.
-ANODDPM = {"score_model.sampling.use_ddim": False, "score_model.sampling.timestep_respacing": ""}
-
-
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:
     """The forward and, for a cycle, the backward translator that the flags name.
 
     A UserError as from `find_translator`, or for a value that no run can work with.
     """
-    if args.score == "one_way" and args.model_name in BASELINES:
+    method, entry = load_method(args.model_name), METHODS[args.model_name]
+    if args.score == "one_way" and not entry.translates:
         raise UserError(f"--model_name {args.model_name} translates to no other modality: leave out --score one_way")
     import config as configs
 
@@ -140,13 +116,11 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
     )
     forward = find_translator("forward", args, experiments, config, given)
     config = forward.config
-    preset = ANODDPM if args.model_name == "ddpm" else {}
-    if args.sampling and args.model_name == "diffusion":
-        preset = configs.sampling_keys(*configs.SAMPLING[args.sampling], config.score_model.mask.width)
+    preset = method.sampling_defaults(config, args.sampling)
     config.update_from_flattened_dict({key: value for key, value in preset.items() if key not in given})
     backward = None
-    if args.score == "cycle" and args.model_name in TRANSLATORS:
-        backward = find_translator("backward", args, experiments, config, given | set(HELD_BY_BOTH))
+    if args.score == "cycle" and entry.translates:
+        backward = find_translator("backward", args, experiments, config, given | set(method.ALWAYS_FIXED))
     configs.check(config, args.model_name)
     return Chain(args.model_name, forward, backward)
 
@@ -157,9 +131,9 @@ def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
     Raises:
         UserError: if a checkpoint is not where experiments are, or the record does not fit it.
     """
-    model_name = {cycle: model for model, cycle in CYCLES.items()}.get(run["method"], run["method"])
+    model_name, entry = next((name, one) for name, one in METHODS.items() if one.key == run["method"])
     flags = [f"--model_name={model_name}", f"--input={run['input']}"]
-    flags += [f"--trans={run['trans']}"] if model_name in TRANSLATORS else []
+    flags += [f"--trans={run['trans']}"] if entry.translates else []
     for direction, address in run["checkpoints"].items():
         *_, name, file = address.split("/")
         experiments.pull(name, "config.json", file)
@@ -172,6 +146,11 @@ def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
     return find_chain(chain_parser("").parse_args(flags), overrides, experiments)
 
 
+def network_of(model_name: str, direction: str) -> str:
+    """Return the `--model_name` of the network that a method uses in one direction."""
+    return (direction == "backward" and METHODS[model_name].backward) or model_name
+
+
 def find_translator(
     direction: str, args: argparse.Namespace, experiments: Folder, config: Any, given: set[str]
 ) -> TrainedTranslator:
@@ -181,11 +160,9 @@ def find_translator(
     translator of another kind, or it was trained with settings that contradict a `given` key.
     """
     from guided_diffusion.checkpoint import EMA, saved
-    from utils.experiment import RECORD, experiment_name, leaves, read_record, require_name
+    from utils.experiment import RECORD, experiment_name, flatten, read_record, require_name
 
-    model_name = args.model_name
-    if direction == "backward" and model_name == "diffusion":
-        model_name = "unet"
+    model_name = network_of(args.model_name, direction)
     flag, checkpoint = f"experiment_name_{direction}", getattr(args, f"checkpoint_{direction}")
     if checkpoint is None:
         kind = (model_name, direction, args.dataset, config.data.trans, config.data.input)
@@ -196,16 +173,17 @@ def find_translator(
     record = read_record(checkpoint.parent)
     if record is None:
         return TrainedTranslator(checkpoint.stem, checkpoint, config, {})
-    trained = dict(leaves(record["config"]))
+    trained = dict(flatten(record["config"]))
     if record["training_process"] != direction:  # the same mapping, seen from the cycle the other way around
         trained |= {"data.input": trained.get("data.trans"), "data.trans": trained.get("data.input")}
-    asked, fixed = dict(leaves(config)), config.copy_and_resolve_references()
+    asked, fixed = dict(flatten(config)), config.copy_and_resolve_references()
     same_mapping = all(trained.get(key) == asked[key] for key in ("data.input", "data.trans"))
     if record["model_name"] != model_name or not (record["training_process"] == direction or same_mapping):
         kind = f"{record['training_process']} {record['model_name']}"
         raise UserError(f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} that is asked for")
+    method = load_method(model_name)
     for key, value in trained.items():
-        if not key.startswith(HELD[model_name]):
+        if not key.startswith((*method.ALWAYS_FIXED, *method.fixed)):
             continue
         value = tuple(value) if isinstance(value, list) else value
         if key in given and asked[key] != value:
@@ -225,14 +203,13 @@ def reverse_cycle(args: argparse.Namespace, config: Any, experiments: Folder) ->
     from guided_diffusion.checkpoint import EMA, saved
     from utils.experiment import experiment_name
 
+    entry = METHODS[args.model_name]
     turned = {"forward": "backward", "backward": "forward"}
-    if args.model_name == "diffusion":  # which leads in one direction only
+    if entry.backward:  # only the backward translator has a counterpart in the other cycle
         del turned["forward"]
     kind = (args.dataset, config.data.input, config.data.trans)
-    names = {here: experiment_name("unet", there, *kind) for here, there in turned.items()}
-    if args.model_name not in ("unet", "diffusion") or not all(
-        saved(experiments.local / name, EMA) for name in names.values()
-    ):
+    names = {here: experiment_name(entry.backward or args.model_name, there, *kind) for here, there in turned.items()}
+    if not entry.translates or not all(saved(experiments.local / name, EMA) for name in names.values()):
         return ""
     flags = (f"--experiment_name_{here}={name}" for here, name in names.items())
     return f", or chain the networks of the other direction by {' '.join(flags)}"
@@ -286,61 +263,6 @@ def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> No
 
 def results_name(chain: Chain) -> str:
     """The folder of a test run: what was chained, and how it was sampled."""
-    smooth = chain.config.score_model.sampling.smooth
-    how = sampling_name(chain.config) if chain.model_name == "diffusion" else smooth.replace("none", "")
-    if chain.model_name == "ddpm":
-        how = "_".join(filter(None, (partial_name(chain.config), how)))
+    how = load_method(chain.model_name).results_suffix(chain.config)
     one_way = "one_way" if chain.method.startswith("one_way") else ""
     return "__".join(filter(None, (*(one.name for one in chain.translators.values()), one_way, how)))
-
-
-def partial_name(config: Any) -> str:
-    """How AnoDDPM sampled, where that differs from its paper: `ddim100`, `noise400`, … or nothing."""
-    from config import get_config
-
-    sampling, paper = config.score_model.sampling, get_config("brats")
-    last = config.score_model.baselines.noise_timestep
-    differences = [f"noise{last + 1}"] if last != paper.score_model.baselines.noise_timestep else []
-    if sampling.use_ddim or sampling.timestep_respacing:
-        kind = "ddim" if sampling.use_ddim else "ancestral"
-        differences.append(f"{kind}{sampling.timestep_respacing.replace(',', '-')}")
-    return "_".join(differences + ([f"seed{config.seed}"] if config.seed != paper.seed else []))
-
-
-def sampling_settings(chain: Chain) -> dict[str, Any]:
-    """All that the scores depend on besides the weights, in JSON's types."""
-    sampling = chain.config.score_model.sampling.to_dict()
-    if chain.model_name not in ("diffusion", "ddpm"):
-        return {"smooth": sampling["smooth"]}
-    del sampling["batch_size"]  # changes the memory needed, not the samples
-    settings = {"seed": chain.config.seed, **sampling}
-    if chain.model_name == "ddpm":
-        settings["noise_timestep"] = chain.config.score_model.baselines.noise_timestep
-    return settings
-
-
-def sampling_name(config: Any) -> str:
-    """How MMCCD sampled, for the name of its results: `fast`, `ddim100`, `ancestral1000`, `ddim10_stride8`, …
-
-    It says what differs from the paper's settings, so that two samplings that differ have results of their own.
-    """
-    from config import SAMPLING, get_config, sampling_keys
-    from guided_diffusion.respace import space_timesteps
-    from utils.experiment import leaves
-
-    sampling, width = config.score_model.sampling, config.score_model.mask.width
-    paper, fast = (sampling_keys(*SAMPLING[name], width) for name in ("paper", "fast"))
-    differences = [f"eta{sampling.eta:g}"] if sampling.use_ddim and sampling.eta else []
-    if config.seed != get_config("brats").seed:
-        differences.append(f"seed{config.seed}")
-    if sampling.use_ddim and fast.items() <= dict(leaves(config)).items():
-        return "_".join(["fast", *differences])
-    respacing = sampling.timestep_respacing
-    steps = len(space_timesteps(config.score_model.diffusion.steps, respacing))
-    name = f"{'ddim' if sampling.use_ddim else 'ancestral'}{steps}"
-    if respacing not in ("", str(steps)):  # ddim50, trailing2, or 10,15,25 in three sections
-        differences.insert(0, respacing.removesuffix(str(steps)).replace(",", "-").replace("ddim", "strided"))
-    for key, label in (("stride", f"stride{sampling.stride}"), ("score", sampling.score), ("smooth", sampling.smooth)):
-        if sampling[key] != paper[f"score_model.sampling.{key}"]:
-            differences.append(label)
-    return "_".join([name, *differences])

@@ -13,13 +13,13 @@ from datasets.loader import all_slices
 from evaluation.metrics import scored_region
 from evaluation.results import REFERENCE
 from guided_diffusion import checkpoint, dist_util
-from models.build import bytes_a_sample, create_masked_translator, create_network, create_reconstructor
-from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
-from models.masks import sweep
+from models import load_method
+from models.cycle import Cycle, anomaly_score, error_floor
+from models.training import bytes_a_sample
 from utils.cli import UserError
 from utils.device import autocast, available_memory, compile_if_it_pays, pick_precision, speed_up
 
-from .chain import Chain, sampling_name
+from .chain import Chain, network_of
 
 
 class Scorer:
@@ -30,39 +30,29 @@ class Scorer:
 
     def __init__(self, chain: Chain, device: torch.device):
         self.config, self.device = chain.config, device
-        sampling = self.config.score_model.sampling
+        self.method = load_method(chain.model_name)
         self.precision = pick_precision(self.config.precision, device)
-        self.bands = sweep(self.config.data.image_size, sampling.stride)
         self.reference = chain.reference
-        self.masked_translator = None  # all but MMCCD have none
-        self.score_kind = sampling.score if chain.model_name == "diffusion" else "errors"
+        self.score_kind = self.method.score_kind(self.config)
         try:
-            self.forward = load_translator(chain, "forward", device)
-            self.backward = load_translator(chain, "backward", device) if chain.backward else nn.Identity()
-            self.networks = (self.forward, self.backward)
-            if chain.model_name == "diffusion":
-                self.masked_translator = create_masked_translator(self.forward, self.config)
-            else:
-                self.forward = create_reconstructor(chain.model_name, self.forward, self.config)
+            self.networks = {direction: load_network(chain, direction, device) for direction in chain.translators}
+            self.forward = self.method.create_translator(self.networks["forward"], self.config)
+            self.backward = nn.Identity()
+            if chain.backward:
+                method = load_method(network_of(chain.model_name, "backward"))
+                self.backward = method.create_translator(self.networks["backward"], chain.backward.config)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.batch_size = sampling.batch_size
-        if device.type == "cpu":  # where too large a batch is killed; of a GPU's, in_batches is told
-            fitting = available_memory() // max(1, bytes_a_sample(chain.model_name, self.config))
+        self.batch_size = self.config.score_model.sampling.batch_size
+        if device.type == "cpu":  # too large a batch would get the process killed; on a GPU, in_batches handles it
+            fitting = available_memory() // max(1, bytes_a_sample(self.method, self.config))
             self.batch_size = max(1, min(self.batch_size, fitting))
-        sampled = self.masked_translator or self.forward
-        self.steps = sampled.diffusion.num_timesteps if hasattr(sampled, "diffusion") else 1
+        self.steps = self.method.count_steps(self.forward)
         self.passes_a_sample = self.steps + bool(chain.backward)
 
     def passes(self, brainmask: Tensor) -> int:
-        """The network passes that slices with these brain masks [N, 1, H, W] take.
-
-        A slice is one sample of Cyclic UNet, and as many of MMCCD as there are bands that hide some of its brain.
-        """
-        samples = len(brainmask)
-        if self.masked_translator:
-            samples = len(slices_and_bands(brainmask, self.masked_translator, self.bands))
-        return samples * self.passes_a_sample
+        """Return the number of network passes that slices with these brain masks [N, 1, H, W] take."""
+        return self.method.count_samples(brainmask, self.forward, self.config) * self.passes_a_sample
 
     def cycle(self, image: Tensor, brainmask: Tensor, reference: Tensor, desc: str = "scoring") -> Cycle:
         """The cycle of slices [N, 1, H, W], on the CPU, behind a progress bar over the network passes.
@@ -73,7 +63,7 @@ class Scorer:
         share = dist_util.share(len(image))
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
-        for network in self.networks:
+        for network in self.networks.values():
             compile_if_it_pays(network, self.device, self.passes(brainmask) // self.batch_size)
         shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
@@ -82,20 +72,15 @@ class Scorer:
                 "progress": lambda samples: bar.update(samples * self.passes_a_sample),
                 "reference": reference,
             }
-            if self.masked_translator:
-                cycle = mmccd(image, brainmask, self.masked_translator, self.backward, bands=self.bands, **how)
-            else:
-                cycle = cyclic_unet(image, self.forward, self.backward, **how)
+            cycle = self.method.cycle(image, brainmask, self.forward, self.backward, self.config, **how)
         shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
         return Cycle(*(torch.cat(field) for field in zip(*shares, strict=True)))
 
 
-def load_translator(chain: Chain, direction: str, device: torch.device) -> nn.Module:
-    """A trained network, ready on the device; errors as from `Scorer`."""
+def load_network(chain: Chain, direction: str, device: torch.device) -> nn.Module:
+    """Return the trained network of one direction on the device; errors as from `Scorer`."""
     found = chain.translators[direction]
-    masked = chain.model_name == "diffusion" and direction == "forward"
-    name = "unet" if chain.model_name == "diffusion" and not masked else chain.model_name
-    network = create_network(name, found.config.score_model)
+    network = load_method(network_of(chain.model_name, direction)).create_network(found.config.score_model)
     load_weights(network, found.checkpoint)
     return speed_up(network.eval(), device, training=False)
 
@@ -124,11 +109,11 @@ def announce(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
     passes = sum(map(scorer.passes, brainmasks))
     precision = str(scorer.precision).removeprefix("torch.")
     print(f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {precision}")
-    if scorer.masked_translator:
+    if scorer.steps > 1:
         samples, back = passes // scorer.passes_a_sample, scorer.passes_a_sample - scorer.steps
-        print(f"({samples:,} slices with a band hidden × {scorer.steps} steps forward and {back} back)")
-        if scorer.device.type == "cpu" and not sampling_name(scorer.config).startswith("fast"):
-            print("that takes long on a CPU: --sampling fast makes far fewer")
+        print(f"({samples:,} {scorer.method.samples_are} × {scorer.steps} steps forward and {back} back)")
+    if scorer.device.type == "cpu" and (hint := scorer.method.cpu_hint(scorer.config)):
+        print(hint)
     return {"precision": precision, "network_passes": passes}
 
 
@@ -145,7 +130,7 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
         cycle = scorer.cycle(image, brainmask, reference, f"scoring {split}")
         if "usual_error" not in cost:
             scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
-            cost["usual_error"] = usual_error(reference, cycle, scored & ~batch["seg"])
+            cost["usual_error"] = error_floor(reference, cycle, scored & ~batch["seg"])
         scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
         images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
         if scorer.reference != scorer.config.data.input:

@@ -72,9 +72,9 @@ MAY_IMPORT = {
     "utils": set(),
     "guided_diffusion": {"utils"},
     "models": {"guided_diffusion", "utils"},
-    "evaluation": {"utils"},
+    "evaluation": {"models", "utils"},
     "datasets": {"utils"},
-    "config": {"utils"},
+    "config": {"models", "utils"},
     "scoring": {"models", "datasets", "evaluation", "config", "guided_diffusion", "utils"},
 }
 ROOMS = set(MAY_IMPORT)

@@ -14,16 +14,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What `--model_name` names. Translators lead from one modality to another, and two make a cycle; a baseline
-# reconstructs the input modality itself.
-TRANSLATORS = ("unet", "diffusion", "histogram")
-BASELINES = ("autoencoder", "dae", "ddpm")
-
-MODEL_HELP = (
-    "unet: Cyclic UNet; diffusion: MMCCD; histogram: a cycle of joint histograms; and what reconstructs the input "
-    "itself: autoencoder, dae (denoising autoencoder), ddpm (AnoDDPM)"
-)
-
 # What says how OpenMP's threads wait, of GNU's and of Intel's and LLVM's, and how often GNU's look before they sleep.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "10000"

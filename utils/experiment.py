@@ -19,8 +19,7 @@ from .records import EXPERIMENT, read_json
 
 RECORD = "config.json"
 RESULTS = "results"  # the folder of test runs, beside the experiments
-# What may change when training resumes: where the data lie, how long it trains, what it saves and shows. Only the
-# diffusion of MMCCD knows bands.
+# Settings that may change when training resumes: the folder of the data, the length of training, logging and saving.
 _FREE = (
     *("config.data.data_dir", "config.deterministic", "config.score_model.sampling.", "config.score_model.scoring."),
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
@@ -61,17 +60,23 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return read_json(path, EXPERIMENT, "restore it, or train again") if path.is_file() else None
 
 
-def refuse_other_settings(directory: Path, record: Mapping[str, Any]) -> None:
-    """Hold training that goes on in `directory` to the settings that it began with.
+def refuse_other_settings(directory: Path, record: Mapping[str, Any], unused: tuple[str, ...] = ()) -> None:
+    """Refuse to resume training with other settings than those it was begun with.
 
-    A UserError if its config.json differs from `record`; all keys that do are named.
+    Args:
+        directory: of the experiment.
+        record: the settings now.
+        unused: beginnings of keys that may differ because the method has no use for them.
+
+    Raises:
+        UserError: if the experiment's config.json differs from `record`; the message names all differing keys.
     """
     before = read_record(directory)
     if before is None:
         return
-    began_with = dict(leaves(before))
-    free = _FREE if record.get("model_name") == "diffusion" else (*_FREE, "config.score_model.mask.")
-    now = dict(leaves(json.loads(json.dumps(record))))  # tuples become lists, as they are in the file
+    began_with = dict(flatten(before))
+    free = (*_FREE, *unused)
+    now = dict(flatten(json.loads(json.dumps(record))))  # tuples become lists, as they are in the file
     others = [
         f"{key}={began_with.get(key)}, not {value}"
         for key, value in now.items()
@@ -110,10 +115,10 @@ def _git(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting of a nested config as (dotted key, value)."""
     for key, value in tree.items():
         if hasattr(value, "items"):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -4,20 +4,24 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from utils.cli import BASELINES
+from models import METHODS as ENTRIES
+from models import load_method
 
 from .points import run_training
 
-# What is compared: the network of --model_name, and how it is tested.
+# The methods that can be compared, baselines first: --model_name, and the flags of testing.
+ONE_WAY = {f"one_way_{name}": (name, "--score=one_way") for name, entry in ENTRIES.items() if entry.translates}
 METHODS = {
-    "autoencoder": ("autoencoder",),
-    "dae": ("dae",),
-    "ddpm": ("ddpm",),
-    "cyclic_histogram": ("histogram",),
-    "cyclic_unet": ("unet",),
-    "mmccd": ("diffusion", "--sampling=fast"),
-    "one_way_unet": ("unet", "--score=one_way"),
+    **{entry.key: (name,) for name, entry in ENTRIES.items() if not entry.translates},
+    **{entry.key: (name, "--sampling=fast") for name, entry in ENTRIES.items() if entry.translates},
+    **ONE_WAY,
 }
+DEFAULT_METHODS = [*(method for method in METHODS if method not in ONE_WAY), next(iter(ONE_WAY))]
+
+
+def translates(method: str) -> bool:
+    """Whether a method translates to another modality."""
+    return ENTRIES[METHODS[method][0]].translates
 
 
 class Training(NamedTuple):
@@ -33,16 +37,17 @@ class Training(NamedTuple):
 def needed(args: argparse.Namespace, input: str, trans: str, method: str, seed: int) -> Iterator[Training]:
     """The trainings that a test takes, forward first. Networks of one cycle serve another the other way around."""
     model_name = METHODS[method][0]
-    if model_name in BASELINES:
+    entry = ENTRIES[model_name]
+    if not entry.translates:
         yield Training(seed, model_name, "forward", input, None)
         return
-    if model_name == "diffusion":
+    if entry.backward:  # a forward network serves no other cycle
         yield Training(seed, model_name, "forward", input, trans)
-    ways = [(input, trans)] * (model_name != "diffusion") + [(trans, input)] * (not method.startswith("one_way"))
+    ways = [(input, trans)] * (not entry.backward) + [(trans, input)] * (method not in ONE_WAY)
     for source, target in ways:
         cycle = next(cycle for cycle in args.cycles if set(cycle) == {source, target})
         process = "forward" if cycle == (source, target) else "backward"
-        yield Training(seed, "unet" if model_name == "diffusion" else model_name, process, *cycle)
+        yield Training(seed, entry.backward or model_name, process, *cycle)
 
 
 def ended(args: argparse.Namespace, training: Training, iterations: int) -> bool:
@@ -50,7 +55,7 @@ def ended(args: argparse.Namespace, training: Training, iterations: int) -> bool
     from guided_diffusion.checkpoint import saved
 
     steps = saved(args.logdir / f"seed{training.seed}" / name_of(args, training))
-    return bool(steps) and (training.model_name == "histogram" or max(steps) >= iterations)
+    return bool(steps) and (load_method(training.model_name).fit is not None or max(steps) >= iterations)
 
 
 def name_of(args: argparse.Namespace, training: Training) -> str:
@@ -85,7 +90,7 @@ def chain_of(args: argparse.Namespace, input: str, trans: str, method: str, seed
 
     model_name, *how = METHODS[method]
     chained = zip(("forward", "backward"), needed(args, input, trans, method, seed), strict=False)
-    flags = flags_of(args, seed, model_name, input, None if method in BASELINES else trans)
+    flags = flags_of(args, seed, model_name, input, trans if translates(method) else None)
     flags += [*how, *(f"--experiment_name_{direction}={name_of(args, one)}" for direction, one in chained)]
     return find_chain(chain_parser("").parse_args(flags), [], Folder(args.logdir / f"seed{seed}"))
 

@@ -15,10 +15,10 @@ def untrained_network(model_name: str, config: Any) -> Any:
     import torch
     from torch import nn
 
-    from models.build import create_network
+    from models import load_method
 
     torch.manual_seed(config.seed)
-    network = create_network(model_name, config.score_model)
+    network = load_method(model_name).create_network(config.score_model)
     for module in network.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d) and not (module.weight.is_meta or module.weight.any()):
             module.reset_parameters()
@@ -121,9 +121,10 @@ def training_steps(network: Any, config: Any, batch_size: int, device: Any) -> W
 
 def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
     """A batch of two modalities, and what training minimises on it: losses of (model, batch, step)."""
-    from models.build import create_losses
+    from models import load_method
+    from models.training import create_losses
 
-    losses, _ = create_losses("diffusion", config, device)
+    losses, _ = create_losses(load_method("diffusion"), config, device)
     return random_images(2, batch_size, config), lambda model, batch, step: losses(
         model, *batch.to(device, non_blocking=True), step
     )

@@ -13,7 +13,7 @@ from guided_diffusion.nn import Dropout
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import AttentionBlock
-from models.cycle import mmccd, slices_and_bands
+from models.cyclic_unet import UNetTranslator
 from models.masked_diffusion import (
     MaskedConditionalUNet,
     MaskedDiffusionTranslator,
@@ -22,7 +22,7 @@ from models.masked_diffusion import (
     masked_diffusion_losses,
 )
 from models.masks import sweep
-from models.translator import UNetTranslator
+from models.mmccd import mmccd, slices_and_bands
 
 SIZE, WIDTH = 16, 4
 BANDS = sweep(SIZE, 2)

@@ -24,7 +24,7 @@ from evaluation.scores import (
     pixel_scores,
     scans_of,
 )
-from models.cycle import Cycle, usual_error
+from models.cycle import Cycle, error_floor
 
 PLAIN = ScoreSettings("both", "absolute", "none", "none", "none", 0.0)
 N, SIZE = 4, 32
@@ -108,7 +108,7 @@ def test_the_error_floor_is_the_methods_own_constant():
         torch.from_numpy(maps[key])[:, None] for key in ("image", "reconstruction", "variance", "brainmask", "truth")
     )
     cycle = Cycle(variance, variance, reconstruction, variance)
-    expected = usual_error(image, cycle, brain & ~truth)
+    expected = error_floor(image, cycle, brain & ~truth)
     assert fit_constants(maps, PLAIN).error_floor == pytest.approx(expected, rel=1e-5)
 
 

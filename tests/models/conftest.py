@@ -2,8 +2,8 @@
 
 import pytest
 
+from models.cyclic_unet import UNetTranslator
 from models.masked_diffusion import MaskedConditionalUNet
-from models.translator import UNetTranslator
 
 MODEL = {
     "model_channels": 8,

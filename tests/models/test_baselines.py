@@ -6,17 +6,10 @@ import torch
 from torch import nn
 
 from guided_diffusion.resample import create_named_schedule_sampler
-from models.baselines import (
-    Autoencoder,
-    DenoisingUNet,
-    HistogramTranslator,
-    PartialDiffusion,
-    coarse_noise,
-    denoising_losses,
-    diffusion_losses,
-    draw_denoising,
-    draw_diffusion,
-)
+from models.autoencoder import Autoencoder
+from models.cyclic_histogram import HistogramTranslator
+from models.dae import coarse_noise, denoising_losses, draw_denoising
+from models.ddpm import DenoisingUNet, PartialDiffusion, diffusion_losses, draw_diffusion
 
 SIZE = 16
 
@@ -115,7 +108,7 @@ def test_denoising_leaves_the_background_alone_and_is_the_squared_error(images):
         return noisy
 
     (noise,) = draws = draw_denoising(7, seed=0, batch_size=3, image_size=SIZE, noise_size=4, noise_std=1.0)
-    losses = denoising_losses(model, images, draws)
+    losses = denoising_losses(model, images, images, draws)
     assert torch.equal(seen[0][:, :, 4:], (images + noise)[:, :, 4:])
     assert torch.equal(seen[0][:, :, :4], images[:, :, :4])
     assert (seen[0][:, :, 4:] != images[:, :, 4:]).all()
@@ -131,10 +124,10 @@ def test_noise_belongs_to_a_samples_place_in_the_batch(images, kind, make_diffus
         drawn = {"seed": 0, "batch_size": 3, "image_size": SIZE, **share}
         if kind == "dae":
             draws = draw_denoising(3, noise_size=4, noise_std=1.0, **drawn)
-            return denoising_losses(lambda x: 0.5 * x, images, draws)
+            return denoising_losses(lambda x: 0.5 * x, images, images, draws)
         draws = draw_diffusion(3, schedule_sampler=sampler, **drawn)
         process = {"diffusion": diffusion, "schedule_sampler": sampler}
-        return diffusion_losses(lambda x, t: 0.5 * x, images, draws, **process)
+        return diffusion_losses(lambda x, t: 0.5 * x, images, images, draws, **process)
 
     whole = losses(images)
     assert torch.equal(losses(images[1:], share=slice(1, 3)), whole[1:])
@@ -191,5 +184,5 @@ def test_the_loss_is_that_of_predicting_the_slice(images, make_diffusion):
     sampler = create_named_schedule_sampler("uniform", diffusion)
     draws = draw_diffusion(0, seed=0, batch_size=3, image_size=SIZE, schedule_sampler=sampler)
     process = {"diffusion": diffusion, "schedule_sampler": sampler}
-    losses = diffusion_losses(lambda x, t: torch.zeros_like(x), images, draws, **process)
+    losses = diffusion_losses(lambda x, t: torch.zeros_like(x), images, images, draws, **process)
     assert losses.tolist() == pytest.approx((images**2).flatten(1).mean(1).tolist(), rel=1e-5)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.cycle import Cycle, anomaly_score, cyclic_unet, mmccd, slices_and_bands, usual_error
+from models.cycle import Cycle, anomaly_score, error_floor, modality_cycle
 from models.masked_diffusion import MaskedDiffusionTranslator
 from models.masks import sweep
+from models.mmccd import mmccd, slices_and_bands
 
 SIZE, WIDTH, STRIDE = 16, 4, 2
 BANDS = sweep(SIZE, STRIDE)
@@ -87,14 +88,14 @@ def slow_mmccd(image, brainmask, forward, backward, skip):
 
 
 def test_cyclic_unet_is_the_formula(image):
-    cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
+    cycle = modality_cycle(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
     torch.testing.assert_close(cycle.translation, 2 * image + 1)
     torch.testing.assert_close(cycle.reconstruction, (2 * image + 1) / 3)
     torch.testing.assert_close(cycle.error, ((image - 1) / 3) ** 2)
 
 
 def test_cyclic_unet_of_networks(image, translator, randomise):
-    cycle = cyclic_unet(image, translator, translator, batch_size=2)
+    cycle = modality_cycle(image, translator, translator, batch_size=2)
     with torch.no_grad():
         expected = (image - translator(translator(image))) ** 2
     assert_same(cycle.error, expected)
@@ -103,7 +104,7 @@ def test_cyclic_unet_of_networks(image, translator, randomise):
 
 
 def test_a_perfect_cycle_has_no_error(image):
-    assert not cyclic_unet(image, torch.neg, torch.neg, batch_size=2).error.any()
+    assert not modality_cycle(image, torch.neg, torch.neg, batch_size=2).error.any()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_the_variance_is_of_the_draws_alone(score, image):
 
 
 def test_a_single_draw_has_no_variance(image):
-    cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
+    cycle = modality_cycle(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
     assert not cycle.variance.any()
     assert torch.equal(anomaly_score(image, cycle, "errors"), cycle.error)
 
@@ -167,13 +168,13 @@ def test_the_standardised_score_of_healthy_tissue_is_1_in_the_mean():
     healthy[:, :, :8] = False
     image[~healthy] += 10
     cycle = Cycle((image - draws).square().mean(0), mean, draws.mean(0), draws.var(0, correction=0))
-    found = usual_error(image, cycle, healthy)
+    found = error_floor(image, cycle, healthy)
     assert found == pytest.approx(c, abs=0.08)
     assert anomaly_score(image, cycle, "standardised", found)[healthy].mean() == pytest.approx(1, abs=0.1)
     assert anomaly_score(image, cycle, "standardised", found)[~healthy].mean() > 20
-    assert usual_error(image, cycle, torch.zeros_like(healthy)) == 1
+    assert error_floor(image, cycle, torch.zeros_like(healthy)) == 1
     perfect = cycle._replace(error=0 * image, reconstruction=image)
-    assert 0 < usual_error(image, perfect, healthy) < 1e-5
+    assert 0 < error_floor(image, perfect, healthy) < 1e-5
 
 
 def test_skipped_bands_change_nothing_inside_the_brain(score, image, brainmask, forward, translator):
@@ -285,7 +286,7 @@ def test_wherever_the_memory_runs_out_a_batch_counts_once(image, brainmask, forw
         with mode, warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             if method == "cyclic_unet":
-                cycle = cyclic_unet(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=3)
+                cycle = modality_cycle(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=3)
             else:
                 cycle = mmccd(image, brainmask, forward, lambda b: b / 3, bands=BANDS, batch_size=1000)
         return cycle, [str(warning.message) for warning in warned]

@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 import config as configs
 from guided_diffusion.train_util import TrainLoop
-from models.build import create_losses, create_masked_translator, create_network, create_reconstructor
-from models.cycle import cyclic_unet, mmccd
+from models import load_method
+from models.cycle import modality_cycle
 from models.masks import sweep
+from models.mmccd import mmccd
+from models.training import create_losses
 
 META = torch.device("meta")
 SIZE = 32
@@ -97,10 +99,10 @@ def test_what_would_be_wrong_on_a_gpu_is_found():
 
 @pytest.mark.parametrize("model_name", ["unet", "diffusion", "autoencoder", "dae", "ddpm"])
 def test_a_training_step_copies_nothing_that_it_waits_for(model_name, small_config, tmp_path):
-    losses, schedule_sampler = create_losses(model_name, small_config, META)
+    losses, schedule_sampler = create_losses(load_method(model_name), small_config, META)
     batch = (slices(), slices())
     loop = TrainLoop(
-        model=create_network(model_name, small_config.score_model).to(META),
+        model=load_method(model_name).create_network(small_config.score_model).to(META),
         compute_losses=lambda model, batch, step: losses(model, *batch, step),
         batches_from=lambda step: repeat(batch),
         directory=tmp_path,
@@ -123,9 +125,9 @@ def test_a_sweep_copies_nothing_that_it_waits_for(use_ddim, small_config):
     small_config.score_model.sampling.use_ddim = use_ddim
     small_config.score_model.sampling.timestep_respacing = "4"
     forward, backward = (
-        create_network(name, small_config.score_model).to(META).eval() for name in ("diffusion", "unet")
+        load_method(name).create_network(small_config.score_model).to(META).eval() for name in ("diffusion", "unet")
     )
-    translator = create_masked_translator(forward, small_config)
+    translator = load_method("diffusion").create_translator(forward, small_config)
     brainmask = torch.zeros(2, 1, SIZE, SIZE, dtype=torch.bool)
     brainmask[:, :, 8:20, 8:20] = True
     how = {"bands": sweep(SIZE, 8), "batch_size": 3}
@@ -139,9 +141,9 @@ def test_a_sweep_copies_nothing_that_it_waits_for(use_ddim, small_config):
 @pytest.mark.parametrize("model_name", ["unet", "autoencoder", "ddpm", "histogram"])
 def test_a_pass_copies_nothing_that_it_waits_for(model_name, small_config):
     small_config.score_model.sampling.timestep_respacing = "4"
-    network = create_network(model_name, small_config.score_model).to(META).eval()
-    forward = create_reconstructor(model_name, network, small_config)
-    cyclic_unet(slices(), forward, torch.nn.Identity(), batch_size=2)
+    network = load_method(model_name).create_network(small_config.score_model).to(META).eval()
+    forward = load_method(model_name).create_translator(network, small_config)
+    modality_cycle(slices(), forward, torch.nn.Identity(), batch_size=2)
     with blocking_copies() as copies:
-        cyclic_unet(slices(), forward, torch.nn.Identity(), batch_size=2)
+        modality_cycle(slices(), forward, torch.nn.Identity(), batch_size=2)
     assert copies == []

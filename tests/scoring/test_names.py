@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 import config as configs
-from scoring.chain import Chain, TrainedTranslator, results_name, sampling_name, sampling_settings
+from models import load_method
+from models.sampling import SAMPLING, sampling_keys, sampling_name, sampling_settings
+from scoring.chain import Chain, TrainedTranslator, results_name
 
-FAST = {key.rpartition(".")[2]: value for key, value in configs.sampling_keys(*configs.SAMPLING["fast"], 16).items()}
+FAST = {key.rpartition(".")[2]: value for key, value in sampling_keys(*SAMPLING["fast"], 16).items()}
 
 # Keys of the config below score_model.sampling, but for the seed; every one of these samples differs from the others.
 SAMPLINGS = {
@@ -57,7 +59,7 @@ def test_samplings_that_differ_have_names_that_differ():
     names = {which: sampling_name(config_of(**keys)) for which, keys in SAMPLINGS.items()}
     for one, other in itertools.combinations(SAMPLINGS, 2):
         assert names[one] != names[other], (one, other)
-        assert sampling_settings(chain_of(**SAMPLINGS[one])) != sampling_settings(chain_of(**SAMPLINGS[other]))
+        assert sampling_settings(config_of(**SAMPLINGS[one])) != sampling_settings(config_of(**SAMPLINGS[other]))
     assert all("/" not in name and "," not in name and " " not in name for name in names.values())
 
 
@@ -88,5 +90,5 @@ def test_what_samples_the_same_has_the_same_name(same):
 def test_nothing_is_sampled_by_cyclic_unet():
     chain = chain_of("unet", eta=0.5, seed=1)
     assert results_name(chain) == "masked__unet"
-    assert sampling_settings(chain) == {"smooth": "none"}
+    assert load_method("unet").sampling_settings(chain.config) == {"smooth": "none"}
     assert results_name(chain_of("unet", smooth="median3")) == "masked__unet__median3"

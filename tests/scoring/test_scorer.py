@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from config import get_config
-from models.build import bytes_a_sample, create_network
+from models import load_method
+from models.training import bytes_a_sample
 from scoring import scorer
 from scoring.chain import Chain, TrainedTranslator
 
@@ -19,13 +20,13 @@ def chain(tmp_path) -> Chain:
     config.score_model.model.update({"model_channels": 8, "channel_mult": (1, 1), "norm_groups": 4, "num_heads": 1})
     config.score_model.sampling.batch_size = 10**12
     torch.manual_seed(0)
-    torch.save(create_network("unet", config.score_model).state_dict(), tmp_path / "ema.pt")
+    torch.save(load_method("unet").create_network(config.score_model).state_dict(), tmp_path / "ema.pt")
     translator = TrainedTranslator("translator", tmp_path / "ema.pt", config, {})
     return Chain("unet", translator, translator)
 
 
 def test_a_batch_takes_no_more_than_the_memory_of_a_cpu_holds(chain, monkeypatch):
-    monkeypatch.setattr(scorer, "available_memory", lambda: 3 * bytes_a_sample("unet", chain.config) + 1)
+    monkeypatch.setattr(scorer, "available_memory", lambda: 3 * bytes_a_sample(load_method("unet"), chain.config) + 1)
     found = scorer.Scorer(chain, CPU)
     assert found.batch_size == 3
     image = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(0))

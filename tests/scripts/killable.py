@@ -148,7 +148,8 @@ def main() -> None:
         "datasets.brats2021",
         "datasets.loader",
         "guided_diffusion.train_util",
-        "models.build",
+        "models.training",
+        "models.mmccd",
     ):
         importlib.import_module(name)
     importlib.import_module("evaluation.figures")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from guided_diffusion.unet import UNetModel
-from models.translator import UNetTranslator, translation_losses
+from models.cyclic_unet import UNetTranslator, translation_losses
 
 
 @pytest.fixture

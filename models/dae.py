@@ -1,0 +1,71 @@
+"""Denoising autoencoder baseline (Kascenas et al. 2022): a UNet that removes coarse noise from a slice."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from utils.random import keyed_generator
+
+from .cyclic_unet import UNetTranslator
+from .method import Method, Objective
+
+BACKGROUND = -3.0 + 1e-3  # of preprocessed slices is −3; resizing leaves a little more
+
+
+def coarse_noise(n: int, image_size: int, noise_size: int, std: float, generator: torch.Generator) -> Tensor:
+    """The noise of the denoising autoencoder, [n, 1, image_size, image_size] (Kascenas et al. 2022, section 2.2).
+
+    Gaussian noise of deviation `std` on a grid of noise_size × noise_size, enlarged to the slice, shifted cyclically
+    so that no pixel always lies on a node of the grid.
+    """
+    coarse = std * torch.randn(n, 1, noise_size, noise_size, generator=generator)
+    noise = F.interpolate(coarse, (image_size, image_size), mode="bilinear")
+    shifts = torch.randint(image_size, (n, 2), generator=generator).tolist()
+    return torch.stack([one.roll(shift, (1, 2)) for one, shift in zip(noise, shifts, strict=True)])
+
+
+def draw_denoising(
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+    image_size: int,
+    noise_size: int,
+    noise_std: float,
+    share: slice = slice(None),
+) -> tuple[Tensor]:
+    """The coarse noise [N, 1, H, W] of a training step; arguments as in `draw_masked_diffusion`."""
+    generator = keyed_generator("training", seed, step)
+    return (coarse_noise(batch_size, image_size, noise_size, noise_std, generator)[share],)
+
+
+def denoising_losses(network: nn.Module, image: Tensor, target: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    """Squared error [N] of slices [N, 1, H, W] that are freed from coarse noise on their foreground."""
+    (noise,) = draws
+    noisy = torch.where(image > BACKGROUND, image + noise, image)
+    return (network(noisy) - image).square().flatten(1).mean(1)
+
+
+class DenoisingAutoencoder(Method):
+    def create_network(self, score_model: ConfigDict) -> nn.Module:
+        return UNetTranslator(**score_model.model)
+
+    def create_objective(self, config: ConfigDict, share: slice = slice(None)) -> Objective:
+        baselines = config.score_model.baselines
+        draw = partial(
+            draw_denoising,
+            seed=config.seed,
+            batch_size=config.score_model.training.batch_size,
+            image_size=config.data.image_size,
+            noise_size=baselines.noise_size,
+            noise_std=baselines.noise_std,
+            share=share,
+        )
+        return Objective(denoising_losses, draw)
+
+
+METHOD = DenoisingAutoencoder()

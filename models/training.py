@@ -1,0 +1,70 @@
+"""The losses of a method for the training loop, and the time and memory that a step takes."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from guided_diffusion.resample import ScheduleSampler
+from utils.device import DrawnAhead
+
+from .method import Method
+
+Losses = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+def create_losses(
+    method: Method, config: ConfigDict, device: torch.device, share: slice = slice(None)
+) -> tuple[Losses, ScheduleSampler | None]:
+    """Return `losses(network, image, target, step)`, [N] for slices [N, 1, H, W] on the device, and its sampler.
+
+    `share` is the part of each batch that this process computes; the second value is the diffusion's schedule sampler.
+
+    Raises:
+        ValueError: as from `Method.create_objective`.
+    """
+    losses, draw, schedule_sampler = method.create_objective(config, share)
+    learns = schedule_sampler is not None and schedule_sampler.learns  # then draws depend on the step before
+    drawn = DrawnAhead(draw, device, ahead=int(not learns))
+    return lambda network, image, target, step: losses(network, image, target, drawn(step)), schedule_sampler
+
+
+def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> float:
+    """About how long a training step takes, from losses and gradients of a single slice; errors as from the above."""
+    single = config.copy_and_resolve_references()
+    single.score_model.training.batch_size = 1
+    network = method.create_network(config.score_model).to(device)
+    losses, _ = create_losses(method, single, device)
+    image = torch.zeros(1, 1, config.data.image_size, config.data.image_size, device=device)
+    for step in range(2):  # the first one is slow
+        started = time.perf_counter()
+        losses(network, image, image, step).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return config.score_model.training.batch_size * (time.perf_counter() - started)
+
+
+def bytes_a_sample(method: Method, config: ConfigDict) -> int:
+    """About what a sample of a training batch takes: all that a step keeps of it for its gradients, in float32.
+
+    It is measured on slices so small that they take no time, and grows with the number of pixels.
+    """
+    if method.fit:
+        return 0
+    small = config.copy_and_resolve_references()
+    small.score_model.training.batch_size = 1
+    small.data.image_size = size = 2 ** len(config.score_model.model.channel_mult)
+    network = method.create_network(config.score_model)
+    image, weights, kept = torch.zeros(1, 1, size, size), {one.data_ptr() for one in network.parameters()}, 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in weights else tensor.nbytes
+        return tensor
+
+    losses, _ = create_losses(method, small, image.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses(network, image, image, 0)
+    return kept * config.data.image_size**2 // size**2
