@@ -1,4 +1,4 @@
-"""Draw the modality cycle, the masked diffusion and the standardised score, with the demo's own slices.
+"""Draw the figures of the modality cycle, the masked diffusion and the standardised score from a slice of the demo.
 
 make demo && python docs/drawings.py
 """
@@ -42,7 +42,7 @@ def main() -> None:
     example = dataset[args.slice]
     image, brain = example["flair"][None], example["brainmask"][None]
 
-    margin = config.data.image_size // 10  # background on all sides
+    margin = config.data.image_size // 10  # px of background cropped on all sides
     crop = np.s_[margin:-margin, margin:-margin]
 
     def grey(picture: torch.Tensor) -> np.ndarray:
@@ -88,14 +88,14 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Draw the method and the standardised score, after `make demo`.")
-    parser.add_argument("--slice", type=int, default=9, help="number of the test slice that is shown")
-    parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="where the drawings are written")
+    parser.add_argument("--slice", type=int, default=9, help="number of the test slice to draw")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="folder for the drawings")
     parser.add_argument("--logdir", type=Path, default=Path("experiments"), help="folder of the demo's experiments")
     return parser.parse_args()
 
 
 class Canvas:
-    """A wide white figure on which slices, boxes and arrows are placed; units are slice widths."""
+    """A white figure for slices, boxes and arrows; coordinates are in slice widths."""
 
     def __init__(self, width: float, height: float):
         from matplotlib.figure import Figure
@@ -107,19 +107,19 @@ class Canvas:
         self.axes.set_axis_off()
 
     def picture(self, x: float, y: float, image, label: str, **colours) -> None:
-        """Put an image with its middle at (x, y) and a label above it."""
+        """Draw an image centred at (x, y), with a label above it; `colours` are keyword arguments of `imshow`."""
         self.axes.imshow(image, extent=(x - 0.5, x + 0.5, y - 0.5, y + 0.5), **colours)
         self.axes.text(x, y + 0.56, label, ha="center", va="bottom", fontsize=10)
 
     def outline(self, x: float, y: float, mask) -> None:
-        """Outline a mask on the image that has its middle at (x, y)."""
+        """Outline a mask [H, W] on the image centred at (x, y)."""
         height, width = mask.shape
         columns = [x - 0.5 + (i + 0.5) / width for i in range(width)]
         rows = [y + 0.5 - (i + 0.5) / height for i in range(height)]
         self.axes.contour(columns, rows, mask, levels=[0.5], colors="#56b4e9", linewidths=1.4)
 
     def box(self, x: float, y: float, text: str) -> None:
-        """Put a network's name into a rounded box."""
+        """Draw a rounded box with a network's name, centred at (x, y)."""
         style = {"boxstyle": "round,pad=0.5", "facecolor": "#dceaf5", "edgecolor": "#0072b2"}
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, bbox=style)
 
@@ -130,7 +130,7 @@ class Canvas:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9.5, color="0.25")
 
     def save(self, path: Path) -> None:
-        # imshow changes the limits
+        # imshow has changed the limits
         self.axes.set(xlim=(0, self.size[0]), ylim=(0, self.size[1]))
         self.figure.savefig(path, dpi=120)
         print(f"drew {path}")
@@ -140,7 +140,7 @@ GREY = {"cmap": "gray", "vmin": 0, "vmax": 1}
 
 
 def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
-    """A → B → A and the error between the two A."""
+    """Draw A → B → A and the squared error of A; `top` is the highest error of the colour scale."""
     canvas = Canvas(7.85, 1.55)
     places = [0.7, 2.85, 5.0, 7.15]
     labels = ["A: FLAIR, with a tumour", "B: T2, translated", "A again", "(A − A again)²"]
@@ -148,19 +148,15 @@ def draw_cycle(path: Path, pictures: list, error, truth, top: float) -> None:
         colours = GREY if picture is not error else {"cmap": "inferno", "vmin": 0, "vmax": top}
         canvas.picture(x, 0.6, picture, label, **colours)
     canvas.outline(places[0], 0.6, truth)
-    for left, right, name in zip(
-        places,
-        places[1:],
-        ["forward\nUNet, A → B", "backward\nUNet, B → A", "squared\ndifference"],
-        strict=False,
-    ):
+    names = ["forward\nUNet, A → B", "backward\nUNet, B → A", "squared\ndifference"]
+    for left, right, name in zip(places, places[1:], names, strict=False):
         canvas.arrow((left + 0.52, 0.6), (right - 0.52, 0.6))
         canvas.box((left + right) / 2, 0.6, name)
     canvas.save(path)
 
 
 def draw_masked_diffusion(path: Path, pictures: list, error, top: float) -> None:
-    """A with a band of noise conditions the diffusion that makes B; only the band's error counts."""
+    """Draw MMCCD for one band: a diffusion conditioned on the masked A generates B; only the band's error counts."""
     condition, noise, translation, reconstruction = pictures
     canvas = Canvas(8.55, 3.15)
     canvas.picture(0.7, 2.2, condition, "condition: A, a band\nreplaced by noise", **GREY)
@@ -183,8 +179,8 @@ def draw_masked_diffusion(path: Path, pictures: list, error, top: float) -> None
     canvas.save(path)
 
 
-def draw_standardised(path: Path, maps: dict, usual_error: float) -> None:
-    """What the draws of a slice are made into, from its error maps [W, H]; brightness goes by the root of an error."""
+def draw_standardised(path: Path, maps: dict, error_floor: float) -> None:
+    """Draw the steps from a slice's error maps [W, H] to the standardised score; errors are on a square-root scale."""
     from matplotlib.colors import PowerNorm
 
     from evaluation.window import WINDOW
@@ -197,7 +193,7 @@ def draw_standardised(path: Path, maps: dict, usual_error: float) -> None:
         "m: mean of its draws": (maps["reconstruction"], grey),
         "√v: their deviation": (maps["variance"] ** 0.5, {"cmap": "inferno", "vmin": 0}),
         "(A − m)²": (error, None),
-        "(A − m)² / (v + c)": (error / (maps["variance"] + usual_error), None),
+        "(A − m)² / (v + c)": (error / (maps["variance"] + error_floor), None),
     }
     canvas = Canvas(5.7, 1.45)
     for i, (label, (picture, colours)) in enumerate(pictures.items()):

@@ -50,13 +50,8 @@ def load_method(model_name: str) -> "Method":
 
 def method_help() -> str:
     """Return the help of `--model_name`."""
-    cycles = (f"{name}: {entry.title}" for name, entry in METHODS.items() if entry.translates)
-    baselines = (
-        name if name == entry.title else f"{name} ({entry.title})"
-        for name, entry in METHODS.items()
-        if not entry.translates
-    )
-    return f"{'; '.join(cycles)}; reconstruction of the input alone: {', '.join(baselines)}"
+    kinds = {True: "", False: ", which reconstructs its input"}
+    return "; ".join(f"{name}: {entry.title}{kinds[entry.translates]}" for name, entry in METHODS.items())
 
 
 def titles() -> dict[str, str]:

@@ -13,11 +13,11 @@ from .method import Method, Objective
 class Autoencoder(nn.Sequential):
     """A convolutional autoencoder whose bottleneck is too small to copy a lesion through (Baur et al. 2021).
 
-    A level halves the resolution as often as the UNet's do, and the bottleneck keeps `latent_channels` at the lowest:
-    8 of them, at 128 px, are 512 numbers for 16,384 pixels.
+    It has as many levels as the UNet, and `latent_channels` at the lowest resolution: with 8 channels and 128 px, 512
+    numbers for 16,384 pixels.
 
     Args:
-        model_channels, channel_mult, norm_groups: as for `UNetModel`; levels are twice as wide, since nothing bridges.
+        model_channels, channel_mult, norm_groups: as for `UNetModel`; levels are twice as wide, to replace the skips.
         latent_channels: of the bottleneck.
     """
 

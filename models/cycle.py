@@ -10,10 +10,13 @@ from utils.device import in_batches
 
 
 class Cycle(NamedTuple):
-    """What a cycle makes of slices A [N, 1, H, W]; all of the same shape, and means over the draws of a pixel.
+    """The result of a cycle for slices A [N, 1, H, W]; all fields have this shape.
 
-    error: squared cyclic error; translation: B; reconstruction: A again; variance: of the reconstruction's draws around
-    their mean. Cyclic UNet has a single draw.
+    Attributes:
+        error: squared cyclic error, the mean over all draws of a pixel. Only MMCCD has more than one.
+        translation: B, the mean over the draws.
+        reconstruction: A again, the mean over the draws.
+        variance: of the reconstruction's draws around their mean.
     """
 
     error: Tensor
@@ -23,12 +26,12 @@ class Cycle(NamedTuple):
 
 
 def anomaly_score(image: Tensor, cycle: Cycle, score: str, error_floor: float = 0.0) -> Tensor:
-    """How anomalous each pixel of A [N, 1, H, W] is, from the mean m and the variance v of its reconstructions.
+    """Return the anomaly score of each pixel of A [N, 1, H, W], from the mean m and the variance v of its draws.
 
-    "errors" is the paper's score, the mean of (A − draw)², which is (A − m)² + v. But v says where the model is unsure,
-    at sulci and ventricles, and nothing about A: "reconstructions" is (A − m)² alone. "standardised" is
-    (A − m)² / (v + c): the same error counts for more where the draws agree. c is what the draws do not show, the noise
-    of A and the errors that all draws share: `error_floor`. In healthy tissue this score is 1 in the mean.
+    "errors" is the paper's score, the mean of (A − draw)², which equals (A − m)² + v. The variance v is high wherever
+    the model is unsure, at sulci and ventricles, lesion or not; "reconstructions" is (A − m)² alone. "standardised" is
+    (A − m)² / (v + c), so that an error counts more where the draws agree. c, the `error_floor`, covers the noise of A
+    and the errors that all draws share; the mean of this score over healthy tissue is 1.
     """
     if score == "errors":
         return cycle.error
@@ -37,10 +40,10 @@ def anomaly_score(image: Tensor, cycle: Cycle, score: str, error_floor: float = 
 
 
 def error_floor(image: Tensor, cycle: Cycle, healthy: Tensor) -> float:
-    """The constant c of the "standardised" score: the mean of (A − m)² − v over the healthy pixels, bool [N, 1, H, W].
+    """Return the constant c of the "standardised" score: the mean of (A − m)² − v over `healthy`, bool [N, 1, H, W].
 
-    The variance of the draws and c then add up to the squared error of healthy tissue. At least a hundredth of that, so
-    that no score is divided by 0; 1 where no pixel is healthy.
+    The variance of the draws and c then add up to the squared error of healthy tissue. To prevent a division by 0, c is
+    at least a hundredth of that error; it is 1 if no pixel is healthy.
     """
     if not healthy.any():
         return 1.0
@@ -58,15 +61,19 @@ def modality_cycle(
     progress: Callable[[int], object] = lambda samples: None,
     reference: Tensor | None = None,
 ) -> Cycle:
-    """Cyclic UNet: (A − backward(forward(A)))² of every pixel, for image A [N, 1, H, W].
+    """Compute (A − backward(forward(A)))² for every pixel of A [N, 1, H, W]: Cyclic UNet and all methods of one draw.
 
-    `batch_size` slices at a time; `progress` is told after each batch how many it had. With `reference`, the end is
-    compared with that instead of A.
+    Args:
+        image: A, on the translators' device.
+        forward, backward: map slices to slices. For a reconstruction method `backward` is the identity.
+        batch_size: slices at a time.
+        progress: called with the size of each finished batch.
+        reference: the slices that the end of the cycle is compared with, if not A.
     """
     translation, reconstruction = torch.empty_like(image), torch.empty_like(image)
 
     def pass_over(batch: Sequence[int]) -> None:
-        rows = slice(batch[0], batch[-1] + 1)  # a list of them would have to be copied to the device
+        rows = slice(batch[0], batch[-1] + 1)  # a list of indices would have to be copied to the device
         translation[rows] = forward(image[rows])
         reconstruction[rows] = backward(translation[rows])
 

@@ -11,19 +11,15 @@ from .method import Method
 
 
 class HistogramTranslator(nn.Module):
-    """E[B | A] of single pixels, from the joint histogram of the training slices: a cycle without any network.
-
-    A pixel is translated by its own intensity alone. What a cycle of networks scores beyond a cycle of these is what it
-    has learnt of anatomy.
-    """
+    """E[B | A] of single pixels, from the joint histogram of the training slices."""
 
     def __init__(self, bins: int = 256):
         super().__init__()
-        self.register_buffer("range", torch.tensor([0.0, 1.0]))  # least and greatest A
+        self.register_buffer("range", torch.tensor([0.0, 1.0]))  # lowest and highest A
         self.register_buffer("means", torch.zeros(bins))  # of B, by bin of A
 
     def fit(self, image: Tensor, target: Tensor) -> None:
-        """Take E[B | A] from pixels of A and B, of any shape. Empty bins lie on the line between their neighbours."""
+        """Estimate E[B | A] from pixels of A and B, of any shape. Empty bins are interpolated linearly."""
         image, target = image.flatten().double(), target.flatten().double()
         self.range.copy_(torch.stack(image.aminmax()))
         index, bins = self._bins(image), len(self.means)
@@ -39,7 +35,7 @@ class HistogramTranslator(nn.Module):
         self.means.copy_(means)
 
     def forward(self, image: Tensor) -> Tensor:
-        """The translation of `image`, any shape; intensities beyond those of training count as the last of them."""
+        """Translate `image`, of any shape. Intensities outside the training range are clipped to it."""
         return self.means[self._bins(image)]
 
     def _bins(self, image: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ BACKGROUND = -3.0 + 1e-3  # of preprocessed slices is −3; resizing leaves a li
 
 
 def coarse_noise(n: int, image_size: int, noise_size: int, std: float, generator: torch.Generator) -> Tensor:
-    """The noise of the denoising autoencoder, [n, 1, image_size, image_size] (Kascenas et al. 2022, section 2.2).
+    """Draw the noise of the denoising autoencoder, [n, 1, image_size, image_size] (Kascenas et al. 2022, section 2.2).
 
-    Gaussian noise of deviation `std` on a grid of noise_size × noise_size, enlarged to the slice, shifted cyclically
-    so that no pixel always lies on a node of the grid.
+    Gaussian noise with standard deviation `std` on a noise_size × noise_size grid, upsampled to the slice and shifted
+    cyclically by a random offset, so that the grid's nodes fall on different pixels in each sample.
     """
     coarse = std * torch.randn(n, 1, noise_size, noise_size, generator=generator)
     noise = F.interpolate(coarse, (image_size, image_size), mode="bilinear")
@@ -38,13 +38,13 @@ def draw_denoising(
     noise_std: float,
     share: slice = slice(None),
 ) -> tuple[Tensor]:
-    """The coarse noise [N, 1, H, W] of a training step; arguments as in `draw_masked_diffusion`."""
+    """Draw the coarse noise [N, 1, H, W] of a training step; arguments as in `draw_masked_diffusion`."""
     generator = keyed_generator("training", seed, step)
     return (coarse_noise(batch_size, image_size, noise_size, noise_std, generator)[share],)
 
 
 def denoising_losses(network: nn.Module, image: Tensor, target: Tensor, draws: Sequence[Tensor]) -> Tensor:
-    """Squared error [N] of slices [N, 1, H, W] that are freed from coarse noise on their foreground."""
+    """Return the squared error [N] of slices [N, 1, H, W] denoised from coarse noise on their foreground."""
     (noise,) = draws
     noisy = torch.where(image > BACKGROUND, image + noise, image)
     return (network(noisy) - image).square().flatten(1).mean(1)

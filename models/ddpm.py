@@ -1,7 +1,6 @@
 """AnoDDPM baseline (Wyatt et al. 2022): noises a slice to a part of the schedule and denoises it from there."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +8,17 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
+from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
 from utils.device import to_device
 from utils.random import keyed_generator
 
 from .method import Method, Objective
-from .sampling import create_diffusion, sampling_settings
+from .sampling import create_diffusion, diffusion_objective, sampling_settings
 
 
 class DenoisingUNet(UNetModel):
-    """Denoises x_t of the input modality; there is no condition."""
+    """Denoises x_t of the input modality, without a condition."""
 
     def __init__(self, **kwargs):
         super().__init__(in_channels=1, out_channels=1, **kwargs)
@@ -34,7 +33,7 @@ def draw_diffusion(
     schedule_sampler: ScheduleSampler,
     share: slice = slice(None),
 ) -> tuple[Tensor, ...]:
-    """Timesteps, their weights and noise of a training step; arguments as in `draw_masked_diffusion`."""
+    """Draw timesteps, their weights and noise for a training step; arguments as in `draw_masked_diffusion`."""
     generator = keyed_generator("training", seed, step)
     t, weights = schedule_sampler.sample(batch_size, generator)
     noise = torch.randn(batch_size, 1, image_size, image_size, generator=generator)
@@ -50,7 +49,7 @@ def diffusion_losses(
     diffusion: GaussianDiffusion,
     schedule_sampler: ScheduleSampler,
 ) -> Tensor:
-    """The diffusion's loss [N] for slices [N, 1, H, W]; arguments as in `masked_diffusion_losses`."""
+    """Return the diffusion's loss [N] for slices [N, 1, H, W]; arguments as in `masked_diffusion_losses`."""
     t, weights, noise = draws
     losses = diffusion.training_losses(network, image, t, noise=noise)["loss"]
     schedule_sampler.update(t, losses.detach())
@@ -58,14 +57,14 @@ def diffusion_losses(
 
 
 class PartialDiffusion(nn.Module):
-    """AnoDDPM (Wyatt et al. 2022): noise a slice up to a part of the schedule only, and denoise it from there.
+    """Reconstructs a slice by noising it up to a part of the schedule and denoising it from there.
 
-    What healthy anatomy has in common survives so little noise; a lesion should not. All noise is keyed by the seed,
-    the same for every slice.
+    That much noise preserves the anatomy but should remove a lesion. All noise is keyed by the seed and is the same for
+    every slice.
 
     Args:
         model: a trained `DenoisingUNet`.
-        diffusion: the process, respaced to timesteps up to the one that slices are noised to.
+        diffusion: the process, with timesteps up to the one that slices are noised to.
         seed: of the noise.
         use_ddim: DDIM steps with eta 0; else ancestral ones, as in the paper.
     """
@@ -76,7 +75,7 @@ class PartialDiffusion(nn.Module):
         self.sample_loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
 
     def forward(self, image: Tensor) -> Tensor:
-        """The reconstruction [N, 1, H, W] of slices [N, 1, H, W]."""
+        """Return the reconstruction [N, 1, H, W] of slices [N, 1, H, W]."""
 
         def noise(*use: int | str) -> Tensor:
             drawn = torch.randn(image.shape[1:], generator=keyed_generator(self.seed, "partial", *use))
@@ -104,19 +103,7 @@ class AnoDDPM(Method):
         return DenoisingUNet(**score_model.model)
 
     def create_objective(self, config: ConfigDict, share: slice = slice(None)) -> Objective:
-        training = config.score_model.training
-        diffusion = create_diffusion(config.score_model.diffusion)
-        schedule_sampler = create_named_schedule_sampler(training.schedule_sampler, diffusion)
-        draw = partial(
-            draw_diffusion,
-            seed=config.seed,
-            batch_size=training.batch_size,
-            image_size=config.data.image_size,
-            schedule_sampler=schedule_sampler,
-            share=share,
-        )
-        losses = partial(diffusion_losses, diffusion=diffusion, schedule_sampler=schedule_sampler)
-        return Objective(losses, draw, schedule_sampler)
+        return diffusion_objective(config, share, draw_diffusion, diffusion_losses)
 
     def create_translator(self, network: nn.Module, config: ConfigDict) -> PartialDiffusion:
         score_model, sampling = config.score_model, config.score_model.sampling

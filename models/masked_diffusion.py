@@ -1,7 +1,7 @@
 """Masked conditional diffusion: the forward translator of MMCCD (Liang et al. 2023, section 2.2).
 
-The diffusion makes the target modality from noise. It is conditioned on the input image, of which one band is
-replaced by noise, so that under the band it has to imagine what healthy tissue looks like there.
+The diffusion generates the target modality from noise, conditioned on the input image with one band replaced by noise.
+Under the band it generates tissue as it has seen it there in healthy training slices.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.unet import UNetModel
-from utils.device import DrawnAhead, to_device
+from utils.device import Prefetcher, to_device
 from utils.random import keyed_generator
 
 from .masks import Band, band_masks, random_bands
 
 
 def masked_condition(image: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """The condition c: `image` outside the mask, standard Gaussian `noise` under it. All [N, 1, H, W]."""
+    """Return the condition: `image` outside the mask, standard Gaussian `noise` under it. All [N, 1, H, W]."""
     return torch.where(mask, noise, image)
 
 
@@ -46,19 +46,19 @@ def draw_masked_diffusion(
     schedule_sampler: ScheduleSampler,
     share: slice = slice(None),
 ) -> tuple[Tensor, ...]:
-    """What is random in a training step: a random band, a timestep and noise for each sample.
+    """Draw the random band, timestep and noise of each sample of a training step.
 
-    All is drawn by (seed, step) and a sample's place in the batch, whoever computes its loss.
+    They depend on the seed, the step and the sample's place in the batch, not on the number of processes.
 
     Args:
-        step: number of the training step.
+        step: of training.
         seed: of the run.
         batch_size: of the whole batch.
         image_size: H = W, px.
         band_width: px.
         band_stride: px between possible starts.
         schedule_sampler: draws the timesteps and weights their losses.
-        share: the part of the batch that is wanted.
+        share: the part of the batch to return.
 
     Returns:
         mask bool [N, 1, H, W], timesteps [N] and their weights [N], noise for the condition and for x_t [N, 1, H, W].
@@ -80,7 +80,7 @@ def masked_diffusion_losses(
     diffusion: GaussianDiffusion,
     schedule_sampler: ScheduleSampler,
 ) -> Tensor:
-    """The diffusion's loss [N] for a batch of slices.
+    """Return the diffusion's loss [N] for a batch of slices.
 
     Args:
         model: a `MaskedConditionalUNet`.
@@ -88,7 +88,7 @@ def masked_diffusion_losses(
         target: target modality of the same slices, x_0 of the diffusion.
         draws: as from `draw_masked_diffusion`, on the model's device.
         diffusion: the process with all its steps.
-        schedule_sampler: is told the losses.
+        schedule_sampler: updated with the losses.
     """
     mask, t, weights, condition_noise, noise = draws
     condition = masked_condition(image, mask, condition_noise)
@@ -98,10 +98,10 @@ def masked_diffusion_losses(
 
 
 class MaskedDiffusionTranslator:
-    """Samples the translation of an image whose band is hidden.
+    """Samples the translation of an image with a band hidden. The predicted x_0 is not clipped.
 
-    All noise is keyed by the seed and the band, the same for every slice: x_T, the noise under the band (held over
-    all steps, so that DDIM with eta 0 is deterministic) and what ancestral steps add. The predicted x_0 is not clipped.
+    All noise is keyed by the seed and the band and is the same for every slice: x_T, the noise under the band (fixed
+    over the steps, so that DDIM with eta 0 is deterministic) and the noise of ancestral steps.
 
     Args:
         model: a trained `MaskedConditionalUNet`, on its device.
@@ -135,7 +135,7 @@ class MaskedDiffusionTranslator:
         self._drawn: dict[tuple, Tensor] = {}
 
     def mask(self, bands: Sequence[Band]) -> Tensor:
-        """The pixels that each band hides, bool [N, 1, H, W]."""
+        """Return the pixels that each band hides, bool [N, 1, H, W]."""
         return band_masks(bands, self.image_size, self.band_width)
 
     def sample(self, image: Tensor, bands: Sequence[Band]) -> Tensor:
@@ -147,7 +147,7 @@ class MaskedDiffusionTranslator:
         def draw(step: int) -> tuple[Tensor]:
             return (torch.stack([self._noise(band, "step", step) for band in bands]),)
 
-        step_noise = DrawnAhead(draw, device, ahead=-1)
+        step_noise = Prefetcher(draw, device, ahead=-1)
         return self.sample_loop(
             self.model,
             image.shape,
@@ -162,7 +162,7 @@ class MaskedDiffusionTranslator:
         return torch.randn(shape, generator=keyed_generator(self.seed, *band, *use))
 
     def _noise_once(self, bands: Sequence[Band], use: str) -> Tensor:
-        """Drawn for the first slice that meets a band and kept for the others: two images a band in all."""
+        """Return noise that is drawn once for each band and reused for all slices: two images a band."""
         for band in bands:
             if (band, use) not in self._drawn:
                 self._drawn[band, use] = self._noise(band, use)

@@ -15,12 +15,12 @@ class Band(NamedTuple):
 
 
 def sweep(image_size: int, stride: int) -> list[Band]:
-    """Every band of the test-time sweep: starts 0, stride, 2·stride, … below image_size, in both directions."""
+    """Return all bands of the test-time sweep: starts 0, stride, 2·stride, … below image_size, in both directions."""
     return [Band(d, start) for d in ("horizontal", "vertical") for start in range(0, image_size, stride)]
 
 
 def band_mask(band: Band, image_size: int, width: int) -> Tensor:
-    """The pixels that `band` hides: bool [1, image_size, image_size]. A band is cut at the image's border."""
+    """Return the pixels that `band` hides, bool [1, image_size, image_size]. The image's border cuts the band."""
     mask = torch.zeros(1, image_size, image_size, dtype=torch.bool)
     hidden = slice(band.start, band.start + width)
     if band.direction == "horizontal":
@@ -31,11 +31,11 @@ def band_mask(band: Band, image_size: int, width: int) -> Tensor:
 
 
 def band_masks(bands: Sequence[Band], image_size: int, width: int) -> Tensor:
-    """The pixels that each of N bands hides: bool [N, 1, image_size, image_size]."""
+    """Return the pixels that each of N bands hides, bool [N, 1, image_size, image_size]."""
     return torch.stack([band_mask(band, image_size, width) for band in bands])
 
 
 def random_bands(n: int, image_size: int, stride: int, generator: torch.Generator) -> list[Band]:
-    """n bands drawn uniformly from the sweep, one for each sample of a training batch."""
+    """Draw n bands uniformly from the sweep, one for each sample of a training batch."""
     bands = sweep(image_size, stride)
     return [bands[i] for i in torch.randint(len(bands), (n,), generator=generator).tolist()]

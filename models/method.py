@@ -33,7 +33,6 @@ class Method:
 
     Attributes:
         fixed: beginnings of the config keys that training fixes, beside `ALWAYS_FIXED`.
-        presets: names of `--sampling` that the method has settings for.
         samples_are: what `count_samples` counts, for the terminal.
         fit: (network, image, target) fits the network to all training slices at once; None: gradient descent.
     """
@@ -109,7 +108,3 @@ class Method:
     def results_suffix(self, config: ConfigDict) -> str:
         """Return the last part of a results folder's name, which tells one sampling or filter from another."""
         return config.score_model.sampling.smooth.replace("none", "")
-
-    def cpu_hint(self, config: ConfigDict) -> str:
-        """Return a line of advice for a run on a CPU, or nothing."""
-        return ""

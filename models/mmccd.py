@@ -12,7 +12,6 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from guided_diffusion.resample import create_named_schedule_sampler
 from utils.device import in_batches, to_device
 
 from .cycle import Cycle
@@ -24,15 +23,22 @@ from .masked_diffusion import (
 )
 from .masks import Band, sweep
 from .method import Method, Objective
-from .sampling import SAMPLING, create_diffusion, sampling_keys, sampling_name, sampling_settings
+from .sampling import (
+    SAMPLING,
+    create_diffusion,
+    diffusion_objective,
+    sampling_keys,
+    sampling_name,
+    sampling_settings,
+)
 
 
 def slices_and_bands(
     brainmask: Tensor, forward: MaskedDiffusionTranslator, bands: Sequence[Band]
 ) -> list[tuple[int, Band]]:
-    """What MMCCD samples: every slice of `brainmask` with every band that hides some of its brain.
+    """Return MMCCD's samples: the index of each slice with each band that hides some of its brain.
 
-    `brainmask` is [N, 1, H, W], on the CPU: how many bands that are is not known before it has been looked at.
+    `brainmask` is [N, 1, H, W], on the CPU, because the number of samples depends on it.
     """
     masks = forward.mask(bands)
     return [
@@ -54,11 +60,10 @@ def mmccd(
     progress: Callable[[int], object] = lambda samples: None,
     reference: Tensor | None = None,
 ) -> Cycle:
-    """MMCCD: of every pixel the mean of (A − backward(forward(A with a band hidden)))² over the bands that hid it.
+    """Average (A − backward(forward(A with a band hidden)))² at each pixel over the bands that hid it.
 
-    Bands that hide no brain of a slice are not sampled. Translation and reconstruction are put together in the
-    same way, from what each band had hidden; where no band passed, they are the image, which is background there.
-    Every reconstruction is one draw of what the hidden tissue may look like.
+    Each reconstruction is one draw of the tissue under its band. Translation and reconstruction are averaged in the
+    same way. Bands that hide no brain of a slice are not sampled; pixels that no band hid equal `reference`.
 
     Args:
         image: A, [N, 1, H, W], on the translators' device.
@@ -67,11 +72,11 @@ def mmccd(
         backward: B to A.
         bands: the sweep.
         batch_size: network samples at a time; it changes the memory needed, not the scores.
-        progress: told after each batch how many samples it had.
-        reference: what the end of the cycle is compared with, if not A.
+        progress: called with the number of samples of each finished batch.
+        reference: the slices that the end of the cycle is compared with, if not A.
     """
     reference = image if reference is None else reference
-    # In double precision, since the variance is the small difference of two sums where an error is large.
+    # In double precision, because the variance is the small difference of two large sums.
     sums = torch.zeros(4, *image.shape, dtype=torch.float64, device=image.device)
 
     def pass_over(batch: Sequence[tuple[int, Band]]) -> None:
@@ -82,7 +87,7 @@ def mmccd(
         reconstruction = backward(translation)
         error = (reference[index].double() - reconstruction).square()
         found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
-        sums.index_add_(1, index, found)  # all at once: a batch that is tried again must not count twice
+        sums.index_add_(1, index, found)  # in one call, so that a batch that is retried counts once
 
     in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress, image.device)
     *sums, counts = sums
@@ -95,26 +100,16 @@ def mmccd(
 class MMCCD(Method):
     fixed = ("score_model.model.", "score_model.diffusion.", "score_model.mask.width")
     samples_are = "slices with a band hidden"
+    sampling_settings = staticmethod(sampling_settings)
+    sampling_name = results_suffix = staticmethod(sampling_name)
 
     def create_network(self, score_model: ConfigDict) -> nn.Module:
         return MaskedConditionalUNet(**score_model.model)
 
     def create_objective(self, config: ConfigDict, share: slice = slice(None)) -> Objective:
-        score_model = config.score_model
-        diffusion = create_diffusion(score_model.diffusion)
-        schedule_sampler = create_named_schedule_sampler(score_model.training.schedule_sampler, diffusion)
-        draw = partial(
-            draw_masked_diffusion,
-            seed=config.seed,
-            batch_size=score_model.training.batch_size,
-            image_size=config.data.image_size,
-            band_width=score_model.mask.width,
-            band_stride=score_model.mask.stride,
-            schedule_sampler=schedule_sampler,
-            share=share,
-        )
-        losses = partial(masked_diffusion_losses, diffusion=diffusion, schedule_sampler=schedule_sampler)
-        return Objective(losses, draw, schedule_sampler)
+        mask = config.score_model.mask
+        draw = partial(draw_masked_diffusion, band_width=mask.width, band_stride=mask.stride)
+        return diffusion_objective(config, share, draw, masked_diffusion_losses)
 
     def create_translator(self, network: nn.Module, config: ConfigDict) -> MaskedDiffusionTranslator:
         sampling = config.score_model.sampling
@@ -135,13 +130,17 @@ class MMCCD(Method):
         middle = [Band("horizontal", (config.data.image_size - config.score_model.mask.width) // 2)]
         return image.masked_fill(translator.mask(middle).to(image.device), 0.0), translator.sample(image, middle)
 
+    def bands(self, config: ConfigDict) -> list[Band]:
+        """Return the bands of the test-time sweep."""
+        return sweep(config.data.image_size, config.score_model.sampling.stride)
+
     def cycle(
         self, image: Tensor, brainmask: Tensor, forward: Any, backward: Any, config: ConfigDict, **how: Any
     ) -> Cycle:
-        return mmccd(image, brainmask, forward, backward, bands=bands_of(config), **how)
+        return mmccd(image, brainmask, forward, backward, bands=self.bands(config), **how)
 
     def count_samples(self, brainmask: Tensor, translator: MaskedDiffusionTranslator, config: ConfigDict) -> int:
-        return len(slices_and_bands(brainmask, translator, bands_of(config)))
+        return len(slices_and_bands(brainmask, translator, self.bands(config)))
 
     def count_steps(self, translator: MaskedDiffusionTranslator) -> int:
         return translator.diffusion.num_timesteps
@@ -151,24 +150,6 @@ class MMCCD(Method):
 
     def sampling_defaults(self, config: ConfigDict, preset: str | None) -> dict[str, Any]:
         return sampling_keys(*SAMPLING[preset], config.score_model.mask.width) if preset else {}
-
-    def sampling_settings(self, config: ConfigDict) -> dict[str, Any]:
-        return sampling_settings(config)
-
-    def sampling_name(self, config: ConfigDict) -> str:
-        return sampling_name(config)
-
-    def results_suffix(self, config: ConfigDict) -> str:
-        return sampling_name(config)
-
-    def cpu_hint(self, config: ConfigDict) -> str:
-        fast = sampling_name(config).startswith("fast")
-        return "" if fast else "that takes long on a CPU: --sampling fast makes far fewer"
-
-
-def bands_of(config: ConfigDict) -> list[Band]:
-    """Return the bands of the test-time sweep."""
-    return sweep(config.data.image_size, config.score_model.sampling.stride)
 
 
 METHOD = MMCCD()

@@ -1,13 +1,18 @@
-"""From a config to a diffusion process, and how a trained diffusion samples: settings, presets, names."""
+"""From a config to a diffusion and its objective, and the settings, presets and names of its sampling."""
 
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from utils.experiment import flatten
+
+from .method import Objective
 
 # Presets of MMCCD's sampling: DDIM steps; bands of the sweep in the width of one band, which is how many of either
 # direction hide a pixel; score; filter. docs/speed.md has the cost and the scores of each.
@@ -17,15 +22,21 @@ SAMPLING = {"paper": ("100", 8, "errors", "none"), "fast": ("trailing2", 2, "sta
 def create_diffusion(
     diffusion_config: ConfigDict, timestep_respacing: str = "", first_steps: int | None = None
 ) -> SpacedDiffusion:
-    """The diffusion process, with all its steps or respaced to fewer, of all or only of its first ones.
+    """Return the diffusion process with all timesteps or, if respaced, fewer of them.
 
-    A ValueError for an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing that
-    cannot be had.
+    Args:
+        diffusion_config: `score_model.diffusion` of the config.
+        timestep_respacing: as in `space_timesteps`; empty: all timesteps.
+        first_steps: respace only this many timesteps from the first; None: all.
+
+    Raises:
+        ValueError: for an unknown schedule, prediction or variance, too few steps for the schedule, or a respacing
+            that is impossible.
     """
     steps = diffusion_config.steps
     spaced = first_steps or steps
     use_timesteps = space_timesteps(spaced, timestep_respacing)
-    if len(use_timesteps) == 1:  # one step leads from the noisiest to x_0: it is the last, not the first
+    if len(use_timesteps) == 1:  # a single step has to start from the noisiest x_t, the last
         use_timesteps = {spaced - 1}
     betas = get_named_beta_schedule(diffusion_config.noise_schedule, steps)
     if betas.max() > 1:
@@ -44,6 +55,15 @@ def _member(kind: type[Enum], name: str) -> Enum:
     if name not in kind.__members__:
         raise ValueError(f"unknown {kind.__name__} {name!r}: choose one of {', '.join(kind.__members__)}")
     return kind[name]
+
+
+def diffusion_objective(config: ConfigDict, share: slice, draw: Callable, losses: Callable) -> Objective:
+    """Return the training objective of a diffusion from its draws and losses; errors as from `create_diffusion`."""
+    training, diffusion = config.score_model.training, create_diffusion(config.score_model.diffusion)
+    schedule_sampler = create_named_schedule_sampler(training.schedule_sampler, diffusion)
+    drawn = {"seed": config.seed, "batch_size": training.batch_size, "image_size": config.data.image_size}
+    draw = partial(draw, **drawn, schedule_sampler=schedule_sampler, share=share)
+    return Objective(partial(losses, diffusion=diffusion, schedule_sampler=schedule_sampler), draw, schedule_sampler)
 
 
 def sampling_keys(steps: str, bands_a_width: int, score: str, smooth: str, band_width: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from guided_diffusion.resample import ScheduleSampler
-from utils.device import DrawnAhead
+from utils.device import Prefetcher
 
 from .method import Method
 
@@ -26,19 +26,19 @@ def create_losses(
         ValueError: as from `Method.create_objective`.
     """
     losses, draw, schedule_sampler = method.create_objective(config, share)
-    learns = schedule_sampler is not None and schedule_sampler.learns  # then draws depend on the step before
-    drawn = DrawnAhead(draw, device, ahead=int(not learns))
+    adaptive = schedule_sampler is not None and schedule_sampler.adaptive  # then draws depend on the step before
+    drawn = Prefetcher(draw, device, ahead=int(not adaptive))
     return lambda network, image, target, step: losses(network, image, target, drawn(step)), schedule_sampler
 
 
 def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> float:
-    """About how long a training step takes, from losses and gradients of a single slice; errors as from the above."""
+    """Estimate the duration of a training step from the losses and gradients of a single slice."""
     single = config.copy_and_resolve_references()
     single.score_model.training.batch_size = 1
     network = method.create_network(config.score_model).to(device)
     losses, _ = create_losses(method, single, device)
     image = torch.zeros(1, 1, config.data.image_size, config.data.image_size, device=device)
-    for step in range(2):  # the first one is slow
+    for step in range(2):  # the first step is slow
         started = time.perf_counter()
         losses(network, image, image, step).mean().backward()
         if device.type == "cuda":
@@ -47,9 +47,9 @@ def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> 
 
 
 def bytes_a_sample(method: Method, config: ConfigDict) -> int:
-    """About what a sample of a training batch takes: all that a step keeps of it for its gradients, in float32.
+    """Estimate the float32 bytes that a training step stores for the gradients of one sample; 0 without gradients.
 
-    It is measured on slices so small that they take no time, and grows with the number of pixels.
+    Measured on a tiny slice and scaled by the number of pixels.
     """
     if method.fit:
         return 0
