@@ -7,7 +7,7 @@ from scoring.chain import chain_parser, find_chain, require_same_preprocessing, 
 from utils.cli import parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
 
-TRAINING_SLICES = 64  # that say what error is usual where there are no validation slices
+ERROR_FLOOR_SLICES = 64  # training slices that set the error floor if there are no validation slices
 
 
 def main() -> None:
@@ -19,28 +19,28 @@ def main() -> None:
     elif args.combine:
         combine_runs(args.combine, score_grid(args, overrides))
     elif args.rescore:
-        score_again(args.rescore, score_grid(args, overrides))
+        rescore(args.rescore, score_grid(args, overrides))
     else:
         with open_folder(args.logdir) as experiments:
             score_translators(args, overrides, experiments)
 
 
 def score_translators(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> None:
-    """Make the error maps of the test and validation slices, and score them."""
-    # Only now what takes seconds to import.
+    """Compute error maps of the test and validation slices, score them, and write the results folder."""
+    # Imported here because these take seconds to load.
     from datasets.brats2021 import fingerprint
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, write_maps
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
-    from scoring.scorer import Scorer, create_maps, kinds_scored, load_slices
+    from scoring.scorer import Scorer, create_maps, kinds_to_load, load_slices
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.experiment import describe_run, write_record
     from utils.files import replaced
 
     dist_util.setup()
-    experiments.writes = dist_util.rank() == 0
+    experiments.writable = dist_util.rank() == 0
     chain = find_chain(args, overrides, experiments)
     config, grid = chain.config, score_grid(args, overrides)
     require_same_preprocessing(chain, Path(config.data.data_dir))
@@ -48,7 +48,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     scorer, name = Scorer(chain, device), results_name(chain)
     slices = {split: load_slices(chain, split) for split in ("test", "val")}
     if slices["val"] is None:
-        slices["train"] = load_slices(chain, "train", TRAINING_SLICES)
+        slices["train"] = load_slices(chain, "train", ERROR_FLOOR_SLICES)
     if args.select == "validation":
         chain, name = best_on_validation(chain, experiments, slices["val"], device), f"{name}__selected"
         scorer = Scorer(chain, device)
@@ -57,7 +57,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
 
     maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
     dist_util.shut_down()
-    if not experiments.writes:
+    if not experiments.writable:
         return
     run = {
         "method": chain.method,
@@ -71,7 +71,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
     }
     results = experiments.local / "results" / name
-    data = {split: fingerprint(config.data.data_dir, split, kinds_scored(chain)) for split in maps}
+    data = {split: fingerprint(config.data.data_dir, split, kinds_to_load(chain)) for split in maps}
     with replaced(results, "--logdir", [EVENTS]) as new:
         write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
         write_maps(new / ERROR_MAPS, run, maps)
@@ -79,8 +79,8 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
         experiments.remove(f"results/{results.name}", EVENTS)
 
 
-def score_again(path: Path, grid: list) -> None:
-    """Score the error maps of an earlier test run, given by its folder or its file of error maps."""
+def rescore(path: Path, grid: list) -> None:
+    """Score the error maps of an earlier test run, given its results folder or its error_maps.npz."""
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, read_maps
     from utils.files import replaced
@@ -92,7 +92,7 @@ def score_again(path: Path, grid: list) -> None:
 
 
 def combine_runs(runs: list[str], grid: list) -> None:
-    """Make a test run of the sum of several, beside the first of them."""
+    """Sum the chosen scores of several test runs, and write the results next to those of the first run."""
     from evaluation.combination import INTENSITY, combine
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, write_maps
@@ -109,7 +109,7 @@ def combine_runs(runs: list[str], grid: list) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = chain_parser(__doc__)
-    select = "newest: the last EMA weights; validation: of all saved weights those with the best validation AUPRC"
+    select = "checkpoint: the newest EMA weights, or of all saved weights those with the highest validation AUPRC"
     parser.add_argument("--select", default="newest", choices=["newest", "validation"], help=select)
     add = parser.add_mutually_exclusive_group().add_argument
     add(
@@ -117,13 +117,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         nargs=2,
         type=local_path,
         metavar=("RUN_A", "RUN_B"),
-        help="only compare the test runs in two folders, slice by slice (paired bootstrap)",
+        help="instead of testing, compare the test runs in two folders slice by slice (paired bootstrap)",
     )
-    combine = (
-        "only sum the chosen scores of the test runs in these folders into a run of its own; intensity: the bare input"
-    )
+    combine = "instead of testing, sum the chosen scores of the runs in these folders; intensity: the input itself"
     add("--combine", nargs="+", metavar="RUN", help=combine)
-    add("--rescore", type=local_path, metavar="RUN", help="only score a test run's error maps again, without a model")
+    add("--rescore", type=local_path, metavar="RUN", help="instead of testing, score the error maps of a run again")
     return parse_run_args(parser)
 
 

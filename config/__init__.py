@@ -1,4 +1,4 @@
-"""Settings: one config for each data set, overridden from the command line by `--config.KEY=VALUE`."""
+"""Settings: one config per data set, overridden from the command line with `--config.KEY=VALUE`."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
@@ -15,15 +15,20 @@ from utils.experiment import flatten, require_name
 from . import brats_config, phantom_config
 
 CONFIGS = {"brats": brats_config.get_config, "phantom": phantom_config.get_config}
-# How a score is made of the draws of each pixel (see models/cycle.py), and smoothed (see evaluation/metrics.py).
-SCORING = {"score": ("errors", "reconstructions", "standardised"), "smooth": ("none", "median3", "median5")}
+# Settings that have named values; for the scores see models/cycle.py, for their smoothing evaluation/scores.py.
+_CHOICES = {
+    "precision": ("auto", *PRECISIONS),
+    "score_model.sampling.score": ("errors", "reconstructions", "standardised"),
+    "score_model.sampling.smooth": ("none", "median3", "median5"),
+}
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 
 def get_config(dataset: str) -> ConfigDict:
-    """The settings for `dataset`, locked: values can be changed, keys cannot be added.
+    """Return the config for `dataset`, locked: values can be changed, keys cannot be added.
 
-    A UserError for an unknown data set.
+    Raises:
+        UserError: if the data set is unknown.
     """
     if dataset in MODALITIES:
         raise UserError(
@@ -41,19 +46,19 @@ def resolve(
     model_name: str = "unet",
     preset: str | None = None,
 ) -> tuple[ConfigDict, set[str]]:
-    """The config of a run: the data set's, then the flags that were given, then `--config.KEY=VALUE`.
+    """Return the config of a run, locked, and the keys set by the user.
+
+    Flags override the data set's config, and `--config.KEY=VALUE` overrides flags.
 
     Args:
         dataset: name of the config.
-        flags_given: dotted key of the config to the flag's value, None where the flag was not given.
+        flags_given: values of flags by dotted config key, None for flags that were not given.
         overrides: arguments of the form `--config.KEY=VALUE`.
         model_name: of the forward translator. A baseline translates the input modality to itself.
         preset: size of network, images and training, `paper` or `small`; None: the data set's own.
 
-    Returns:
-        The config, locked, and the keys that the user set.
-
-    A UserError as from `get_config` and `override`, or for a target modality that a baseline has not.
+    Raises:
+        UserError: as from `get_config` and `override`, or if a target modality is set for a baseline.
     """
     config = get_config(dataset)
     if preset:
@@ -72,12 +77,10 @@ def resolve(
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
-    """Apply command-line arguments of the form `--config.KEY=VALUE` to a locked config, in place.
+    """Apply command-line arguments of the form `--config.KEY=VALUE` to a locked config, in place; return their keys.
 
-    Returns:
-        The keys that were set.
-
-    A UserError for an unknown key (the nearest known one is named), or a value of the wrong type.
+    Raises:
+        UserError: if a key is unknown (the message suggests the nearest one) or a value has the wrong type.
     """
     known, given = dict(flatten(config)), []
     for argument in arguments:
@@ -97,9 +100,10 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
 
 
 def check(config: ConfigDict, model_name: str = "unet") -> None:
-    """Refuse values that no run of `model_name` can work with, before anything is written.
+    """Validate the settings of a run of `model_name`, before it writes anything.
 
-    A UserError names the first value that is out of range.
+    Raises:
+        UserError: if a value is invalid; the message names the first one.
     """
     data, score_model = config.data, config.score_model
     model, width = score_model.model, score_model.mask.width
@@ -109,21 +113,18 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not model.channel_mult:
         raise UserError("score_model.model.channel_mult is empty: give the width of at least one level")
-    names = {"precision": ("auto", *PRECISIONS)} | {
-        f"score_model.sampling.{key}": known for key, known in SCORING.items()
-    }
     values = dict(flatten(config))
-    for key, known in names.items():
-        if values[key] not in known:
-            raise UserError(f"{key}={values[key]!r} is not known: choose one of {', '.join(known)}")
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"{key}={values[key]!r} must be one of {', '.join(choices)}")
     bounds = _BOUNDS | {"score_model.mask.width": (1, data.image_size)} | load_method(model_name).bounds(config)
     for key, (least, most) in bounds.items():
         if not least <= values[key] <= most:
-            allowed = f"be at least {least}" if most == inf else f"lie in {least} … {most}"
+            allowed = f"be at least {least}" if most == inf else f"be between {least} and {most}"
             raise UserError(f"{key}={values[key]} must {allowed}")
     for mult in model.channel_mult:
         if not isinstance(mult, int) or mult < 1:
-            raise UserError(f"score_model.model.channel_mult holds {mult!r}: use whole numbers from 1 on")
+            raise UserError(f"score_model.model.channel_mult holds {mult!r}: use integers of at least 1")
         if mult * model.model_channels % model.norm_groups:
             raise UserError(
                 f"score_model.model.norm_groups={model.norm_groups} does not divide the "
@@ -131,22 +132,21 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
             )
     for rate in model.attention_resolutions:
         if not isinstance(rate, int) or rate < 1 or rate & (rate - 1):
-            raise UserError(
-                f"score_model.model.attention_resolutions holds {rate!r}: use downsampling rates, 1, 2, 4, 8 and so on"
-            )
+            allowed = "use downsampling rates, which are powers of two: 1, 2, 4, 8, …"
+            raise UserError(f"score_model.model.attention_resolutions holds {rate!r}: {allowed}")
     halvings = len(model.channel_mult) - 1
     if data.image_size % 2**halvings:
         raise UserError(
             f"data.image_size={data.image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
-            f"score_model.model.channel_mult ask: use a multiple of {2**halvings}"
+            f"score_model.model.channel_mult require: use a multiple of {2**halvings}"
         )
     for section in ("mask", "sampling"):
         stride = score_model[section].stride
         if not 1 <= stride <= width:
-            raise UserError(f"score_model.{section}.stride={stride} must lie in 1 … mask.width, or pixels go unseen")
+            raise UserError(f"score_model.{section}.stride={stride} must be between 1 and mask.width to skip no pixel")
 
 
-# The least and the most that a number may be.
+# Minimum and maximum of the numeric settings.
 _BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
     f"score_model.{section}.{key}": bounds
     for section, bounds, keys in (

@@ -1,4 +1,4 @@
-"""The demo's settings: the paper's method at a size that two CPU cores train in minutes."""
+"""The demo's settings: the paper's method at a size that trains in minutes on two CPU cores."""
 
 from ml_collections import ConfigDict
 
@@ -6,15 +6,15 @@ from . import brats_config
 
 
 def get_config() -> ConfigDict:
-    """The paper's settings, made small, for the phantom."""
+    """Return the paper's settings, reduced in size, for the phantom."""
     config = make_small(brats_config.get_config())
     config.data.data_dir = "./datasets/phantom"
     return config
 
 
 def make_small(config: ConfigDict) -> ConfigDict:
-    """The config with a network, images and a training that take a CPU minutes."""
-    # So small a network gains little from less, and float32 does the same with and without bfloat16 units.
+    """Reduce network, images and training of a config, in place, to a size that a CPU trains in minutes."""
+    # Lower precision hardly speeds up such a small network, and float32 results do not depend on bfloat16 support.
     config.precision = "float32"
 
     config.data.image_size = 64
@@ -23,9 +23,9 @@ def make_small(config: ConfigDict) -> ConfigDict:
     model.model_channels = 16
     model.num_res_blocks = 1
     model.attention_resolutions = (8, 16)
-    model.dropout = 0.0  # on a CPU, drawing its random numbers takes a quarter of a step
+    model.dropout = 0.0  # drawing its random numbers takes a quarter of a step on a CPU
 
-    # A 16th of the image, which `--sampling fast` likes better than the paper's eighth.
+    # 1/16 of the image, which suits `--sampling fast` better than the paper's 1/8.
     config.score_model.mask.width = 4
     config.score_model.mask.stride = 1
 

@@ -1,1 +1,1 @@
-"""From raw MRI volumes to training slices: preprocessing, splits, the phantom cohort, the Dataset, its loader."""
+"""From raw MRI volumes to training batches: cohorts, splits, preprocessing, the phantom, dataset and loader."""

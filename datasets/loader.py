@@ -1,4 +1,4 @@
-"""Batches of slices: endless and reproducible for training, all in order for testing."""
+"""Batches of slices: an endless, reproducible stream for training, and a whole dataset in order for testing."""
 
 import signal
 from collections.abc import Iterator
@@ -12,20 +12,19 @@ from utils.random import keyed_generator
 def step_indices(
     dataset_size: int, batch_size: int, seed: int, first_step: int, share: slice = slice(None)
 ) -> Iterator[list[int]]:
-    """Indices of the batch of every training step, endlessly, from `first_step` on; of each batch the given share.
+    """Yield the indices of the `share` of each training step's batch, endlessly, starting at `first_step`.
 
-    Slices come in a new random order in each epoch. Which ones a step sees is a function of (seed, step) alone, so
-    that training can go on from any step.
+    Slices are reshuffled every epoch. A step's batch depends only on (seed, step), so training can resume at any step.
     """
-    epoch, place = divmod(first_step * batch_size, dataset_size)
+    epoch, offset = divmod(first_step * batch_size, dataset_size)
     order: list[int] = []
     while True:
-        while len(order) < place + batch_size:
+        while len(order) < offset + batch_size:
             generator = keyed_generator("order", seed, epoch)
             order += torch.randperm(dataset_size, generator=generator).tolist()
             epoch += 1
-        yield order[place : place + batch_size][share]
-        order, place = order[place + batch_size :], 0
+        yield order[offset : offset + batch_size][share]
+        order, offset = order[offset + batch_size :], 0
 
 
 def training_batches(
@@ -38,33 +37,33 @@ def training_batches(
     workers: int = 0,
     pinned: bool = False,
 ) -> Iterator[dict]:
-    """Endless batches, dicts of tensors [batch_size, 1, H, W], beginning with that of `first_step`.
+    """Return an endless iterator over training batches, dicts of `name` and tensors [batch_size, 1, H, W] by kind.
 
     Args:
-        dataset: of slices.
-        batch_size: of all processes together.
-        seed: of the order.
-        first_step: number of the first batch.
-        share: the part of each batch that is wanted.
-        workers: processes that read ahead.
-        pinned: in memory that a GPU copies from while the host goes on.
+        dataset: slices, as in `BraTS2021Dataset`.
+        batch_size: total over all processes.
+        seed: seed of the order of slices.
+        first_step: step of the first batch.
+        share: part of each batch to load, for this process.
+        workers: number of worker processes that load batches ahead; 0 loads them in this process.
+        pinned: load into pinned memory, for asynchronous copies to a GPU.
     """
     loader = DataLoader(
         dataset,
         batch_sampler=step_indices(len(dataset), batch_size, seed, first_step, share),
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_signals,
         pin_memory=pinned,
     )
     return iter(loader)
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and the end of a Slurm job reach all processes, but training still needs its batch when it stops."""
+def ignore_signals(worker: int) -> None:
+    """Keep a worker alive on Ctrl-C or when Slurm ends the job: the main process needs its batch to stop cleanly."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def all_slices(dataset: Dataset) -> dict:
-    """The whole dataset as one batch: tensors [N, 1, H, W] by kind, and a list of N names."""
+    """Return the whole dataset as one batch: tensors [N, 1, H, W] by kind, and a list of N names."""
     return default_collate([dataset[i] for i in range(len(dataset))])

@@ -1,9 +1,9 @@
-"""Make a phantom cohort: brain MRI in the shape of BraTS 2021, for where no MRI can be shipped.
+"""Make a phantom cohort: synthetic brain MRI in BraTS 2021 format, for demos and tests without patient data.
 
-Real anatomy, invented subjects: the MNI152 tissue templates that nilearn carries are deformed at random for each
-subject (phantom_anatomy), a tumour grows in the white matter (phantom_tumour), and each modality is scanned in its own
-way (phantom_scan). All of it is drawn from (seed, subject number), so a cohort is the same, byte for byte, whatever the
-number of workers.
+The anatomy is real, the subjects are not: nilearn's MNI152 tissue templates are deformed at random for each subject
+(phantom_anatomy), a tumour is grown in the white matter (phantom_tumour), and each modality is simulated with its own
+contrast and acquisition (phantom_scan). Everything is drawn from (seed, subject number), so a cohort is identical byte
+for byte with any number of workers.
 
     python ./datasets/phantom.py --train 48 --val 16 --test 32
 """
@@ -24,12 +24,12 @@ MODALITIES = ("flair", "t1", "t1ce", "t2")
 
 
 def subject_name(number: int) -> str:
-    """The name of the subject's folder, and what its files' names begin with."""
+    """Return the subject's name, which is its folder's name and the prefix of its files."""
     return f"BraTS2021_{number:05d}"
 
 
 def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
-    """Draw a subject and write its five files."""
+    """Generate a subject and write its five volumes."""
     import nibabel as nib
 
     from datasets.phantom_anatomy import AFFINE
@@ -48,18 +48,18 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
 
 
 def write_cohort(output_dir: Path, counts: dict[str, int], seed: int, workers: int) -> None:
-    """Write every subject, then the split lists: where there is a list, all of its subjects are there."""
+    """Write all subjects and then the split lists, so that a list never names a missing subject."""
     splits = [split for split in LIST_NAMES for _ in range(counts[split])]
     jobs = [(output_dir, seed, number, split) for number, split in enumerate(splits)]
     with writing(output_dir, "--output_dir"):
         for _, done in in_processes(write_subject, jobs, workers, desc="phantom", unit="subject"):
             done.result()
-    names = {name: [subject_name(i) for i, of in enumerate(splits) if of == name] for name in LIST_NAMES}
-    write_lists(names, output_dir)
+    lists = {name: [subject_name(i) for i, split in enumerate(splits) if split == name] for name in LIST_NAMES}
+    write_lists(lists, output_dir)
 
 
 def draw_figure(data_dir: Path, names: list[str], path: Path) -> None:
-    """Draw one row a subject: its modalities at the slice of [70, 90) with the largest tumour, which is outlined."""
+    """Plot one row per subject: all modalities at the slice in [70, 90) with the largest tumour, outlined in red."""
     import nibabel as nib
     import numpy as np
     from matplotlib.figure import Figure
@@ -81,21 +81,21 @@ def draw_figure(data_dir: Path, names: list[str], path: Path) -> None:
 
 
 def parse_args() -> Namespace:
-    """The command line, checked: a mistake is found before anything is written."""
-    parser = ArgumentParser(description="Make a phantom cohort of brain MRI in the shape of BraTS 2021.")
+    """Parse and validate the command line, and create the output folder."""
+    parser = ArgumentParser(description="Make a phantom cohort of synthetic brain MRI in BraTS 2021 format.")
     output_dir = Path("./datasets/phantom_raw")
-    parser.add_argument("--output_dir", type=Path, default=output_dir, help="where the cohort is written")
+    parser.add_argument("--output_dir", type=Path, default=output_dir, help="folder for the cohort")
     for split, count in {"train": 48, "val": 16, "test": 32}.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"number of {split} subjects")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes another cohort")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes")
-    parser.add_argument("--figure", type=Path, help="also draw the first test subjects into this PNG")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cohort")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of worker processes")
+    parser.add_argument("--figure", type=Path, help="also plot the first test subjects to this PNG file")
     args = parser.parse_args()
     for name, least in {"train": 1, "val": 1, "test": 1, "workers": 1, "seed": 0}.items():
         if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}: give {least} or more")
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be {least} or more")
     if args.figure and (args.figure.suffix != ".png" or not args.figure.parent.is_dir()):
-        raise UserError(f"--figure is {args.figure}: name a .png file in a folder that exists")
+        raise UserError(f"--figure is {args.figure}: choose a .png file in an existing folder")
     with writing(args.output_dir, "--output_dir"):
         args.output_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -110,7 +110,7 @@ def main() -> None:
     if args.figure:
         first = args.train + args.val
         draw_figure(args.output_dir, [subject_name(first + n) for n in range(min(4, args.test))], args.figure)
-        print(f"Drew the first test subjects in {args.figure}.")
+        print(f"Plotted the first test subjects to {args.figure}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which subjects preprocessing has finished: in its output folder a subject is whole, or it does not count.
+"""Records of preprocessed subjects, so that an interrupted run can resume.
 
-A subject's slices are written to OUT/.partial and moved from there to their places. When the last one is in place,
-so is OUT/subjects/{subject}.json, its record: what the slices were made with and from, and each file with its size.
-Without a record that its files agree with, a subject is not whole, and the next run makes it again.
+A subject's slices are written to OUT/.partial and then moved into place. After the last one, its record
+OUT/subjects/{subject}.json is written: the provenance of the slices, and the size of each file. A subject whose files
+do not match its record is incomplete, and the next run makes it again.
 """
 
 from __future__ import annotations
@@ -18,135 +18,135 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 from utils.records import SUBJECT, parse
 
-if TYPE_CHECKING:  # `--help` need not wait for it
+if TYPE_CHECKING:  # too slow to import for `--help`
     import numpy as np
 
 RECORDS = "subjects"
 PARTIAL = ".partial"
-NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # quantiles, the paper's
-START_OVER = "give --overwrite to start over, or name another --output_dir"
+NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # the paper's quantiles
+START_OVER = "pass --overwrite to start over, or choose another --output_dir"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A whole subject: what its slices depend on, and how many bytes each has, by its path in the output folder."""
+    """Record of a complete subject."""
 
-    made_with: dict
-    files: dict[str, int]
+    made_with: dict  # provenance of the slices, as in `SubjectSlices`
+    files: dict[str, int]  # size in bytes by path in the output folder
 
 
 def load_records(output_dir: Path) -> dict[str, Record | None]:
-    """The record of each subject; None where the file is not what `store` writes, as though there were none."""
+    """Return the record of each subject, None where the file is damaged."""
     records: dict[str, Record | None] = {}
     for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
         try:
-            found = parse(path.read_text(encoding="utf-8"), SUBJECT)
-            records[path.stem] = Record(found["made_with"], found["files"])
+            content = parse(path.read_text(encoding="utf-8"), SUBJECT)
+            records[path.stem] = Record(content["made_with"], content["files"])
         except (OSError, ValueError):
             records[path.stem] = None
     return records
 
 
-def find_whole(output_dir: Path) -> dict[str, Record]:
-    """The records of all whole subjects, by subject."""
+def find_complete(output_dir: Path) -> dict[str, Record]:
+    """Return the records of all complete subjects, by subject."""
 
-    def is_whole(record: Record) -> bool:
+    def is_complete(record: Record) -> bool:
         files = {output_dir / name: n_bytes for name, n_bytes in record.files.items()}
         return all(path.is_file() and path.stat().st_size == n_bytes for path, n_bytes in files.items())
 
     records = load_records(output_dir)
-    return {subject: record for subject, record in records.items() if record and is_whole(record)}
+    return {subject: record for subject, record in records.items() if record and is_complete(record)}
 
 
 def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
-    """What all slices in a folder have in common, for config.json.
+    """Return the preprocessing that all slices in a folder share, for config.json.
 
     Returns:
-        `normalisation`, the quantiles as in NORMALISATION; and `grid`, the JSON of a `utils.grid.SliceGeometry`. None
-        where there is no record of it, or where the records do not agree on a grid.
+        `normalisation`, the quantiles by the names in NORMALISATION, and `grid`, a `SliceGeometry` as JSON. Either is
+        None if it was not recorded; `grid` also if the records differ.
     """
     made_with = [record.made_with if record else {} for record in load_records(output_dir).values()]
     first = next(filter(None, made_with), {})
     quantiles = {key: first[key] for key in NORMALISATION} if first.keys() >= NORMALISATION.keys() else None
-    grids = [one.get("grid") for one in made_with]
+    grids = [provenance.get("grid") for provenance in made_with]
     agreed = grids and all(grid == grids[0] for grid in grids)
     return {"normalisation": quantiles, "grid": grids[0] if agreed else None}
 
 
 def find_finished(output_dir: Path, describe: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Record]:
-    """The subjects that earlier runs finished, with their records.
+    """Return the records of the subjects that earlier runs finished.
 
-    `describe` tells what this run would make a subject with, or None. A UserError if it would make one of them
-    differently, or not at all: the two must not be mixed.
+    `describe` returns the provenance that a subject would have in this run, None if this run would not make it.
+
+    Raises:
+        UserError: if a subject's provenance differs, because one folder must not mix slices of two settings.
     """
-    finished = find_whole(output_dir)
+    finished = find_complete(output_dir)
     for subject, record in finished.items():
-        if difference := name_difference(record.made_with, describe(subject)):
-            raise UserError(f"{output_dir} holds {subject}, {difference}: {START_OVER}")
+        if mismatch := describe_mismatch(record.made_with, describe(subject)):
+            raise UserError(f"{output_dir} contains {subject}, {mismatch}: {START_OVER}")
     return finished
 
 
-def name_difference(made_with: Mapping[str, Any], asked_for: Mapping[str, Any] | None) -> str:
-    """The first thing in which two descriptions of a subject differ, as a clause; empty where they agree."""
-    if asked_for is None:
-        return "which is in no split list now"
-    for key, now in asked_for.items():
+def describe_mismatch(made_with: Mapping[str, Any], requested: Mapping[str, Any] | None) -> str:
+    """Return the first difference between recorded and requested provenance as a clause, empty if they agree."""
+    if requested is None:
+        return "which is not in any split list now"
+    for key, now in requested.items():
         before = made_with.get(key)
         if before == now:
             continue
         if key == "volumes":
             before = before if isinstance(before, dict) else {}
             kinds = [kind for kind in now | before if before.get(kind) != now.get(kind)]
-            return f"made from another {' and '.join(kinds)} than the data have of it now"
+            return f"made from a different {' and '.join(kinds)}"
         if key == "split":
-            return f"which was in the {before} split and is in {now} now"
+            return f"which was in the {before} split and is now in {now}"
         return f"made with --{key} {before}, not {now}"
     return ""
 
 
-def find_leftovers(
+def find_stale_slices(
     output_dir: Path,
     splits: Mapping[str, Collection[str]],
     kinds: Collection[str],
     finished: Mapping[str, Record],
     overwrite: bool,
 ) -> list[Path]:
-    """The slices beside those of finished subjects, sorted: a run that broke off left them.
+    """Return the slices that belong to no finished subject, left by an interrupted run, sorted.
 
-    `kinds` are those that this run writes, of the subjects in `splits`. A UserError for a file that is no slice; or,
-    unless all are overwritten, a slice that this run has no use for (of a subject that is now in another split or in
-    none, or of a modality not asked for now).
+    Raises:
+        UserError: if a file is not a slice or, without `overwrite`, has a subject or kind that this run does not make.
     """
     in_use = {name for record in finished.values() for name in record.files}
-    leftovers = []
+    stale = []
     for split, members in splits.items():
         for path in sorted(output_dir.glob(f"{split}/*/*.npy")):
             kind = path.parent.name
             name = re.fullmatch(rf"(.+)_{re.escape(kind)}_\d+", path.stem)
             if name is None:
-                raise UserError(f"{path} is no slice that this script wrote: move it away or name another --output_dir")
+                raise UserError(f"{path} was not written by this script: move it away or choose another --output_dir")
             if f"{split}/{kind}/{path.name}" in in_use:
                 continue
             if not overwrite and (kind not in kinds or name[1] not in members):
-                raise UserError(f"{path} is of an earlier run with other subjects or modalities: {START_OVER}")
-            leftovers.append(path)
-    return leftovers
+                raise UserError(f"{path} is from an earlier run with other subjects or modalities: {START_OVER}")
+            stale.append(path)
+    return stale
 
 
-def prepare(
-    output_dir: Path, whole: Collection[str], leftovers: Iterable[Path], splits: Iterable[str], kinds: Iterable[str]
+def prepare_output_dir(
+    output_dir: Path, finished: Collection[str], stale: Iterable[Path], splits: Iterable[str], kinds: Iterable[str]
 ) -> None:
-    """Remove what earlier runs left beside the whole subjects (other records, other slices), and make all folders.
+    """Delete stale slices and the records of unfinished subjects, and create all folders.
 
-    It goes all at once, before a new slice is written: neither slices of two settings nor a new slice with an old
-    record ever lie side by side.
+    This happens before any new slice is written, so that old and new slices or records are never mixed.
     """
     with writing(output_dir, "--output_dir"):
         records = output_dir.glob(f"{RECORDS}/*.json")
-        for path in (*(path for path in records if path.stem not in whole), *leftovers):
+        for path in (*(path for path in records if path.stem not in finished), *stale):
             path.unlink()
         shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         for folder in (RECORDS, *(f"{split}/{kind}" for split in splits for kind in kinds)):
@@ -154,11 +154,10 @@ def prepare(
 
 
 def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: Mapping[str, np.ndarray]) -> Record:
-    """Put a subject's slices in place, so that whoever reads OUT/{split} meanwhile never sees half a subject.
+    """Write a subject's slices and record so that a concurrent reader of OUT/{split} never gets half a subject.
 
-    `slices` holds images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, one kind after the other. They are moved in
-    this order, so until the last one is in place a kind is incomplete beside a complete one or alone, and the dataset
-    refuses a slice that lacks a kind.
+    `slices` holds images [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, grouped by kind. They are moved into place
+    kind by kind: until the last one, some slice lacks a kind, and the dataset refuses to load it.
     """
     import numpy as np
 
@@ -169,11 +168,11 @@ def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: M
         files = {}
         for name, image in slices.items():
             path = partial / Path(name).name
-            np.save(npy := BytesIO(), image)  # into a file, it would not say why it cannot write on
+            np.save(npy := BytesIO(), image)  # written to a file directly, a full disk gives no reason in the error
             path.write_bytes(npy.getbuffer())
             files[f"{split}/{name}"] = path.stat().st_size
         for name in slices:
             (partial / Path(name).name).replace(output_dir / split / name)
         record = Record(made_with, files)
-        write_whole(output_dir / RECORDS / f"{subject}.json", json.dumps(asdict(record), indent=1) + "\n")
+        write_atomically(output_dir / RECORDS / f"{subject}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record

@@ -1,4 +1,4 @@
-"""Split the subjects of a BraTS folder into training, validation and testing lists, by a hash of their names.
+"""Split the subjects of a BraTS folder into training, validation and testing lists by a hash of their names.
 
 python ./datasets/split_traintest.py --data_dir DIR --output_dir DIR
 """
@@ -25,23 +25,23 @@ def main() -> None:
 
 def parse_args() -> Namespace:
     parser = ArgumentParser(description="Split the subjects of a BraTS folder into training, validation and testing.")
-    parser.add_argument("--data_dir", type=Path, default=BRATS_DIR, help="folder with one folder for each subject")
+    parser.add_argument("--data_dir", type=Path, default=BRATS_DIR, help="BraTS folder, with one folder per subject")
     parser.add_argument(
         "--output_dir",
         type=Path,
         default=Path("datasets"),
-        help="where the three lists go; brats_preprocess.py looks for them in its data_dir and in ./datasets",
+        help="folder for the three lists; brats_preprocess.py looks for them in its data_dir and in ./datasets",
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives another split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the hash")
     return parser.parse_args()
 
 
 def refuse_to_replace(splits: Splits, output_dir: Path) -> None:
-    """Raise a UserError where a list in `output_dir` differs: it may be a published one, or one in use."""
+    """Raise a UserError if `output_dir` has a list with other subjects, which may be published or in use."""
     for split, subjects in splits.items():
         path = output_dir / LIST_NAMES[split]
         if path.exists() and read_list(path) != subjects:
-            raise UserError(f"{path} holds other subjects already: move it away or name another --output_dir")
+            raise UserError(f"{path} already lists other subjects: move it away or choose another --output_dir")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which subject belongs to which split: by the data set itself, by lists of subjects, or by a hash of their names."""
+"""Training, validation and test splits: defined by the data set, by lists of subjects, or by a hash of their names."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets.cohorts import Cohort
 from utils.cli import UserError
-from utils.files import write_whole, writing
+from utils.files import write_atomically, writing
 
 Splits = dict[str, list[str]]  # subjects by split: train, val, test
 LIST_NAMES = {
@@ -18,22 +18,21 @@ INTERVALS = {"train": (0.0, 0.78), "val": (0.78, 0.89), "test": (0.89, 1.0)}
 
 
 def choose_splits(cohort: Cohort, list_paths: Mapping[str, Path]) -> Splits:
-    """What the data set says itself, else what the lists say, else a split by hash.
+    """Return the data set's own splits, else those of the lists, else a split by hash.
 
-    A UserError if both the data set and lists say it, or as from `read_splits` and `split_subjects`.
+    Raises:
+        UserError: if both the data set and lists define splits, or as in `read_splits` and `split_subjects`.
     """
     if cohort.splits and list_paths:
-        raise UserError(
-            f"both the column split of {cohort.source} and {next(iter(list_paths.values()))} say who is in which "
-            "split: leave the column or the list out"
-        )
+        path = next(iter(list_paths.values()))
+        raise UserError(f"both the split column of {cohort.source} and {path} define splits: remove one of them")
     if cohort.splits:
         return cohort.splits
     return read_splits(list_paths, cohort) if list_paths else split_subjects(cohort.subjects)
 
 
 def find_lists(folders: Iterable[Path]) -> dict[str, Path]:
-    """The lists in the first folder that has any, by split; those of two folders are never mixed."""
+    """Return the split lists of the first folder that has any, by split, without mixing folders."""
     for folder in folders:
         found = {split: folder / name for split, name in LIST_NAMES.items() if (folder / name).exists()}
         if found:
@@ -42,84 +41,85 @@ def find_lists(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def read_splits(list_paths: Mapping[str, Path], cohort: Cohort) -> Splits:
-    """Read the lists; validation is hashed out of training where it has none. A list may be empty, but not all.
+    """Read the split lists. Without a validation list, split validation off from training by hash.
 
-    A UserError for no training or no testing list, a subject that is not on disk, or one that is in two lists.
+    Raises:
+        UserError: if there is no training or testing list, a subject is not on disk or in two lists, or all are empty.
     """
     for split in ("train", "test"):
         if split not in list_paths:
-            there = next(iter(list_paths.values()))
-            raise UserError(
-                f"there is {there}, but no {LIST_NAMES[split]}: name one with --{split}_split, it may be empty"
-            )
+            found = next(iter(list_paths.values()))
+            raise UserError(f"found {found}, but no {LIST_NAMES[split]}: pass it as --{split}_split, it may be empty")
     listed = {split: read_list(path) for split, path in list_paths.items()}
     listed_in: dict[str, Path] = {}
     for split, names in listed.items():
         for name in names:
             if name not in cohort.subjects and name not in cohort.excluded:
-                raise UserError(f"{list_paths[split]} lists {name}, of which {cohort.source} has no volumes")
+                raise UserError(f"{list_paths[split]} lists {name}, which {cohort.source} does not have")
             if name in listed_in:
-                raise UserError(f"{name} is both in {listed_in[name]} and in {list_paths[split]}: take it out of one")
+                raise UserError(f"{name} is both in {listed_in[name]} and in {list_paths[split]}: remove it from one")
             listed_in[name] = list_paths[split]
     if not listed_in:
-        raise UserError("the split lists are all empty: put at least one subject into one of them")
+        raise UserError("the split lists are all empty: add at least one subject")
     listed = {split: [name for name in names if name in cohort.subjects] for split, names in listed.items()}
     if "val" not in listed:
-        listed["train"], listed["val"] = hash_validation_out_of(listed["train"])
+        listed["train"], listed["val"] = split_off_validation(listed["train"])
     return {split: listed[split] for split in LIST_NAMES}
 
 
 def split_subjects(subjects: Iterable[str], seed: int = 0) -> Splits:
-    """Sorted subjects for each of train, val and test: about 78, 11 and 11 % of them, and no split empty.
+    """Split subjects into sorted train, val and test lists of about 78, 11 and 11 %, none of them empty.
 
-    A subject's split depends on nothing but its name and the seed: a hash of the two gives it a place in [0, 1), and
-    the splits are intervals there. So one subject more moves no other. A split that the hash leaves empty (as happens
-    with few subjects) takes, from the split that then has the most, the subject whose hash lies nearest. Only such a
-    subject can move when subjects are added. A UserError for fewer than three subjects.
+    A subject's split depends only on its name and the seed, whose hash in [0, 1) falls into the interval of a split.
+    Adding a subject therefore moves no other. With few subjects, a split that is empty takes the subject with the
+    closest hash from the largest split; only such a subject can move when others are added.
+
+    Raises:
+        UserError: for fewer than three subjects.
     """
-    places = {subject: hash_to_unit(subject, seed) for subject in sorted(subjects)}
-    if len(places) < len(INTERVALS):
-        raise UserError(f"a split takes 3 subjects or more, not {len(places)}: write lists by hand instead")
+    hashes = {subject: hash_to_unit_interval(subject, seed) for subject in sorted(subjects)}
+    if len(hashes) < len(INTERVALS):
+        raise UserError(f"splitting takes 3 subjects or more, not {len(hashes)}: write the lists by hand instead")
     splits = {
-        split: [subject for subject, place in places.items() if low <= place < high]
+        split: [subject for subject, value in hashes.items() if low <= value < high]
         for split, (low, high) in INTERVALS.items()
     }
     for split, (low, high) in INTERVALS.items():
         if not splits[split]:
             donor = max(splits.values(), key=len)
-            nearest = min(donor, key=lambda subject: abs(places[subject] - (low + high) / 2))
+            nearest = min(donor, key=lambda subject: abs(hashes[subject] - (low + high) / 2))
             donor.remove(nearest)
             splits[split].append(nearest)
     return splits
 
 
-def hash_validation_out_of(training: Iterable[str], seed: int = 0) -> tuple[list[str], list[str]]:
-    """Divide a training list that has no validation list into the two, sorted, in the proportion of 78 to 11.
+def split_off_validation(training: Iterable[str], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split a training list into training and validation by hash, both sorted, in the ratio of 78 to 11.
 
-    With two subjects or more neither is empty: the one nearest to the border changes sides where one would be. A
-    lone subject stays in training.
+    Neither is empty if there are two subjects or more. A single subject stays in training.
     """
-    # A salt of its own: the places of a training list made by `split_subjects` are not uniform on [0, 1).
-    places = {name: hash_to_unit(f"validation:{name}", seed) for name in training}
-    if len(places) < 2:
-        return list(places), []
-    ranked = sorted(places, key=places.get)
+    # Salted, because the unsalted hashes of a training list from `split_subjects` are not uniform on [0, 1).
+    hashes = {name: hash_to_unit_interval(f"validation:{name}", seed) for name in training}
+    if len(hashes) < 2:
+        return list(hashes), []
+    ranked = sorted(hashes, key=hashes.get)
     border = INTERVALS["train"][1] / INTERVALS["val"][1]
-    n_training = sum(place < border for place in places.values())
+    n_training = sum(value < border for value in hashes.values())
     n_training = min(max(n_training, 1), len(ranked) - 1)
     return sorted(ranked[:n_training]), sorted(ranked[n_training:])
 
 
-def hash_to_unit(name: str, seed: int) -> float:
-    """A number in [0, 1), uniform over names, the same on every machine (which Python's own hash is not)."""
+def hash_to_unit_interval(name: str, seed: int) -> float:
+    """Return a number in [0, 1), uniform over names and, unlike Python's `hash`, the same on every machine."""
     digest = hashlib.sha256(f"{name}:{seed}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48  # 48 bits: exact in a float, so never rounded up to 1
 
 
 def read_list(path: Path) -> list[str]:
-    """The subjects in a text file with one name a line; blank lines and repetitions are skipped.
+    """Read a text file with one subject per line, skipping blank lines and duplicates.
 
-    A UserError if the file is not there or is not text.
+    Raises:
+        UserError: if the file is missing or not UTF-8 text.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -130,13 +130,10 @@ def read_list(path: Path) -> list[str]:
 
 
 def write_lists(splits: Splits, output_dir: Path) -> None:
-    """Write the list of each split into `output_dir`, which is made where it is not there.
-
-    Lists that already say the same are left alone. A UserError if the folder cannot be made or written to.
-    """
+    """Write the split lists into `output_dir`, creating it if needed; lists that are up to date are not rewritten."""
     with writing(output_dir, "--output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         for split, subjects in splits.items():
             path = output_dir / LIST_NAMES[split]
             if not path.exists() or read_list(path) != subjects:
-                write_whole(path, "".join(f"{subject}\n" for subject in subjects))
+                write_atomically(path, "".join(f"{subject}\n" for subject in subjects))

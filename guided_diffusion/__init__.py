@@ -1,1 +1,1 @@
-"""A small diffusion library after Dhariwal & Nichol 2021. Knows nothing of MRI and imports no other room."""
+"""General-purpose diffusion library after Dhariwal & Nichol 2021, with no dependence on MRI; imports only `utils`."""

@@ -1,7 +1,7 @@
-"""Several processes: how they were launched, which is which, and how they exchange values.
+"""Distributed processes: initialisation, ranks and communication.
 
-One process needs no launcher. Several are started by torchrun or by mpiexec. What is exchanged here goes over gloo, on
-the CPU; gradients go over nccl where there are GPUs.
+A single process needs no launcher; start several with torchrun or mpiexec. Values are exchanged over gloo, on the CPU;
+gradients are reduced over nccl if there are GPUs.
 """
 
 import os
@@ -18,29 +18,29 @@ from utils.cli import UserError
 
 T = TypeVar("T")
 
-# Where MPI launchers put the number of processes: MPICH and its relatives, Open MPI, MVAPICH.
+# Environment variables for the number of processes: MPICH and derivatives, Open MPI, MVAPICH.
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _SLURM_SIZE = "SLURM_STEP_NUM_TASKS"
 
 
 def setup() -> None:
-    """Join the other processes, if there are any. Call it once, before anything else here.
+    """Initialise the process group, if there are several processes, and silence stdout on all ranks but 0.
 
-    Of several processes only the first prints to stdout. A UserError if several tasks do not know of each other.
+    Raises:
+        UserError: if several tasks were started that cannot find each other.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ and not _described_by_mpi():
+    if "TORCHELASTIC_RUN_ID" not in os.environ and not _init_from_mpi():
         return
-    on_gpus = torch.cuda.is_available()
     if local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    # Tensors on the CPU go over gloo in any case, so that nothing said between processes has to wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    # CPU tensors always use gloo, so that exchanging a value never waits for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank() > 0:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (until the process ends)
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (open until exit)
 
 
-def _described_by_mpi() -> bool:
-    """Set torchrun's variables from what MPI knows; False if this process is alone."""
+def _init_from_mpi() -> bool:
+    """Set torchrun's environment variables from MPI; return False for a single process."""
     mpi = max(int(os.environ.get(name, 1)) for name in _MPI_SIZES)
     if max(mpi, int(os.environ.get(_SLURM_SIZE, 1))) == 1:
         return False
@@ -48,15 +48,15 @@ def _described_by_mpi() -> bool:
     if mpi > 1:
         import mpi4py
 
-        # A process that dies must not wait in MPI's farewell for the others, so that mpiexec ends them: see shut_down.
+        # Finalize in shut_down, not at exit, where a crashed process would wait for the others and hang the run.
         mpi4py.rc.finalize = False
         from mpi4py import MPI
 
         size = MPI.COMM_WORLD.size
     if size == 1:
         raise UserError(
-            "several tasks were started, and each believes itself alone: start them by torchrun "
-            "(under Slurm: srun --ntasks-per-node=1 torchrun …), or by the mpiexec of the MPI that mpi4py uses"
+            "several tasks were started, but they cannot find each other: start them with torchrun "
+            "(under Slurm: srun --ntasks-per-node=1 torchrun …) or with the mpiexec of the MPI that mpi4py uses"
         )
     world = MPI.COMM_WORLD
     with socket.socket() as free:
@@ -70,42 +70,42 @@ def _described_by_mpi() -> bool:
 
 
 def rank() -> int:
-    """The rank of this process, 0 … world_size − 1; only rank 0 writes files and prints."""
+    """Return the rank of this process; only rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """The rank of this process on its machine, which is also the number of its GPU."""
+    """Return the rank of this process on its machine, which is also its GPU index."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes there are on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
-def gpu_id(asked: str) -> str:
-    """What `--gpu_id` means in this process: of several, each has a GPU of its own, unless `cpu` was asked for."""
-    return asked if world_size() == 1 or asked == "cpu" else str(local_rank())
+def gpu_id(requested: str) -> str:
+    """Return the `--gpu_id` of this process: with several, each uses its own GPU unless `cpu` was requested."""
+    return requested if world_size() == 1 or requested == "cpu" else str(local_rank())
 
 
-def share(n: int) -> slice:
-    """The contiguous range of n items that belongs to this process; ranges are as even as possible."""
+def shard(n: int) -> slice:
+    """Return this process's contiguous range of n items, with ranges as even as possible."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait for all processes."""
     broadcast(None)
 
 
 def broadcast(value: T) -> T:
-    """The value that process 0 passes, in all processes."""
+    """Return the value passed by rank 0, in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -114,7 +114,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The values that the processes pass, in the order of their ranks, in all processes."""
+    """Return the values passed by all processes, ordered by rank, in every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -123,19 +123,19 @@ def gather(value: T) -> list[T]:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says so, in all processes."""
+    """Return, in every process, whether `flag` is set in any of them."""
     if world_size() == 1:
         return flag
-    said = torch.tensor(int(flag))
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return bool(said)
+    result = torch.tensor(int(flag))
+    dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return bool(result)
 
 
 def shut_down() -> None:
-    """Leave the group of processes, all together. To mpiexec, a process that ends without this has failed."""
+    """Destroy the process group. Call it in every process: mpiexec reports one that exits without it as failed."""
     if dist.is_initialized():
-        # After the last exchange, a thread of gloo's still frees its tensors, for which it needs the interpreter: if
-        # Python ends first, it aborts the process. That takes microseconds, on busy cores longer, and nothing tells.
+        # After the last exchange, a gloo thread still needs the interpreter to free its tensors, and aborts the process
+        # if Python exits first. It takes microseconds, longer on busy cores, and there is nothing to wait on.
         time.sleep(0.3)
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:

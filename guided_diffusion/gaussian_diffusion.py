@@ -1,7 +1,7 @@
-"""Gaussian diffusion: the forward process, its posterior, ancestral and DDIM sampling, the training loss.
+"""Gaussian diffusion: forward process and posterior, ancestral and DDIM sampling, training loss.
 
-Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021, Dhariwal & Nichol 2021. Timesteps count
-from 0 (x_0 with the first bit of noise) to T − 1; images are [N, C, H, W].
+Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021, Dhariwal & Nichol 2021. Timesteps run from 0
+(least noise) to T − 1; images are [N, C, H, W].
 """
 
 import enum
@@ -19,30 +19,33 @@ StepNoise = Callable[[int], Tensor]
 
 
 class ModelMeanType(enum.Enum):
-    """What the network predicts."""
+    """Quantity predicted by the network."""
 
     START_X = enum.auto()
     EPSILON = enum.auto()
 
 
 class ModelVarType(enum.Enum):
-    """The variance of a reverse step: the posterior's (small) or the forward step's β (large)."""
+    """Variance of a reverse step: the posterior variance (small) or the β of the forward step (large)."""
 
     FIXED_SMALL = enum.auto()
     FIXED_LARGE = enum.auto()
 
 
 class LossType(enum.Enum):
-    """What is minimised."""
+    """Training objective."""
 
     MSE = enum.auto()
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """The β of every step, float64 [num_diffusion_timesteps].
+    """Return the β of every step, float64 [num_diffusion_timesteps].
 
-    `linear`: Ho et al. 2020, 1e-4 … 0.02 over 1000 steps, scaled so that fewer steps end at the same noise.
-    `cosine`: Nichol & Dhariwal 2021, eq. 17, each β at most 0.999. A ValueError for any other name.
+    `linear`: Ho et al. 2020, 1e-4 … 0.02 over 1000 steps, scaled so that fewer steps end at the same noise level.
+    `cosine`: Nichol & Dhariwal 2021, eq. 17, each β at most 0.999.
+
+    Raises:
+        ValueError: for any other name.
     """
     n = num_diffusion_timesteps
     if schedule_name == "linear":
@@ -54,19 +57,20 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 
 
 class GaussianDiffusion:
-    """The forward and the reverse process for a given list of β.
+    """Forward and reverse process for a given schedule of β.
 
-    A model is any callable `model(x_t, timesteps, **model_kwargs)` that returns a tensor shaped like x_t; what
-    conditions it comes in through `model_kwargs`.
+    A model is any callable `model(x_t, timesteps, **model_kwargs)` that returns a tensor shaped like x_t. Its
+    conditioning inputs are passed as `model_kwargs`.
 
     Args:
         betas: [T], each in (0, 1].
-        model_mean_type: what the model predicts.
+        model_mean_type: quantity predicted by the model.
         model_var_type: variance of the reverse steps.
-        loss_type: what `training_losses` computes.
-        rescale_timesteps: the model is given timesteps scaled to 0 … 1000 whatever T is.
+        loss_type: loss computed by `training_losses`.
+        rescale_timesteps: pass timesteps scaled to 0 … 1000 to the model, for any T.
 
-    A ValueError for betas that are not one-dimensional or leave (0, 1].
+    Raises:
+        ValueError: if betas is not one-dimensional or has values outside (0, 1].
     """
 
     def __init__(
@@ -98,43 +102,43 @@ class GaussianDiffusion:
         self.posterior_variance = betas * one_minus_prev / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef2 = one_minus_prev * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
-        # The posterior's variance is 0 at t = 0, so its logarithm there is taken from the step after.
+        # The posterior variance is 0 at t = 0: use the one at t = 1 for its logarithm.
         after_first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(after_first, self.posterior_variance[1:]))
         self.large_variance = np.append(after_first, betas[1:])
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps that the model is told, for the step numbers t [N]; overridden where steps are skipped."""
+        """Return the timesteps to pass to the model for step numbers t [N]; overridden for respaced processes."""
         return t * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Draw x_t ~ q(x_t | x_0) for x_start [N, …] and t [N], from the given standard normal noise or a new one."""
-        if noise is None:
-            noise = torch.randn_like(x_start)
-        signal, scale = self._signal_and_noise(t, x_start)
+        """Draw x_t ~ q(x_t | x_0) for x_start [N, …] and t [N]; `noise` is standard normal, drawn if None."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        signal, scale = self._signal_and_noise_scale(t, x_start)
         return signal * x_start + scale * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and (at t = 0 clipped) log variance of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
-        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
-        variance = self._at("posterior_variance", t, x_t)
-        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
+        """Return mean, variance and log variance (clipped at t = 0) of q(x_{t-1} | x_t, x_0), Ho et al. 2020, eq. 7."""
+        mean = self._extract("posterior_mean_coef1", t, x_t) * x_start
+        mean = mean + self._extract("posterior_mean_coef2", t, x_t) * x_t
+        variance = self._extract("posterior_variance", t, x_t)
+        return mean, variance, self._extract("posterior_log_variance_clipped", t, x_t)
 
     def p_mean_variance(
         self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """One evaluation of the model: the distribution p(x_{t-1} | x_t) and the predicted x_0.
+        """Evaluate the model once for the distribution p(x_{t-1} | x_t) and the predicted x_0.
 
         Args:
             model: `model(x, timesteps, **model_kwargs)`.
             x: x_t, [N, …].
             t: step numbers, int64 [N].
             clip_denoised: clip the predicted x_0 to [−1, 1].
-            model_kwargs: the condition, whatever the model takes.
+            model_kwargs: conditioning inputs of the model.
 
         Returns:
-            mean and pred_xstart [N, …]; variance and log_variance, shaped so that they broadcast to these.
+            mean and pred_xstart, [N, …]; variance and log_variance, broadcastable to these.
         """
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         predicts_xstart = self.model_mean_type is ModelMeanType.START_X
@@ -143,39 +147,37 @@ class GaussianDiffusion:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior_mean_variance(pred_xstart, x, t)
         if self.model_var_type is ModelVarType.FIXED_LARGE:
-            variance = self._at("large_variance", t, x)
+            variance = self._extract("large_variance", t, x)
             log_variance = variance.log()
-        distribution = {"mean": mean, "variance": variance, "log_variance": log_variance}
-        return distribution | {"pred_xstart": pred_xstart}
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
     def p_sample(
         self, model: Model, x: Tensor, t: Tensor, *, noise: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """One ancestral step x_t → x_{t-1} (no noise is added at t = 0).
+        """Take one ancestral step x_t → x_{t-1} (no noise is added at t = 0).
 
         Args:
             model, x, t, kwargs: as in `p_mean_variance`.
-            noise: what is added, standard normal and shaped like x, or None to draw it.
+            noise: noise to add, standard normal and shaped like x; drawn if None.
 
         Returns:
             sample and pred_xstart, [N, …].
         """
         out = self.p_mean_variance(model, x, t, **kwargs)
-        if noise is None:
-            noise = torch.randn_like(x)
-        sample = out["mean"] + _not_first(t, x) * (0.5 * out["log_variance"]).exp() * noise
+        noise = torch.randn_like(x) if noise is None else noise
+        sample = out["mean"] + _nonzero_mask(t, x) * (0.5 * out["log_variance"]).exp() * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
         self, model: Model, x: Tensor, t: Tensor, *, eta: float = 0.0, noise: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """One DDIM step x_t → x_{t-1} (Song et al. 2021, eq. 12); deterministic for eta 0.
+        """Take one DDIM step x_t → x_{t-1} (Song et al. 2021, eq. 12); deterministic for eta 0.
 
-        Args and returns as in `p_sample`; eta ≥ 0 scales the noise that is added, 1 being as much as DDPM's.
+        Arguments and result as in `p_sample`. eta ≥ 0 scales the added noise; 1 adds as much as DDPM.
         """
         pred_xstart = self.p_mean_variance(model, x, t, **kwargs)["pred_xstart"]
-        alpha_bar = self._at("alphas_cumprod", t, x)
-        alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
+        alpha_bar = self._extract("alphas_cumprod", t, x)
+        alpha_bar_prev = self._extract("alphas_cumprod_prev", t, x)
         sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
         direction = (1 - alpha_bar_prev - sigma**2).sqrt() * self._eps_from_xstart(x, t, pred_xstart)
         sample = alpha_bar_prev.sqrt() * pred_xstart + direction
@@ -186,11 +188,11 @@ class GaussianDiffusion:
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def p_sample_loop(self, model: Model, shape: Sequence[int], **kwargs: Any) -> Tensor:
-        """Sample x_0 by ancestral steps from x_T; args as in `_sample_loop`."""
+        """Sample x_0 from x_T by ancestral steps; arguments as in `_sample_loop`."""
         return self._sample_loop(self.p_sample, model, shape, **kwargs)
 
     def ddim_sample_loop(self, model: Model, shape: Sequence[int], *, eta: float = 0.0, **kwargs: Any) -> Tensor:
-        """Sample x_0 by DDIM steps from x_T; args as in `_sample_loop`, and eta as in `ddim_sample`."""
+        """Sample x_0 from x_T by DDIM steps; arguments as in `_sample_loop`, eta as in `ddim_sample`."""
         if eta == 0:
             kwargs["step_noise"] = None
         return self._sample_loop(self.ddim_sample, model, shape, eta=eta, **kwargs)
@@ -206,16 +208,16 @@ class GaussianDiffusion:
         step_noise: StepNoise | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """From x_T to x_0.
+        """Sample x_0 from x_T.
 
         Args:
             step: `p_sample` or `ddim_sample`.
             model: as in `p_mean_variance`.
-            shape: [N, …] of what is sampled.
-            noise: x_T, or None to draw it.
-            device: where to sample, unless `noise` says it.
-            step_noise: `step_noise(t)` gives the noise added in step t, or None to draw it.
-            kwargs: what else a step takes (clip_denoised, model_kwargs, …).
+            shape: shape of the samples, [N, …].
+            noise: x_T; drawn if None.
+            device: device to draw x_T on if `noise` is None.
+            step_noise: `step_noise(t)` returns the noise to add at step t; drawn if None.
+            kwargs: further arguments of `step` (clip_denoised, model_kwargs, …).
         """
         x = torch.randn(*shape, device=device) if noise is None else noise
         with torch.no_grad():
@@ -232,43 +234,40 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of one training step.
+        """Compute the loss of one training step.
 
         Args:
-            model: `model(x_t, timesteps, **model_kwargs)`.
+            model, t, model_kwargs: as in `p_mean_variance`.
             x_start: [N, …].
-            t: step numbers, int64 [N].
-            model_kwargs: the condition, whatever the model takes.
-            noise: standard normal, shaped like x_start, or None to draw it.
+            noise: standard normal, shaped like x_start; drawn if None.
 
         Returns:
-            {"loss": [N]}: the error of what the model predicts, averaged over each sample.
+            {"loss": [N]}: the loss of the model's prediction, averaged within each sample.
         """
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         target = x_start if self.model_mean_type is ModelMeanType.START_X else noise
         return {"loss": self.loss(output, target, reduction="none").flatten(1).mean(1)}
 
-    def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 − ᾱ_t): the shares of x_0 and of the noise in x_t."""
-        return self._at("sqrt_alphas_cumprod", t, like), self._at("sqrt_one_minus_alphas_cumprod", t, like)
+    def _signal_and_noise_scale(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return √ᾱ_t and √(1 − ᾱ_t), the coefficients of x_0 and of the noise in x_t."""
+        return self._extract("sqrt_alphas_cumprod", t, like), self._extract("sqrt_one_minus_alphas_cumprod", t, like)
 
     def _xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        signal, scale = self._signal_and_noise(t, x_t)
+        signal, scale = self._signal_and_noise_scale(t, x_t)
         return (x_t - scale * eps) / signal
 
     def _eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        signal, scale = self._signal_and_noise(t, x_t)
+        signal, scale = self._signal_and_noise_scale(t, x_t)
         return (x_t - signal * x_start) / scale
 
-    def _at(self, schedule: str, t: Tensor, like: Tensor) -> Tensor:
-        """The values of a schedule at t as float32, shaped [N, 1, …] so that it broadcasts over `like`."""
-        return self._schedule_on(schedule, t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
+    def _extract(self, schedule: str, t: Tensor, like: Tensor) -> Tensor:
+        """Return the values of a schedule at t [N] as float32 [N, 1, …], broadcastable to `like`."""
+        return self._schedule_tensor(schedule, t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
-    def _schedule_on(self, schedule: str, device: torch.device) -> Tensor:
-        """A schedule as a tensor [T], which stays on the device: a copy in every step would make a GPU wait."""
+    def _schedule_tensor(self, schedule: str, device: torch.device) -> Tensor:
+        """Return a schedule as a tensor [T] on the device, cached because a copy in every step would stall a GPU."""
         key = (schedule, device)
         if key not in self._on_device:
             values = torch.as_tensor(getattr(self, schedule))
@@ -276,6 +275,6 @@ class GaussianDiffusion:
         return self._on_device[key]
 
 
-def _not_first(t: Tensor, like: Tensor) -> Tensor:
-    """1 where t > 0 and 0 where t = 0, shaped to broadcast over `like`: the last step adds no noise."""
+def _nonzero_mask(t: Tensor, like: Tensor) -> Tensor:
+    """Return 1 where t > 0 and 0 where t = 0, shaped to broadcast over `like`: the last step adds no noise."""
     return (t > 0).float().reshape(-1, *[1] * (like.ndim - 1))

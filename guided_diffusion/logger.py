@@ -1,4 +1,4 @@
-"""What one experiment writes while it runs: log.txt, progress.csv and TensorBoard events."""
+"""Training logs of an experiment: log.txt, progress.csv and TensorBoard events."""
 
 import contextlib
 import csv
@@ -10,25 +10,25 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.files import write_whole
+from utils.files import write_atomically
 
 from . import dist_util
 
 
-def create_logger(directory: Path) -> "Logger | Silence":
-    """Of several processes only the first writes files and prints."""
-    return Logger(directory) if dist_util.rank() == 0 else Silence()
+def create_logger(directory: Path) -> "Logger | NullLogger":
+    """Return a logger that writes and prints on rank 0, and does nothing on the others."""
+    return Logger(directory) if dist_util.rank() == 0 else NullLogger()
 
 
-class Silence:
-    """A `Logger` that does nothing."""
+class NullLogger:
+    """`Logger` that does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args: None
 
 
 class Logger:
-    """Appends to the files in an experiment's folder, which is made if needed."""
+    """Logger that appends to the files in an experiment's folder, creating it if needed."""
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,27 +38,27 @@ class Logger:
         self._events = SummaryWriter(str(directory))
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`: training resumes there and logs them again."""
+        """Drop the rows after `step`, from which training resumes."""
         if not self._progress_path.exists():
             return
-        # Bytes, since a machine that crashed may have left anything in the last row.
+        # Read bytes: after a crash, the last row may hold anything.
         header, *rows = self._progress_path.read_bytes().splitlines(keepends=True) or [b""]
         steps = ((row, row.partition(b",")[0]) for row in rows if row.endswith(b"\n"))
-        kept = [row for row, of in steps if of.isdigit() and int(of) <= step]
+        kept = [row for row, number in steps if number.isdigit() and int(number) <= step]
         if kept:
-            write_whole(self._progress_path, b"".join([header, *kept]))
+            write_atomically(self._progress_path, b"".join([header, *kept]))
         else:
             self._progress_path.unlink()
         self._events.close()
         self._events = SummaryWriter(str(self._directory), purge_step=step + 1)
 
     def info(self, message: str) -> None:
-        """Print a message (above a running progress bar) and add it to log.txt."""
+        """Print a message, above a running progress bar, and append it to log.txt."""
         tqdm.write(message)
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of progress.csv, and the same figures to TensorBoard; the keys are alike in every call."""
+        """Append a row to progress.csv and log it to TensorBoard; every call must pass the same keys."""
         new = not self._progress_path.exists()
         with self._progress_path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -69,12 +69,12 @@ class Logger:
             self._events.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """A grey image to TensorBoard: float [H, W] in [0, 1]."""
+        """Log a greyscale image, float [H, W] in [0, 1], to TensorBoard."""
         self._events.add_image(name, image, step, dataformats="HW")
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close all files, as far as the disk lets it: an error here must not hide why a run ended."""
+        """Flush and close all files, ignoring disk errors, which would mask the one that ended the run."""
         for file in (self._events, self._log):
             with contextlib.suppress(OSError):
                 file.close()

@@ -1,4 +1,4 @@
-"""Small pieces that the networks and the training loop are made of."""
+"""Building blocks of the networks and the training loop."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding (Vaswani et al. 2017; cosines come first) of timesteps [N], float32 [N, dim].
+    """Return sinusoidal embeddings (Vaswani et al. 2017; cosines first) of timesteps [N], float32 [N, dim].
 
     Timesteps may be fractional. An odd `dim` is padded with a zero. The longest wavelength is 2π·max_period steps.
     """
@@ -19,20 +19,20 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set all parameters of `module` to 0, so that the branch it ends starts out as the identity; returns it."""
+    """Zero the parameters of `module`, so that a residual block ending in it starts as the identity, and return it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers are cheap on a CPU, where torch's own take a quarter of a training step.
+    """Dropout with faster random numbers on CPUs, where torch's own take a quarter of a training step.
 
-    An element is dropped by 16 random bits, four elements from one draw, so p is rounded to a multiple of 2⁻¹⁶.
+    Each 64-bit draw decides four elements by 16 bits each, so p is rounded to a multiple of 2⁻¹⁶.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: any shape. Where it is not on a CPU, or nothing is dropped, this is torch's."""
+        """Apply dropout to x of any shape; as `nn.Dropout` unless on a CPU, in training, with 0 < p < 1."""
         below = round(self.p * 2**16)
         if not self.training or x.device.type != "cpu" or not 0 < below < 2**16:
             return super().forward(x)
@@ -43,5 +43,5 @@ class Dropout(nn.Dropout):
 
 @torch.no_grad()
 def update_ema(averaged: list[Tensor], current: list[Tensor], rate: float) -> None:
-    """Move averaged parameters towards the current ones, all in one go: ema ← rate·ema + (1 − rate)·value."""
+    """Update all averaged parameters in place: ema ← rate·ema + (1 − rate)·value."""
     torch._foreach_lerp_(averaged, current, 1 - rate)

@@ -1,4 +1,4 @@
-"""Which timesteps a training step looks at, and how its losses are weighted to stay unbiased."""
+"""Timestep samplers for training, with loss weights that keep the objective unbiased."""
 
 import numpy as np
 import torch
@@ -9,50 +9,45 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 class ScheduleSampler:
-    """Draws timesteps uniformly, and is the base of what draws them otherwise by its own `weights`.
+    """Uniform timestep sampler, and base class for samplers with other `weights`; losses are weighted by 1 / (T·p)."""
 
-    Weighting the losses by 1 / (T·p) keeps their expectation that of a uniform draw.
-    """
-
-    learns = False  # from the losses of one step what to draw in the next
+    adaptive = False  # whether `update` changes the weights
 
     def __init__(self, diffusion: GaussianDiffusion):
         self.num_timesteps = diffusion.num_timesteps
 
     def weights(self) -> np.ndarray:
-        """Positive weights of the timesteps, float64 [T]; they need not sum to 1."""
+        """Return the positive sampling weights of the timesteps, float64 [T]; they need not sum to 1."""
         return np.ones(self.num_timesteps)
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw timesteps, int64 [batch_size], and the weights of their losses, float32 [batch_size] (on the CPU)."""
+        """Return random timesteps, int64 [batch_size], and their loss weights, float32 [batch_size], on the CPU."""
         p = torch.from_numpy(self.weights())
         p = p / p.sum()
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         return t, (1.0 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Tell the sampler the losses [N] that the timesteps t [N] gave, in this process's share of the batch."""
+        """Record the losses [N] at timesteps t [N], from this process's share of the batch."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What it has learnt from updates."""
+        """Return the state changed by `update`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with what `state_dict` returned."""
+        """Restore the state returned by `state_dict`."""
 
 
 class LossSecondMomentResampler(ScheduleSampler):
-    """Timesteps in proportion to √E[L_t²] over their last losses, once each has a full history.
-
-    Nichol & Dhariwal 2021, section 3.3.
+    """Importance sampler, p_t ∝ √E[L_t²] (Nichol & Dhariwal 2021, section 3.3); uniform until the history is full.
 
     Args:
-        diffusion: gives the number of timesteps.
-        history_per_term: losses that are remembered of each timestep.
-        uniform_prob: share of the draws that stays uniform, so that no timestep is forgotten.
+        diffusion: process to sample timesteps of.
+        history_per_term: losses to keep per timestep.
+        uniform_prob: fraction of draws that stays uniform, so that every timestep remains possible.
     """
 
-    learns = True
+    adaptive = True
 
     def __init__(self, diffusion: GaussianDiffusion, history_per_term: int = 10, uniform_prob: float = 0.001):
         super().__init__(diffusion)
@@ -68,7 +63,7 @@ class LossSecondMomentResampler(ScheduleSampler):
         return weights * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        # From all processes, so that each of them learns the same.
+        # Gather from all processes, so that every one of them updates to the same weights.
         for timesteps, values in dist_util.gather((t.tolist(), losses.tolist())):
             for step, loss in zip(timesteps, values, strict=True):
                 self._history[step, self._counts[step] % self._history.shape[1]] = loss
@@ -86,7 +81,11 @@ SCHEDULE_SAMPLERS = {"uniform": ScheduleSampler, "loss-second-moment": LossSecon
 
 
 def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> ScheduleSampler:
-    """One of SCHEDULE_SAMPLERS; a ValueError for an unknown name."""
+    """Create one of SCHEDULE_SAMPLERS.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
     if name not in SCHEDULE_SAMPLERS:
         raise ValueError(f"unknown schedule sampler {name!r}: choose {' or '.join(SCHEDULE_SAMPLERS)}")
     return SCHEDULE_SAMPLERS[name](diffusion)

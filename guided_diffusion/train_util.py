@@ -1,4 +1,4 @@
-"""The training loop: optimizer, learning-rate schedule, EMA, logging, checkpoints."""
+"""Training loop: optimizer, learning-rate schedule, EMA, logging and checkpoints."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ Batch = Any
 
 
 class Stopped(Exception):
-    """Training was asked to stop by a signal, and has saved."""
+    """Training was stopped by a signal, after saving a checkpoint."""
 
     def __init__(self, received: signal.Signals):
         super().__init__(f"stopped by {received.name}")
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While it is entered, the first SIGTERM or SIGINT only says so in `received`; a second one does its work."""
+    """Context manager that records the first SIGTERM or SIGINT in `received`; a second one has its usual effect."""
 
     def __enter__(self) -> "StopSignals":
         self.received: signal.Signals | None = None
@@ -51,45 +51,40 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
-        print(
-            f"\n{self.received.name}: this step ends, and is saved; once more ends at once", file=sys.stderr, flush=True
-        )
+        print(f"\n{self.received.name}: saving after this step; repeat to quit at once", file=sys.stderr, flush=True)
 
 
 class TrainLoop:
-    """Minimises a loss over batches, step by step, and saves what it has learnt.
+    """Training loop that minimises the mean loss of each batch and saves checkpoints.
 
-    Of several processes (`dist_util`), each takes its share of every batch, and the first one writes the files.
-    Every step depends on its number alone (the batches and the losses are told which step it is), so training that
-    goes on from a checkpoint ends where uninterrupted training would have.
+    With several processes (`dist_util`), each computes its share of every batch, and rank 0 writes the files. Batches
+    and random numbers depend only on the step number, so a resumed run gives the same result as an uninterrupted one.
 
-    Settings, all of them numbers:
-        iterations: steps in all
-        batch_size: samples a step, of all processes together
-        lr, weight_decay: AdamW's
-        lr_decay_steps, lr_decay_factor: the learning rate is multiplied by the factor once in so many steps
-        ema_rate: the rate that the warm-up ends at
-        log_interval: steps between two rows of progress.csv
-        save_interval: steps between two checkpoints; the last step is always saved
-        keep_last: checkpoints that are kept, older ones are removed; 0 keeps all
+    Attributes of `settings`, all numbers:
+        iterations: total number of steps
+        batch_size: samples per step, over all processes
+        lr, weight_decay: learning rate and weight decay of AdamW
+        lr_decay_steps, lr_decay_factor: every lr_decay_steps steps, the learning rate is multiplied by lr_decay_factor
+        ema_rate: EMA decay after warm-up
+        log_interval: steps between rows of progress.csv
+        save_interval: steps between checkpoints; the last step is always saved
+        keep_last: number of newest checkpoints to keep; 0 keeps all
     """
 
     def __init__(
         self,
         *,
-        model: nn.Module,  # on its device; parameters that do not require gradients are left alone
-        compute_losses: Callable[
-            [nn.Module, Batch, int], Tensor
-        ],  # (model, batch, step) -> losses of this process's share of the batch; the mean over all is minimised
-        batches_from: Callable[[int], Iterator[Batch]],  # endless batches from the given step on
-        directory: Path,  # where checkpoints are written, and looked for
+        model: nn.Module,  # on its device; parameters that require no gradients are not trained
+        compute_losses: Callable[[nn.Module, Batch, int], Tensor],  # (model, batch, step) -> this process's losses
+        batches_from: Callable[[int], Iterator[Batch]],  # infinite iterator over this process's batches from a step on
+        directory: Path,  # where checkpoints are written and looked for
         logger: Logger,
-        settings: Any,  # the attributes named above
-        precision: torch.dtype,  # of matrix products and convolutions; float16 with a gradient scaler
-        seed: int,  # with the step number, it seeds what the network draws itself (dropout)
-        schedule_sampler: ScheduleSampler | None = None,  # whose state is saved, where compute_losses has one
-        on_start: Callable[[], None] = lambda: None,  # called before the first step, once all is loaded
-        on_save: Callable[[nn.Module, int], None],  # called with the EMA model and the step after each save
+        settings: Any,  # see above
+        precision: torch.dtype,  # of matrix products and convolutions; float16 uses a gradient scaler
+        seed: int,  # seeds dropout, together with the step number
+        schedule_sampler: ScheduleSampler | None = None,  # sampler used in compute_losses, to checkpoint its state
+        on_start: Callable[[], None] = lambda: None,  # called on rank 0 after loading, before the first step
+        on_save: Callable[[nn.Module, int], None],  # called on rank 0 after each save, with the EMA model and the step
     ):
         self.model = model
         self.parallel = nn.parallel.DistributedDataParallel(model) if dist_util.world_size() > 1 else model
@@ -106,31 +101,31 @@ class TrainLoop:
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         pairs = zip(self.ema_model.parameters(), model.parameters(), strict=True)
-        self.averaged = [average for average, parameter in pairs if parameter.requires_grad]
+        self.ema_parameters = [average for average, parameter in pairs if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.device = self.trained[0].device
-        # float16 underflows where gradients are small; the other precisions have the range of float32
+        # Small gradients underflow in float16; the other precisions have the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.step = 0
 
     def run(self) -> None:
-        """Train from the newest sound checkpoint, or from the beginning, to the last iteration.
+        """Train to the last iteration, from the newest usable checkpoint or from scratch.
 
-        SIGTERM and Ctrl-C end the step that is under way and save; a second one ends the process at once.
+        SIGTERM and Ctrl-C stop training after the current step and save; a second one ends the process at once.
 
         Raises:
-            FloatingPointError: the loss or a weight is not finite; the last checkpoint is from before that.
-            UnreadableError: there are checkpoints, and none can be read.
-            CheckpointError: none can be written.
-            Stopped: a signal asked for it, and all is saved.
+            FloatingPointError: if the loss or a weight is not finite. Nothing is saved after that.
+            UnreadableError: if there are checkpoints but none can be read.
+            CheckpointError: if a checkpoint cannot be written.
+            Stopped: if a signal stopped training, after saving.
         """
         settings = self.settings
         self._resume()
         if self.step >= settings.iterations:
-            self.logger.info(f"finished already: {self.step} of {settings.iterations} steps")
+            self.logger.info(f"already finished: {self.step} of {settings.iterations} steps")
             return
         if dist_util.rank() == 0:
-            self._require_space()
+            self._check_disk_space()
             self.on_start()
         self.model.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
@@ -138,7 +133,7 @@ class TrainLoop:
         shown = {"unit": "step", "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with StopSignals() as signals, tqdm(total=settings.iterations, initial=self.step, **shown) as progress:
             while self.step < settings.iterations:
-                # The loss stays on the device until it is logged: asking for its value would hold up a GPU.
+                # Keep the loss on the device until it is logged: reading its value would stall the GPU.
                 loss_sum = loss_sum + self._train_step(next(batches))
                 progress.update()
                 stops = dist_util.any_of(signals.received is not None)
@@ -147,7 +142,7 @@ class TrainLoop:
                     continue
                 loss = sum(dist_util.gather(float(loss_sum))) / (self.step - since)
                 seconds = time.monotonic() - started
-                if not math.isfinite(loss):  # known before anything is saved
+                if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} after {self.step} steps")
                 values = {
                     "loss": loss,
@@ -161,8 +156,8 @@ class TrainLoop:
                 if saves and dist_util.rank() == 0:
                     self._save()
                 if stops:
-                    received = next(filter(None, dist_util.gather(signals.received)))  # once all is saved
-                    self.logger.info(f"stopped by {received.name}: the same command goes on from here")
+                    received = next(filter(None, dist_util.gather(signals.received)))  # waits for rank 0 to save
+                    self.logger.info(f"stopped by {received.name}: run the same command again to resume")
                     raise Stopped(received)
                 if saves and dist_util.rank() == 0:
                     self.on_save(self.ema_model, self.step)
@@ -176,13 +171,13 @@ class TrainLoop:
             losses = self.compute_losses(self.parallel, batch, self.step)
             loss = losses.sum() / self.settings.batch_size
         self.optimizer.zero_grad(set_to_none=True)
-        # Gradients are averaged over the processes, and are to be summed.
+        # DistributedDataParallel averages gradients over the processes; undo that to sum them.
         self.scaler.scale(loss * dist_util.world_size()).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Warmed up, so that a short run's average is not one of its initialisation.
+        # Warm up the EMA, so that in short runs it is not dominated by the initialisation.
         rate = min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
-        update_ema(self.averaged, self.trained, rate)
+        update_ema(self.ema_parameters, self.trained, rate)
         self.step += 1
         return loss.detach()
 
@@ -190,7 +185,7 @@ class TrainLoop:
         return self.settings.lr * self.settings.lr_decay_factor ** (step // self.settings.lr_decay_steps)
 
     def _state(self) -> dict[str, Any]:
-        """What the next steps depend on, by file. Random numbers are keyed by the step: they have no state."""
+        """Return the contents of each checkpoint file. Random numbers are keyed by step and need no state."""
         rest = {"step": self.step, "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {}}
         rest |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
@@ -206,24 +201,24 @@ class TrainLoop:
         return checkpoint.paths_of(self.directory, self.settings.ema_rate, step)
 
     def _resume(self) -> None:
-        step = dist_util.broadcast(self._find_checkpoint() if dist_util.rank() == 0 else None)
+        step = dist_util.broadcast(self._load_newest() if dist_util.rank() == 0 else None)
         if step and dist_util.rank() > 0:
             self._load(step)
         self.logger.rewind(self.step)
 
-    def _find_checkpoint(self) -> int | None:
-        """Load the newest sound set; returns its step."""
+    def _load_newest(self) -> int | None:
+        """Load the newest usable checkpoint and return its step, or None if there is none."""
         for leftover in self.directory.glob("*.pt.tmp"):
             leftover.unlink()
-        steps = checkpoint.saved(self.directory)
+        steps = checkpoint.list_checkpoints(self.directory)
         for step in reversed(steps):
             try:
                 self._load(step)
-            except Exception as error:  # damaged, or a state of something else
-                said = f"checkpoint {step} cannot be used, trying the one before it: {checkpoint.reason(error)}"
-                self.logger.info(f"warning: {said}")
+            except Exception as error:  # damaged, or of another model
+                reason = checkpoint.reason(error)
+                self.logger.info(f"warning: checkpoint {step} cannot be used, trying the previous one: {reason}")
             else:
-                self.logger.info(f"going on from opt{step:06d}.pt")
+                self.logger.info(f"resuming from opt{step:06d}.pt")
                 return step
         if steps:
             raise checkpoint.UnreadableError(f"no checkpoint in {self.directory} can be read")
@@ -236,7 +231,7 @@ class TrainLoop:
             raise ValueError("its weights are not finite")
         self.ema_model.load_state_dict(states["ema"])
         if states["opt"]["step"] != step:
-            raise ValueError(f"it holds step {states['opt']['step']}")
+            raise ValueError(f"its optimizer state is from step {states['opt']['step']}")
         self._load_optimizer(states["opt"]["optimizer"])
         if states["opt"]["scaler"]:  # saved in float16
             self.scaler.load_state_dict(states["opt"]["scaler"])
@@ -245,34 +240,36 @@ class TrainLoop:
         self.step = step
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load AdamW's state; a ValueError if it does not fit, which torch would only find in the next step."""
-        settings = [
-            {key: value for key, value in group.items() if key != "lr"} for group in self.optimizer.param_groups
-        ]
+        """Load the state of AdamW, checking it now: torch would notice a mismatch only in the next step.
+
+        Raises:
+            ValueError: if its settings differ, or a moment is missing, not finite or of another shape.
+        """
+        settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for before, group in zip(settings, self.optimizer.param_groups, strict=True):
-            if any(group.get(key) != value for key, value in before.items() if key != "params"):
-                raise ValueError("the optimizer has other settings")
+            if any(group.get(key) != value for key, value in before.items() if key not in ("lr", "params")):
+                raise ValueError("its optimizer settings differ")
         for parameter in self.trained:
             moments = self.optimizer.state.get(parameter, {})
             for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
                 moment = moments.get(key)
-                sound = isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point()
-                if not sound or not moment.isfinite().all():
-                    raise ValueError(f"the optimizer has no sound {key}")
+                fits = isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point()
+                if not fits or not moment.isfinite().all():
+                    raise ValueError(f"its optimizer state has no valid {key}")
 
-    def _require_space(self) -> None:
-        """Raise a CheckpointError now rather than after hours, if the checkpoints to come will not fit on the disk."""
+    def _check_disk_space(self) -> None:
+        """Raise a CheckpointError before training, not hours into it, if its checkpoints will not fit on the disk."""
         settings = self.settings
         size = sum(p.nbytes for p in (*self.model.parameters(), *self.ema_model.parameters()))
         size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
         saves = math.ceil(settings.iterations / settings.save_interval) - self.step // settings.save_interval
-        if settings.keep_last:  # and one more while it is written; what lies there takes no more space
-            there = len(checkpoint.saved(self.directory))
-            saves = min(saves, max(settings.keep_last + 1 - there, 1))
+        if settings.keep_last:  # plus the one being written, minus existing ones
+            existing = len(checkpoint.list_checkpoints(self.directory))
+            saves = min(saves, max(settings.keep_last + 1 - existing, 1))
         free = shutil.disk_usage(self.directory).free
         if saves * size > free:
             raise checkpoint.CheckpointError(
-                f"{saves} checkpoints of {size / 1e6:.0f} MB will not fit on the disk of {self.directory}, "
-                f"where {free / 1e6:.0f} MB are free"
+                f"{saves} checkpoints of {size / 1e6:.0f} MB will not fit on the disk of {self.directory}: "
+                f"{free / 1e6:.0f} MB are free"
             )

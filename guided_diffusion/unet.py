@@ -1,6 +1,6 @@
-"""The UNet of Dhariwal & Nichol 2021 ("ADM"), with or without a diffusion timestep.
+"""UNet of Dhariwal & Nichol 2021 ("ADM"), with or without timestep conditioning.
 
-Parameter names and shapes are those of the public guided-diffusion library, so that its checkpoints load.
+Parameter names and shapes match the public guided-diffusion library, so that its checkpoints load.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .nn import Dropout, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
-    """Double the resolution (nearest neighbour), followed by a 3×3 convolution where `use_conv` is set."""
+    """2× nearest-neighbour upsampling, followed by a 3×3 convolution if `use_conv` is set."""
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
@@ -24,7 +24,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution, by a 3×3 convolution of stride 2 where `use_conv` is set, else by 2×2 averages."""
+    """2× downsampling by a 3×3 convolution of stride 2 if `use_conv` is set, else by 2×2 average pooling."""
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
@@ -35,10 +35,10 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block with an optional timestep embedding and an optional change of resolution.
+    """Residual block with optional timestep embedding and optional resampling.
 
-    Args as for `UNetModel`. With use_scale_shift_norm, the embedding scales and shifts the second norm (FiLM) instead
-    of being added; `resample` is a parameterless `Upsample` or `Downsample` applied to both branches, or None.
+    Arguments as in `UNetModel`. With use_scale_shift_norm, the embedding scales and shifts the second norm's output
+    (FiLM) instead of being added; `resample` is a parameterless `Upsample` or `Downsample` for both branches, or None.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x: [N, channels, H, W]; emb: [N, emb_channels], or None to leave the timestep out."""
+        """Apply the block to x [N, channels, H, W]; emb is [N, emb_channels], or None without timestep conditioning."""
         norm, activate, conv = self.in_layers
         h = conv(self.resample(activate(norm(x))))
         if emb is None:
@@ -89,21 +89,21 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention over all positions. Each head's q, k and v lie next to each other in `qkv`."""
+    """Residual self-attention over all positions. The channels of `qkv` are ordered by head, then by q, k, v."""
 
     def __init__(self, channels: int, num_heads: int, norm_groups: int):
         super().__init__()
         if channels % num_heads:
-            raise ValueError(f"{channels} channels do not split into num_heads={num_heads} attention heads")
+            raise ValueError(f"{channels} channels are not divisible by num_heads={num_heads}")
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(norm_groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, H, W]."""
+        """Attend over the positions of x [N, C, H, W]."""
         n, c, height, width = x.shape
-        # Channels go last: positions are then rows of a matrix, and attention's fused kernels take no other layout.
+        # Channels last: positions become matrix rows, the only layout that the fused attention kernels support.
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
         qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)
         # [N, T, 3·C] -> three of [N, heads, T, C/heads]
@@ -114,7 +114,7 @@ class AttentionBlock(nn.Module):
 
 
 class EmbedSequential(nn.Sequential):
-    """A sequence that hands the timestep embedding to its residual blocks."""
+    """Sequential module that passes the timestep embedding to its residual blocks."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -123,23 +123,24 @@ class EmbedSequential(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """UNet with residual blocks, attention at chosen resolutions and an optional timestep.
+    """UNet with residual blocks, attention at chosen resolutions and optional timestep conditioning.
 
     Args:
         in_channels: channels of the input.
-        model_channels: base width; level i is channel_mult[i] times as wide.
+        model_channels: base width; level i has channel_mult[i] times as many channels.
         out_channels: channels of the output.
-        num_res_blocks: residual blocks a level on the way down (one more on the way up).
-        attention_resolutions: downsampling rates (1, 2, 4, …) at which attention follows each residual block.
+        num_res_blocks: residual blocks per level in the encoder (one more in the decoder).
+        attention_resolutions: downsampling rates (1, 2, 4, …) with attention after each residual block.
         dropout: probability in [0, 1).
         channel_mult: width multiplier of each level; the resolution is halved between levels.
-        conv_resample: up- and downsampling learn a convolution (where resblock_updown is not set).
+        conv_resample: resample with a learned convolution, unless resblock_updown is set.
         num_heads: attention heads.
         use_scale_shift_norm: FiLM conditioning on the timestep.
-        resblock_updown: residual blocks change the resolution.
-        norm_groups: groups of every group norm (the public library has 32).
+        resblock_updown: resample inside residual blocks.
+        norm_groups: groups of every group norm.
 
-    A ValueError for channels that norm_groups or the heads do not divide.
+    Raises:
+        ValueError: if a channel count is not divisible by norm_groups or num_heads.
     """
 
     def __init__(
@@ -218,15 +219,14 @@ class UNetModel(nn.Module):
         )
 
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """From x [N, in_channels, H, W] and timesteps [N], or None for a UNet that knows no time.
+        """Map x [N, in_channels, H, W] to [N, out_channels, H, W]; timesteps are [N], or None to leave them out.
 
-        Returns [N, out_channels, H, W]. A ValueError if H or W cannot be halved between all levels.
+        Raises:
+            ValueError: if H or W cannot be halved between all levels.
         """
         if any(size % self.downsampling for size in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.downsampling}")
-        emb = None
-        if timesteps is not None:
-            emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        emb = None if timesteps is None else self.time_embed(timestep_embedding(timesteps, self.model_channels))
         h, skips = x, []
         for block in self.input_blocks:
             h = block(h, emb)
@@ -234,4 +234,4 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h).to(x.dtype)  # lower precision inside, where autocast is on
+        return self.out(h).to(x.dtype)  # autocast may have lowered the precision

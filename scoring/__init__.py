@@ -1,1 +1,1 @@
-"""From trained translators to a scored slice or scan: finding and loading them, scoring, a scan's way in and out."""
+"""Scoring: find and load trained translators, score slices and scans. Scripts and benchmarks import it."""

@@ -1,4 +1,4 @@
-"""Which two trained translators make a cycle, and how MMCCD samples: from flags to checkpoints and their config."""
+"""The trained translators of a run: from command-line flags to checkpoints and the config they were trained with."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from utils.storage import Folder, local_path
 
 
 class TrainedTranslator(NamedTuple):
-    """A trained translator on disk, and the config of this run with what its training fixed."""
+    """A trained translator on disk, and this run's config with the settings that training fixed."""
 
-    name: str  # of its experiment, or of a checkpoint without one
+    name: str  # of its experiment; without one, the checkpoint's file name
     checkpoint: Path
     config: Any  # ConfigDict
-    preprocessing: dict[str, Any]  # of the slices that it was trained on, as in `read_preprocessing`
+    preprocessing: dict[str, Any]  # of the training slices, as returned by `read_preprocessing`
 
 
 class Chain(NamedTuple):
-    """The translators of a cycle, or the only one of a way without return. The forward one's config is the run's."""
+    """The translators of a cycle, or the only network of a baseline or a one-way score."""
 
     model_name: str  # of the forward translator
     forward: TrainedTranslator
-    backward: TrainedTranslator | None  # none for a baseline, which ends where it began, and for the one-way score
+    backward: TrainedTranslator | None  # None for baselines and one-way scores
 
     @property
     def config(self) -> Any:
@@ -40,51 +40,44 @@ class Chain(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The modality that the end of the cycle is compared with."""
+        """The modality that the output is compared with."""
         return self.config.data.input if self.backward else self.config.data.trans
 
     @property
     def method(self) -> str:
-        """The name in metrics.json: that of the cycle or baseline, or of the one-way score."""
+        """The method's name in metrics.json."""
         entry = METHODS[self.model_name]
         return f"one_way_{self.model_name}" if entry.translates and not self.backward else entry.key
 
 
 def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
-    """A parser with the flags that say which translators are chained, and how MMCCD samples."""
+    """Return a parser with the flags that select the translators and how MMCCD samples."""
     parser = run_parser(description, on_slices=on_slices)
     add = parser.add_argument
     add("--model_name", "--model", default="unet", choices=METHODS, help=method_help())
-    one_way = (
-        "what is scored: the error of the cycle, or that of the translation, where the other modality is there, too"
-    )
-    add("--score", default="cycle", choices=["cycle", "one_way"], help=one_way)
-    others = "".join(f"; of {name}: {one.backward}" for name, one in METHODS.items() if one.backward)
-    for direction, model in (("forward", "--model_name"), ("backward", f"--model_name{others}")):
+    score = "score the error of the whole cycle, or of the translation alone, which needs scans of both modalities"
+    add("--score", default="cycle", choices=["cycle", "one_way"], help=score)
+    exceptions = "".join(f", but {one.backward} for {name}" for name, one in METHODS.items() if one.backward)
+    for direction, model in (("forward", "--model_name"), ("backward", f"--model_name{exceptions}")):
         default = f"(default: {{model}}_{direction}_{{dataset}}_{{trans}}_{{input}}; model: {model})"
         add(f"--experiment_name_{direction}", help=f"experiment of the {direction} translator {default}")
-        newest = "state dict to use (default: the experiment's newest EMA)"
+        newest = "state dict to load (default: the experiment's newest EMA weights)"
         add(f"--checkpoint_{direction}", type=local_path, help=newest)
     add("--use_ddim", choices=["True", "False"], help="DDIM or ancestral sampling (default: the config's, True)")
-    add(
-        "--sampling",
-        choices=["paper", "fast"],
-        help="how MMCCD samples: paper, or fast at a small part of the cost (default: the config's, paper)",
-    )
-    add(
-        "--timestep_respacing",
-        help="sampling steps; 1000 or empty: all; trailing2 and so on: few, well placed (default: the config's, 100)",
-    )
-    smooth = "median filter of the scores, 3 or 5 px wide (default: the config's, none; fast has its own)"
+    preset = "sampling preset of MMCCD; fast takes a fraction of the network passes (default: the config's, paper)"
+    add("--sampling", choices=["paper", "fast"], help=preset)
+    steps = "sampling steps; 1000 or empty for all, trailing2 for two down from the last (default: the config's, 100)"
+    add("--timestep_respacing", help=steps)
+    smooth = "median filter of the scores, 3 or 5 px wide (default: the config's, none, or that of --sampling fast)"
     add("--smooth", choices=["none", "median3", "median5"], help=smooth)
     return parser
 
 
 def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
-    """The scores, `ScoreSettings`, of which validation slices choose one: `score_model.scoring` of the config.
+    """Return the candidate scores, `ScoreSettings`, in `score_model.scoring`; validation slices select one of them.
 
     Raises:
-        UserError: if the config names a score that is not known.
+        UserError: if the config contains an unknown score setting.
     """
     import config as configs
     from evaluation.scores import parse_grid
@@ -97,13 +90,14 @@ def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
 
 
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:
-    """The forward and, for a cycle, the backward translator that the flags name.
+    """Find the forward and, for a cycle, the backward translator that the flags select.
 
-    A UserError as from `find_translator`, or for a value that no run can work with.
+    Raises:
+        UserError: as from `find_translator`, or if a config value is invalid.
     """
     method, entry = load_method(args.model_name), METHODS[args.model_name]
     if args.score == "one_way" and not entry.translates:
-        raise UserError(f"--model_name {args.model_name} translates to no other modality: leave out --score one_way")
+        raise UserError(f"--model_name {args.model_name} reconstructs its input: leave out --score one_way")
     import config as configs
 
     sampling = {
@@ -125,11 +119,11 @@ def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Fold
     return Chain(args.model_name, forward, backward)
 
 
-def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
-    """Find the translators of a cycle or baseline, and its sampling, from a combined run's record of it.
+def reload_chain(run: Mapping[str, Any], experiments: Folder) -> Chain:
+    """Find the translators and the sampling recorded for one member of a combined run.
 
     Raises:
-        UserError: if a checkpoint is not where experiments are, or the record does not fit it.
+        UserError: if a checkpoint is missing from the experiments, or does not match the record.
     """
     model_name, entry = next((name, one) for name, one in METHODS.items() if one.key == run["method"])
     flags = [f"--model_name={model_name}", f"--input={run['input']}"]
@@ -146,7 +140,7 @@ def chain_of_run(run: Mapping[str, Any], experiments: Folder) -> Chain:
     return find_chain(chain_parser("").parse_args(flags), overrides, experiments)
 
 
-def network_of(model_name: str, direction: str) -> str:
+def network_name(model_name: str, direction: str) -> str:
     """Return the `--model_name` of the network that a method uses in one direction."""
     return (direction == "backward" and METHODS[model_name].backward) or model_name
 
@@ -154,33 +148,34 @@ def network_of(model_name: str, direction: str) -> str:
 def find_translator(
     direction: str, args: argparse.Namespace, experiments: Folder, config: Any, given: set[str]
 ) -> TrainedTranslator:
-    """The checkpoint of one direction, and the config with what its experiment's config.json says.
+    """Find the checkpoint of one direction, and update the config from its experiment's config.json, if there is one.
 
-    A checkpoint without a config.json is taken with the config as it is. A UserError if nothing is there, it is a
-    translator of another kind, or it was trained with settings that contradict a `given` key.
+    Raises:
+        UserError: if there is no checkpoint, it holds another kind of translator, or its training contradicts a config
+            key that the user has `given`.
     """
-    from guided_diffusion.checkpoint import EMA, saved
+    from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
     from utils.experiment import RECORD, experiment_name, flatten, read_record, require_name
 
-    model_name = network_of(args.model_name, direction)
+    model_name = network_name(args.model_name, direction)
     flag, checkpoint = f"experiment_name_{direction}", getattr(args, f"checkpoint_{direction}")
     if checkpoint is None:
         kind = (model_name, direction, args.dataset, config.data.trans, config.data.input)
         name = require_name(f"--{flag}", getattr(args, flag) or experiment_name(*kind))
-        checkpoint = newest_ema(experiments, name, reverse_cycle(args, config, experiments))
+        checkpoint = newest_ema(experiments, name, opposite_cycle_hint(args, config, experiments))
     elif not checkpoint.is_file():
         raise UserError(f"no checkpoint at {checkpoint}: check --checkpoint_{direction}")
     record = read_record(checkpoint.parent)
     if record is None:
         return TrainedTranslator(checkpoint.stem, checkpoint, config, {})
     trained = dict(flatten(record["config"]))
-    if record["training_process"] != direction:  # the same mapping, seen from the cycle the other way around
+    if record["training_process"] != direction:  # the same mapping, trained for the opposite cycle
         trained |= {"data.input": trained.get("data.trans"), "data.trans": trained.get("data.input")}
     asked, fixed = dict(flatten(config)), config.copy_and_resolve_references()
     same_mapping = all(trained.get(key) == asked[key] for key in ("data.input", "data.trans"))
     if record["model_name"] != model_name or not (record["training_process"] == direction or same_mapping):
         kind = f"{record['training_process']} {record['model_name']}"
-        raise UserError(f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} that is asked for")
+        raise UserError(f"{checkpoint.parent} is a {kind}, not the {direction} {model_name} needed here")
     method = load_method(model_name)
     for key, value in trained.items():
         if not key.startswith((*method.ALWAYS_FIXED, *method.fixed)):
@@ -193,53 +188,54 @@ def find_translator(
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint.parent / RECORD} is damaged ({key}={value!r}): restore it") from error
     name = checkpoint.absolute().parent.name
-    if checkpoint.name not in list(saved(checkpoint.parent, EMA).values())[-1:]:
-        name += f"_{checkpoint.stem}"  # two checkpoints of an experiment have results of their own
+    if checkpoint.name not in list(list_checkpoints(checkpoint.parent, EMA_PREFIX).values())[-1:]:
+        name += f"_{checkpoint.stem}"  # keeps its results apart from those of the newest EMA
     return TrainedTranslator(name, checkpoint, fixed, record.get("data", {}))
 
 
-def reverse_cycle(args: argparse.Namespace, config: Any, experiments: Folder) -> str:
-    """The flags that take the UNets of the cycle in the other direction, if these are there."""
-    from guided_diffusion.checkpoint import EMA, saved
+def opposite_cycle_hint(args: argparse.Namespace, config: Any, experiments: Folder) -> str:
+    """Return advice to use the networks of the opposite cycle, or an empty string if these are not trained."""
+    from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
     from utils.experiment import experiment_name
 
     entry = METHODS[args.model_name]
-    turned = {"forward": "backward", "backward": "forward"}
-    if entry.backward:  # only the backward translator has a counterpart in the other cycle
-        del turned["forward"]
-    kind = (args.dataset, config.data.input, config.data.trans)
-    names = {here: experiment_name(entry.backward or args.model_name, there, *kind) for here, there in turned.items()}
-    if not entry.translates or not all(saved(experiments.local / name, EMA) for name in names.values()):
+    trained_as = {"forward": "backward", "backward": "forward"}
+    if entry.backward:  # only the backward translator has a counterpart in the opposite cycle
+        del trained_as["forward"]
+    model_name, kind = entry.backward or args.model_name, (args.dataset, config.data.input, config.data.trans)
+    names = {role: experiment_name(model_name, trained, *kind) for role, trained in trained_as.items()}
+    missing = [name for name in names.values() if not list_checkpoints(experiments.local / name, EMA_PREFIX)]
+    if missing or not entry.translates:
         return ""
-    flags = (f"--experiment_name_{here}={name}" for here, name in names.items())
-    return f", or chain the networks of the other direction by {' '.join(flags)}"
+    flags = (f"--experiment_name_{role}={name}" for role, name in names.items())
+    return f", or use the networks of the opposite cycle: {' '.join(flags)}"
 
 
 def newest_ema(experiments: Folder, name: str, remedy: str = "") -> Path:
-    """The EMA weights of an experiment after the most steps, pulled with its config.json where that is needed.
+    """Return the path of an experiment's newest EMA weights, pulled with its config.json from object storage.
 
-    A UserError if there is no such experiment, which ends in `remedy`, or it has saved nothing yet.
+    Raises:
+        UserError: if there is no such experiment (that message ends with `remedy`), or it has no EMA weights yet.
     """
-    from guided_diffusion.checkpoint import EMA, saved
+    from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
     from utils.experiment import RECORD
 
     logdir, directory = experiments.local, experiments.local / name
-    experiments.pull(name, RECORD, *list(saved(experiments.names(name), EMA).values())[-1:])
+    experiments.pull(name, RECORD, *list(list_checkpoints(experiments.list_files(name), EMA_PREFIX).values())[-1:])
     if not directory.is_dir():
-        there = [path.name for path in logdir.iterdir() if path.is_dir()] if logdir.is_dir() else []
-        raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, there)}; train it first{remedy}")
-    averages = saved(directory, EMA)
+        known = [path.name for path in logdir.iterdir() if path.is_dir()] if logdir.is_dir() else []
+        raise UserError(f"no experiment {name!r} in {logdir}{did_you_mean(name, known)}; train it first{remedy}")
+    averages = list_checkpoints(directory, EMA_PREFIX)
     if not averages:
         raise UserError(f"experiment {name!r} has no EMA checkpoint in {directory}; train it first")
     return directory / averages[max(averages)]
 
 
 def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> None:
-    """Refuse translators, and slices where the run has any, whose intensities or pixels mean different things.
+    """Check that all translators were trained on slices of the same normalisation and grid as those in `data_dir`.
 
     Raises:
-        UserError: the slices of the run, or those that one of them was trained on, were normalised otherwise, or lie
-            on another grid. What nobody recorded is taken to be right.
+        UserError: if two records differ. Missing records are assumed to match.
     """
     from datasets.records import read_preprocessing
 
@@ -248,21 +244,19 @@ def require_same_preprocessing(chain: Chain, data_dir: Path | None = None) -> No
         found[str(data_dir)] = read_preprocessing(data_dir)
     remedies = {
         "normalisation": "with the same --percentage_lower and --percentage_upper",
-        "grid": "volumes of the same orientation, voxel size and shape, or all of them by --csv",
+        "grid": "volumes of the same orientation, voxel size and shape, or all of them with --csv",
     }
-    for what, remedy in remedies.items():
-        known = [(where, made_with[what]) for where, made_with in found.items() if made_with.get(what)]
-        for where, value in known[1:]:
-            first, expected = known[0]
+    for key, remedy in remedies.items():
+        recorded = [(source, made_with[key]) for source, made_with in found.items() if made_with.get(key)]
+        for source, value in recorded[1:]:
+            first, expected = recorded[0]
             if value != expected:
-                raise UserError(
-                    f"{first} and {where} do not fit: the {what} of their slices is {expected} and {value}; "
-                    f"preprocess {remedy}"
-                )
+                differences = f"the {key} of their slices is {expected} and {value}"
+                raise UserError(f"{first} and {source} do not match: {differences}; preprocess {remedy}")
 
 
 def results_name(chain: Chain) -> str:
-    """The folder of a test run: what was chained, and how it was sampled."""
-    how = load_method(chain.model_name).results_suffix(chain.config)
+    """Return the name of a test run's results folder: its translators, the score if one-way, and the sampling."""
+    sampling = load_method(chain.model_name).results_suffix(chain.config)
     one_way = "one_way" if chain.method.startswith("one_way") else ""
-    return "__".join(filter(None, (*(one.name for one in chain.translators.values()), one_way, how)))
+    return "__".join(filter(None, (*(one.name for one in chain.translators.values()), one_way, sampling)))

@@ -1,4 +1,4 @@
-"""A scan's way in and out: onto the grid of the training slices, through the cycle, and back to where the scan lies."""
+"""Score a NIfTI scan: resample it onto the training grid, run the cycle, and resample the scores back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,57 +19,57 @@ from evaluation.figures import scan_figure
 from evaluation.metrics import RIM, scored_region
 from evaluation.results import SCORE_MEANINGS
 from evaluation.scores import (
-    FAR_OFF,
+    CONTRAST_WARNING,
     Constants,
     ScoreSettings,
     anomaly_map,
-    far_off,
     intensity_maps,
     smooth_scores,
+    unusual_contrasts,
 )
 from models.cycle import anomaly_score
 from utils.cli import UserError
 from utils.experiment import RECORD
 from utils.files import replaced
-from utils.grid import SAME, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
+from utils.grid import TOLERANCE, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
 from utils.nifti import read_header, read_volume, write_like
 
 from .chain import Chain, TrainedTranslator
-from .scorer import Scorer, announce
+from .scorer import Scorer, print_cost
 
-RESULTS = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")  # what is written of each scan
-# Litres: adults have 1 to 1.9, a head with its skull 3 and more, a field full of noisy air 8.
-LARGEST_BRAIN = 2.2
-SHOWN = 6  # slices in a report
-APART = 6.0  # mm, at least, between two of them
+RESULT_SUFFIXES = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")
+MAX_BRAIN_LITRES = 2.2  # adult brains have 1 to 1.9 litres, heads with a skull 3 or more, scans with noise in the air 8
+REPORT_SLICES = 6
+REPORT_SPACING = 6.0  # minimum distance of two slices in a report, in mm
 
 
 class Scan(NamedTuple):
-    """A scan, and what the networks are to see of it."""
+    """A normalised scan, on the voxel grid of its file and resampled onto the training grid."""
 
     path: Path
-    voxels: np.ndarray  # float32 [I, J, K] as in the file, normalised
-    grid: VoxelGrid  # of the voxels
-    chosen: np.ndarray  # bool [I, J, K]: the brain of the slices asked for
-    slices_grid: VoxelGrid  # where its slices lie for the networks, with the geometry of the training data
-    image: np.ndarray  # float32 [H, W, D] there, normalised
+    voxels: np.ndarray  # float32 [I, J, K]
+    grid: VoxelGrid  # of the file
+    roi: np.ndarray  # bool [I, J, K]: brain voxels in the slices to score
+    training_grid: VoxelGrid  # same space as `grid`, but with the geometry of the training slices
+    image: np.ndarray  # float32 [H, W, D]
     brain: np.ndarray  # bool [H, W, D]
-    numbers: np.ndarray  # which of the D slices are to be scored
+    slice_indices: np.ndarray  # of the slices to score, out of D
     warnings: list[str]
-    reference: np.ndarray  # float32 [H, W, D]: what the cycle ends in, the image or the other modality
+    reference: np.ndarray  # float32 [H, W, D]: `image`, or the target modality of a one-way score
 
 
-def trained_geometry(translator: TrainedTranslator) -> SliceGeometry:
-    """The geometry of the slices that a translator was trained on; BraTS's where there is no record of it.
+def training_geometry(translator: TrainedTranslator) -> SliceGeometry:
+    """Return the geometry of a translator's training slices, or that of BraTS if it was not recorded.
 
-    A UserError if the record is damaged.
+    Raises:
+        UserError: if the record is damaged.
     """
     recorded = translator.preprocessing.get("grid")
     try:
         return SliceGeometry.from_json(recorded) if recorded else BRATS_SLICES
     except (KeyError, TypeError, ValueError) as error:
         record = translator.checkpoint.parent / RECORD
-        raise UserError(f"{record} is not what training writes: restore it") from error
+        raise UserError(f"{record} is damaged (data.grid): restore it") from error
 
 
 def read_scan(
@@ -77,187 +77,184 @@ def read_scan(
     geometry: SliceGeometry,
     quantiles: dict[str, float],
     slices: tuple[int, int] | None,
-    other: Path | None = None,
+    reference_path: Path | None = None,
 ) -> Scan:
-    """Read a scan, put it on slices like those of the training data, and normalise it as these were.
+    """Read a scan, resample it onto the training grid, and normalise it like the training data.
 
     Args:
         path: of the volume.
-        geometry: of the training data's slices.
-        quantiles: `percentage_lower` and `percentage_upper`, as preprocessing has them.
-        slices: the scan's own axial slices [start, stop) that are asked for; None: all.
-        other: volume of the same head in the modality that it is translated to, in the same space; None: not needed.
+        geometry: of the training slices.
+        quantiles: `percentage_lower` and `percentage_upper` of preprocessing.
+        slices: range [start, stop) of the scan's own axial slices to score; None for all.
+        reference_path: for a one-way score, a volume of the target modality in the same space.
 
-    A UserError if it cannot be read or normalised, has not so many slices, or no brain in them.
+    Raises:
+        UserError: if a volume cannot be read or normalised, or `slices` exceeds the scan or contains no brain.
     """
     volume, grid = read_volume(path)
     brain = volume != 0
     try:
         if not np.isfinite(volume).all():
             raise ValueError("some voxels are not finite")
-        slices_grid, cut_off = place_grid(geometry, brain, grid.affine)
-        moved = resample_intensities(volume, grid.affine, slices_grid)
-        voxels, image = normalise(volume, **quantiles), normalise(moved, **quantiles)
+        training_grid, cut_off = place_grid(geometry, brain, grid.affine)
+        resampled = resample_intensities(volume, grid.affine, training_grid)
+        voxels, image = normalise(volume, **quantiles), normalise(resampled, **quantiles)
     except ValueError as error:
-        raise UserError(f"{path} cannot be scored, {error}") from error
-    reference = read_onto(other, slices_grid, quantiles, moved != 0) if other else image
+        raise UserError(f"{path} cannot be scored: {error}") from error
+    resampled_brain = resampled != 0
+    reference = read_reference(reference_path, training_grid, quantiles, resampled_brain) if reference_path else image
 
-    chosen = brain
+    roi = brain
     if slices:
         axis = axial_axis(grid.affine)
         if slices[1] > grid.shape[axis]:
-            raise UserError(
-                f"--slices {slices[0]} {slices[1]} exceeds {path}, which has {grid.shape[axis]} axial slices"
-            )
+            raise UserError(f"--slices {slices[0]} {slices[1]} exceeds the {grid.shape[axis]} axial slices of {path}")
         index = tuple(slice(*slices) if i == axis else slice(None) for i in range(3))
-        chosen = np.zeros_like(brain)
-        chosen[index] = brain[index]
-    # All slices that the way back interpolates between: those on either side of a chosen voxel.
-    *steps, depth = (np.linalg.inv(slices_grid.affine) @ grid.affine)[2]
+        roi = np.zeros_like(brain)
+        roi[index] = brain[index]
+    # Score the slices on both sides of every voxel, because resampling back interpolates between them.
+    *steps, depth = (np.linalg.inv(training_grid.affine) @ grid.affine)[2]
     for step, index in zip(steps, np.ogrid[tuple(map(slice, grid.shape))], strict=True):
         depth = depth + step * index
-    beside = np.stack([np.floor(depth[chosen] + SAME), np.ceil(depth[chosen] - SAME)])
-    numbers = np.flatnonzero(np.isin(np.arange(slices_grid.shape[2]), beside) & (moved != 0).any(axis=(0, 1)))
-    if not numbers.size:  # nothing there at all, or only stray voxels that coarser slices miss
-        where = f"in --slices {slices[0]} {slices[1]}" if slices else "on the slices of the training data"
+    adjacent = np.stack([np.floor(depth[roi] + TOLERANCE), np.ceil(depth[roi] - TOLERANCE)])
+    indices = np.flatnonzero(np.isin(np.arange(training_grid.shape[2]), adjacent) & resampled_brain.any(axis=(0, 1)))
+    if not indices.size:  # no brain voxels, or only isolated ones that the thicker training slices miss
+        where = f"in --slices {slices[0]} {slices[1]}" if slices else "on the training grid"
         raise UserError(f"{path} has no brain {where}")
 
     warnings = []
     litres = np.count_nonzero(brain) * abs(np.linalg.det(grid.affine[:3, :3])) / 1e6
-    if litres > LARGEST_BRAIN:
+    if litres > MAX_BRAIN_LITRES:
         warnings.append(
-            f"{litres:.1f} litres of it are not 0, and no brain is larger than {LARGEST_BRAIN}: it does not look "
-            "skull-stripped, or its background is not 0; the networks have never seen the like"
+            f"{litres:.1f} litres are non-zero, more than any brain ({MAX_BRAIN_LITRES}): the scan is not "
+            "skull-stripped or its background is not 0. Expect false positives."
         )
     if cut_off > 0.001:
-        seen = "{} × {} px that the networks see".format(*geometry.shape)
-        warnings.append(f"{100 * cut_off:.1f} % of its brain lie outside the {seen}, and are not judged")
+        field_of_view = "{} × {} px field of view".format(*geometry.shape)
+        warnings.append(f"{100 * cut_off:.1f} % of the brain is outside the {field_of_view} and is not scored")
     header = read_header(path)
     if header["sform_code"] == header["qform_code"] == 0:
-        directions = ", ".join(nibabel.aff2axcodes(grid.affine))
-        warnings.append(f"its header does not say how it lies: its axes are taken to lead to {directions}")
-    return Scan(path, voxels, grid, chosen, slices_grid, image, moved != 0, numbers, warnings, reference)
+        axcodes = "".join(nibabel.aff2axcodes(grid.affine))
+        warnings.append(f"the header has no orientation (sform and qform codes are 0); assuming {axcodes}")
+    return Scan(path, voxels, grid, roi, training_grid, image, resampled_brain, indices, warnings, reference)
 
 
-def read_onto(path: Path, slices_grid: VoxelGrid, quantiles: dict[str, float], brain: np.ndarray) -> np.ndarray:
-    """A volume on slices [H, W, D] of a scan with this brain there, normalised.
+def read_reference(path: Path, training_grid: VoxelGrid, quantiles: dict[str, float], brain: np.ndarray) -> np.ndarray:
+    """Read the target modality of a scan whose brain mask is `brain`; return it like `Scan.image`.
 
-    A UserError if it cannot be read or normalised, or lies elsewhere.
+    Raises:
+        UserError: if the volume cannot be read or normalised, or covers less than half of the brain.
     """
     volume, grid = read_volume(path)
     try:
         if not np.isfinite(volume).all():
             raise ValueError("some voxels are not finite")
-        moved = resample_intensities(volume, grid.affine, slices_grid)
-        if np.count_nonzero(brain & (moved != 0)) < np.count_nonzero(brain) / 2:
-            raise ValueError("less than half of the scan's brain lies in it: register the two")
-        return normalise(moved, **quantiles)
+        resampled = resample_intensities(volume, grid.affine, training_grid)
+        if np.count_nonzero(brain & (resampled != 0)) < np.count_nonzero(brain) / 2:
+            raise ValueError("it covers less than half of the scan's brain; register the two")
+        return normalise(resampled, **quantiles)
     except ValueError as error:
-        raise UserError(f"{path} cannot be compared with, {error}") from error
+        raise UserError(f"{path} cannot be compared with the translation: {error}") from error
 
 
 def axial_axis(affine: np.ndarray) -> int:
-    """Which axis of a volume leads from feet to head, or back."""
+    """Return the index of a volume's inferior-superior axis."""
     return io_orientation(affine)[:, 0].tolist().index(2)
 
 
 class ScanScore(NamedTuple):
-    """A score of a scan, alone or as a part of a weighted sum."""
+    """A score of a scan, on its own or as a member of a weighted sum."""
 
-    chain: Chain | None  # None: the bare intensity
-    usual_error: float  # constant of the published "standardised" score
+    chain: Chain | None  # None: the input's intensity
+    error_floor: float  # constant c of the published "standardised" score
     chosen: tuple[ScoreSettings, Constants] | None  # None: the published score
     weight: float = 1.0
-    scorer: Scorer | None = None  # of the chain
+    scorer: Scorer | None = None  # the loaded chain
 
 
-def score_scan(parts: Sequence[ScanScore], scan: Scan) -> np.ndarray:
-    """The anomaly score of every voxel of a scan, float32 [I, J, K]; 0 outside its brain or on a rim that is cut.
-
-    The weighted sum of the `parts`, of which at least one has translators.
-    """
-    config = next(part.scorer for part in parts if part.scorer).config
+def score_scan(members: Sequence[ScanScore], scan: Scan) -> np.ndarray:
+    """Return the weighted sum of `members`, float32 [I, J, K]; 0 outside `scan.roi` and on an excluded rim."""
+    config = next(member.scorer for member in members if member.scorer).config
     images, reference, brains = (
-        torch.from_numpy(np.moveaxis(stack[:, :, scan.numbers], 2, 0)[:, None].copy())
+        torch.from_numpy(np.moveaxis(stack[:, :, scan.slice_indices], 2, 0)[:, None].copy())
         for stack in (scan.image, scan.reference, scan.brain.view(np.uint8))
     )
     size = config.data.image_size
     images, reference = (torch.stack([resize_image(one, size) for one in stack]) for stack in (images, reference))
     brains = torch.stack([resize_mask(brain, size) for brain in brains])
 
-    total = sum(part.weight * score_slices(part, scan, images, reference, brains) for part in parts)
-    scores = F.interpolate(torch.from_numpy(total), scan.slices_grid.shape[:2], mode="bilinear", antialias=True)
-    on_slices = np.zeros(scan.slices_grid.shape, dtype=np.float32)
-    on_slices[:, :, scan.numbers] = np.moveaxis(scores[:, 0].numpy(), 0, 2)
-    anomaly = resample(on_slices, scan.slices_grid.affine, scan.grid)
-    return np.where(scan.chosen, anomaly, np.float32(0))
+    total = sum(member.weight * score_slices(member, scan, images, reference, brains) for member in members)
+    scores = F.interpolate(torch.from_numpy(total), scan.training_grid.shape[:2], mode="bilinear", antialias=True)
+    volume = np.zeros(scan.training_grid.shape, dtype=np.float32)
+    volume[:, :, scan.slice_indices] = np.moveaxis(scores[:, 0].numpy(), 0, 2)
+    anomaly = resample(volume, scan.training_grid.affine, scan.grid)
+    return np.where(scan.roi, anomaly, np.float32(0))
 
 
-def score_slices(part: ScanScore, scan: Scan, images: Tensor, reference: Tensor, brains: Tensor) -> np.ndarray:
-    """One score of a scan's slices, float32 [N, 1, H, W]; images, what they are compared with, and masks likewise."""
+def score_slices(member: ScanScore, scan: Scan, images: Tensor, reference: Tensor, brains: Tensor) -> np.ndarray:
+    """Return one score of a scan's slices, float32 [N, 1, H, W], from images, references and masks of this shape."""
     maps = {"image": reference[:, 0].numpy(), "brainmask": brains[:, 0].numpy()}
-    maps["names"] = [f"{scan.path.name}_{number}" for number in scan.numbers]
-    rim = part.chosen[0].rim if part.chosen else RIM
-    if part.scorer:
-        announce(part.scorer, brains)
-        cycle = part.scorer.cycle(images, brains, reference)
+    maps["names"] = [f"{scan.path.name}_{index}" for index in scan.slice_indices]
+    rim = member.chosen[0].rim if member.chosen else RIM
+    if member.scorer:
+        print_cost(member.scorer, brains)
+        cycle = member.scorer.cycle(images, brains, reference)
         maps |= {"reconstruction": cycle.reconstruction[:, 0].numpy(), "variance": cycle.variance[:, 0].numpy()}
     else:
-        maps = intensity_maps(maps, part.chosen[0].sign)
-    if part.chosen:
-        scores = anomaly_map(maps, *part.chosen)
-        far = far_off(maps, part.chosen[1]) if part.scorer else {}
-        for slope in far.values():
-            print(FAR_OFF.format(scan.path, slope))
+        maps = intensity_maps(maps, member.chosen[0].sign)
+    if member.chosen:
+        scores = anomaly_map(maps, *member.chosen)
+        contrasts = unusual_contrasts(maps, member.chosen[1]) if member.scorer else {}
+        for slope in contrasts.values():
+            print(CONTRAST_WARNING.format(scan.path, slope))
     else:
-        scores = anomaly_score(reference, cycle, part.scorer.score_kind, part.usual_error)[:, 0].numpy()
-        scores = smooth_scores(scores, part.scorer.config.score_model.sampling.smooth)
+        scores = anomaly_score(reference, cycle, member.scorer.score_kind, member.error_floor)[:, 0].numpy()
+        scores = smooth_scores(scores, member.scorer.config.score_model.sampling.smooth)
     return np.where(scored_region(maps["brainmask"], rim), scores, np.float32(0))[:, None]
 
 
 def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float, figure: Figure) -> None:
-    """Write the score, the mask and the report of a scan, and say in a line what is in them.
+    """Write the score, the mask and the report of a scan to `stem` + `RESULT_SUFFIXES`, and print a summary.
 
-    The files' names begin as `stem`. A UserError if they cannot be written.
+    Raises:
+        UserError: if the files cannot be written.
     """
     mask = (anomaly >= threshold).astype(np.uint8)
     with replaced(stem.parent, "--output_dir") as new:
-        paths = [new / (stem.name + result) for result in RESULTS]
+        paths = [new / (stem.name + suffix) for suffix in RESULT_SUFFIXES]
         header = read_header(scan.path)
         for path, voxels in zip(paths, (anomaly, mask), strict=False):
             write_like(header, voxels, scan.grid.affine, path)
         figure.savefig(paths[-1], dpi=110)
-    millilitres = np.count_nonzero(mask) * abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
-    print(f"{millilitres:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {stem}{RESULTS[-1]}")
+    ml = np.count_nonzero(mask) * abs(np.linalg.det(scan.grid.affine[:3, :3])) / 1000
+    print(f"{ml:.1f} ml at or above the threshold, highest score {anomaly.max():.3g}: {stem}{RESULT_SUFFIXES[-1]}")
 
 
 def draw_report(scan: Scan, anomaly: np.ndarray, threshold: float, score: str) -> Figure:
-    """The scan's most anomalous axial slices, as radiologists look at them, numbered as in its file."""
+    """Draw the scan's most anomalous axial slices in radiological orientation, numbered as in its file."""
     mask = (anomaly >= threshold).astype(np.uint8)
-    turn = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
-    sizes = voxel_sizes(scan.grid.affine)[np.argsort(turn[:, 0])]  # mm along the turned axes
-    image, anomaly, mask = (
-        np.moveaxis(apply_orientation(volume, turn), 2, 0) for volume in (scan.voxels, anomaly, mask)
-    )
-    picked = pick_slices(mask.sum(axis=(1, 2)), anomaly.sum(axis=(1, 2)), round(APART / sizes[2]))
-    upside_down = turn[axial_axis(scan.grid.affine), 1] < 0
+    to_lps = ornt_transform(io_orientation(scan.grid.affine), axcodes2ornt("LPS"))
+    sizes = voxel_sizes(scan.grid.affine)[np.argsort(to_lps[:, 0])]  # mm along the axes of LPS
+    image, anomaly, mask = (np.moveaxis(apply_orientation(one, to_lps), 2, 0) for one in (scan.voxels, anomaly, mask))
+    picked = pick_slices(mask.sum(axis=(1, 2)), anomaly.sum(axis=(1, 2)), round(REPORT_SPACING / sizes[2]))
+    upside_down = to_lps[axial_axis(scan.grid.affine), 1] < 0
     labels = [
         f"slice {len(image) - 1 - i if upside_down else i}\n"
         f"{mask[i].sum() * sizes[0] * sizes[1] / 100:.1f} cm² marked, score ≤ {anomaly[i].max():.3g}"
         for i in picked
     ]
-    title = f"{scan.path.name}: the slices with the most marked, most first (R: the patient's right)"
-    look = {"threshold": threshold, "aspect": sizes[1] / sizes[0], "title": title, "meaning": SCORE_MEANINGS[score]}
-    return scan_figure(image[picked], anomaly[picked], mask[picked] > 0, labels, **look)
+    title = f"{scan.path.name}: slices with the largest marked area, largest first (R: patient's right)"
+    options = {"threshold": threshold, "aspect": sizes[1] / sizes[0], "title": title, "meaning": SCORE_MEANINGS[score]}
+    return scan_figure(image[picked], anomaly[picked], mask[picked] > 0, labels, **options)
 
 
-def pick_slices(marked: np.ndarray, scores: np.ndarray, apart: int) -> list[int]:
-    """The slices with the most marked voxels [N], or else the highest sum of scores [N], most first.
+def pick_slices(marked: np.ndarray, scores: np.ndarray, spacing: int) -> list[int]:
+    """Return up to `REPORT_SLICES` slices, sorted by marked voxels [N], then by sum of scores [N], largest first.
 
-    At most SHOWN of them, none without any score, and no two fewer than `apart` slices apart.
+    They are at least `spacing` slices apart and have scores above 0; without any such slice, return the middle one.
     """
     picked: list[int] = []
     for i in np.lexsort((scores, marked))[::-1].tolist():
-        if len(picked) < SHOWN and scores[i] > 0 and all(abs(i - other) >= apart for other in picked):
+        if len(picked) < REPORT_SLICES and scores[i] > 0 and all(abs(i - other) >= spacing for other in picked):
             picked.append(i)
     return picked or [len(marked) // 2]

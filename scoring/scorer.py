@@ -1,4 +1,4 @@
-"""Slices through the cycle of two trained translators: their anomaly scores, what these cost, and how far they are."""
+"""Score slices: load the translators of a chain, print the cost, run the cycle, and compute error maps."""
 
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from models import load_method
 from models.cycle import Cycle, anomaly_score, error_floor
 from models.training import bytes_a_sample
 from utils.cli import UserError
-from utils.device import autocast, available_memory, compile_if_it_pays, pick_precision, speed_up
+from utils.device import autocast, available_memory, maybe_compile, pick_precision, speed_up
 
-from .chain import Chain, network_of
+from .chain import Chain, network_name
 
 
 class Scorer:
-    """The translators of a chain, loaded: turns slices of any number into anomaly scores.
+    """The loaded translators of a chain.
 
-    A UserError for a config that no network or diffusion can be made of, or weights that do not fit it.
+    Raises:
+        UserError: if the config describes no valid network or diffusion, or the weights do not match it.
     """
 
     def __init__(self, chain: Chain, device: torch.device):
@@ -39,56 +40,57 @@ class Scorer:
             self.forward = self.method.create_translator(self.networks["forward"], self.config)
             self.backward = nn.Identity()
             if chain.backward:
-                method = load_method(network_of(chain.model_name, "backward"))
+                method = load_method(network_name(chain.model_name, "backward"))
                 self.backward = method.create_translator(self.networks["backward"], chain.backward.config)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.batch_size = self.config.score_model.sampling.batch_size
-        if device.type == "cpu":  # too large a batch would get the process killed; on a GPU, in_batches handles it
+        if device.type == "cpu":  # out of memory, a CPU process is killed; on a GPU, `in_batches` recovers
             fitting = available_memory() // max(1, bytes_a_sample(self.method, self.config))
             self.batch_size = max(1, min(self.batch_size, fitting))
         self.steps = self.method.count_steps(self.forward)
-        self.passes_a_sample = self.steps + bool(chain.backward)
+        self.passes_per_sample = self.steps + bool(chain.backward)
 
-    def passes(self, brainmask: Tensor) -> int:
-        """Return the number of network passes that slices with these brain masks [N, 1, H, W] take."""
-        return self.method.count_samples(brainmask, self.forward, self.config) * self.passes_a_sample
+    def count_passes(self, brainmask: Tensor) -> int:
+        """Return the number of network passes for slices with these brain masks [N, 1, H, W]."""
+        return self.method.count_samples(brainmask, self.forward, self.config) * self.passes_per_sample
 
     def cycle(self, image: Tensor, brainmask: Tensor, reference: Tensor, desc: str = "scoring") -> Cycle:
-        """The cycle of slices [N, 1, H, W], on the CPU, behind a progress bar over the network passes.
+        """Run the cycle on slices [N, 1, H, W], with a progress bar over network passes; return it on the CPU.
 
-        Its end is compared with `reference`, the same slices in the modality that `self.reference` names. Of several
-        processes each makes its share of the slices, and all get the whole.
+        The output is compared with `reference`, the same slices in the modality `self.reference`. With several
+        processes, each computes its share of the slices, and all of them return the complete cycle.
         """
-        share = dist_util.share(len(image))
+        share = dist_util.shard(len(image))
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
         for network in self.networks.values():
-            compile_if_it_pays(network, self.device, self.passes(brainmask) // self.batch_size)
-        shown = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
-        with autocast(self.device, self.precision), tqdm(total=self.passes(brainmask), desc=desc, **shown) as bar:
-            how = {
+            maybe_compile(network, self.device, self.count_passes(brainmask) // self.batch_size)
+        look = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
+        with autocast(self.device, self.precision), tqdm(total=self.count_passes(brainmask), desc=desc, **look) as bar:
+            options = {
                 "batch_size": self.batch_size,
-                "progress": lambda samples: bar.update(samples * self.passes_a_sample),
+                "progress": lambda samples: bar.update(samples * self.passes_per_sample),
                 "reference": reference,
             }
-            cycle = self.method.cycle(image, brainmask, self.forward, self.backward, self.config, **how)
+            cycle = self.method.cycle(image, brainmask, self.forward, self.backward, self.config, **options)
         shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
         return Cycle(*(torch.cat(field) for field in zip(*shares, strict=True)))
 
 
 def load_network(chain: Chain, direction: str, device: torch.device) -> nn.Module:
-    """Return the trained network of one direction on the device; errors as from `Scorer`."""
-    found = chain.translators[direction]
-    network = load_method(network_of(chain.model_name, direction)).create_network(found.config.score_model)
-    load_weights(network, found.checkpoint)
+    """Return the trained network of one direction on the device; raises the errors of `Scorer`."""
+    translator = chain.translators[direction]
+    network = load_method(network_name(chain.model_name, direction)).create_network(translator.config.score_model)
+    load_weights(network, translator.checkpoint)
     return speed_up(network.eval(), device, training=False)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a bare state dict into `network`.
 
-    A UserError if the file is damaged, is no state dict of finite floats, or fits another network.
+    Raises:
+        UserError: if the file is damaged, is not a state dict of finite floats, or belongs to another network.
     """
     try:
         state = checkpoint.read_state(path)
@@ -99,34 +101,30 @@ def load_weights(network: nn.Module, path: Path) -> None:
                 raise TypeError(f"{name} holds weights that are not finite")
         network.load_state_dict(state)
     except (checkpoint.UnreadableError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not fit the network that the config describes ({checkpoint.reason(error)})"
-        ) from error
+        raise UserError(f"{path} does not fit the network in the config ({checkpoint.reason(error)})") from error
 
 
-def announce(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
-    """Say what it costs to score slices with these brain masks [N, 1, H, W]; the same for metrics.json."""
-    passes = sum(map(scorer.passes, brainmasks))
+def print_cost(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
+    """Print the cost of scoring slices with these brain masks [N, 1, H, W], and return it for metrics.json."""
+    passes = sum(map(scorer.count_passes, brainmasks))
     precision = str(scorer.precision).removeprefix("torch.")
     print(f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {precision}")
     if scorer.steps > 1:
-        samples, back = passes // scorer.passes_a_sample, scorer.passes_a_sample - scorer.steps
+        samples, back = passes // scorer.passes_per_sample, scorer.passes_per_sample - scorer.steps
         print(f"({samples:,} {scorer.method.samples_are} × {scorer.steps} steps forward and {back} back)")
-    if scorer.device.type == "cpu" and (hint := scorer.method.cpu_hint(scorer.config)):
-        print(hint)
+    if scorer.device.type == "cpu" and not (scorer.method.sampling_name(scorer.config) or "fast").startswith("fast"):
+        print("this takes long on a CPU: --sampling fast makes far fewer passes")
     return {"precision": precision, "network_passes": passes}
 
 
 def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Error maps, arrays [N, H, W] by name, of the slices of every split; and what they cost."""
-    cost = announce(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
+    """Return the error maps of each split's slices, as arrays [N, H, W] by name, and their cost for metrics.json."""
+    cost = print_cost(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
     maps = {}
-    # The first one says what an error is usual: validation slices, or else those of any other split but training.
+    # The first split fixes the error floor: preferably val, and train only if there is no other.
     for split in sorted(slices, key=lambda split: (split != "val", split == "train")):
         batch = slices[split]
-        image, reference, brainmask = (
-            batch[kind] for kind in (scorer.config.data.input, scorer.reference, "brainmask")
-        )
+        image, reference, brainmask = batch[scorer.config.data.input], batch[scorer.reference], batch["brainmask"]
         cycle = scorer.cycle(image, brainmask, reference, f"scoring {split}")
         if "usual_error" not in cost:
             scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
@@ -140,27 +138,27 @@ def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict
     return maps, cost
 
 
-def kinds_scored(chain: Chain) -> list[str]:
-    """What scoring reads of each slice."""
+def kinds_to_load(chain: Chain) -> list[str]:
+    """Return the kinds of images that scoring loads for each slice."""
     return [*dict.fromkeys((chain.config.data.input, chain.reference)), "seg", "brainmask"]
 
 
-def load_slices(chain: Chain, split: str, most: int | None = None) -> dict | None:
-    """Load the slices of a split as one batch, at most `most` of them, spread evenly.
+def load_slices(chain: Chain, split: str, limit: int | None = None) -> dict | None:
+    """Load the slices of a split as one batch, or at most `limit` of them, evenly spaced.
 
     Returns:
-        The batch, or None if there are no validation slices, which is printed, or no training slices.
+        The batch, or None if there are no validation or training slices.
 
     Raises:
-        UserError: if there are no test slices, or not of the modalities that are scored.
+        UserError: if there are no test slices, or a modality is missing.
     """
     data, first = chain.config.data, dist_util.rank() == 0
     if split != "test" and not any(Path(data.data_dir, split).glob("*/*.npy")):
         if split == "val":
-            print(f"no validation slices in {data.data_dir}: only the oracle threshold can be shown")
+            print(f"no validation slices in {data.data_dir}: only the oracle threshold is reported")
         return None
-    where = (data.data_dir, split, kinds_scored(chain), data.image_size)
+    where = (data.data_dir, split, kinds_to_load(chain), data.image_size)
     dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
-    if most and most < len(dataset):
-        dataset = Subset(dataset, [i * len(dataset) // most for i in range(most)])
+    if limit and limit < len(dataset):
+        dataset = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
     return all_slices(dataset)

@@ -1,4 +1,4 @@
-"""Which checkpoint of each translator to test: the one that finds most on the validation slices."""
+"""Checkpoint selection: of all saved weights, those with the highest validation AUPRC."""
 
 from collections.abc import Iterator
 
@@ -6,50 +6,48 @@ import torch
 
 from evaluation.metrics import average_precision, ranked_scores
 from evaluation.scores import smooth_scores
-from guided_diffusion.checkpoint import EMA, saved
+from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
 from utils.cli import UserError
 from utils.storage import Folder
 
 from .chain import Chain
 from .scorer import Scorer, create_maps
 
-KINDS = {"EMA": EMA, "raw": "model"}  # of weights, and how the names of their files begin
+WEIGHT_PREFIXES = {"EMA": EMA_PREFIX, "raw": "model"}  # of the checkpoints' file names
 
 
 def best_on_validation(chain: Chain, experiments: Folder, slices: dict | None, device: torch.device) -> Chain:
-    """The chain with the checkpoints, averaged or raw weights of any saved step, of the highest validation AUPRC.
-
-    Two translators are taken from the same step as far as both have saved it; otherwise the backward one stays.
+    """Return the chain with the highest validation AUPRC among the EMA and raw weights of all saved steps.
 
     Args:
         chain: with the newest checkpoints.
-        experiments: where theirs lie.
-        slices: the validation slices as from `load_slices`.
+        experiments: folder of their experiments.
+        slices: validation slices from `load_slices`.
         device: to score on.
 
-    A UserError if there are no validation slices.
+    Raises:
+        UserError: if there are no validation slices.
     """
     if slices is None:
-        raise UserError(f"--select validation needs validation slices, and {chain.config.data.data_dir} has none")
-    found = {}
-    for name, candidate in candidates(chain, experiments):
-        maps, _ = create_maps(Scorer(candidate, device), {"val": slices})
-        maps = maps["val"]
+        raise UserError(f"--select validation needs validation slices, but {chain.config.data.data_dir} has none")
+    results = {}
+    for name, candidate in candidate_chains(chain, experiments):
+        maps = create_maps(Scorer(candidate, device), {"val": slices})[0]["val"]
         scores = smooth_scores(maps["scores"], chain.config.score_model.sampling.smooth)
-        found[name] = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"])), candidate
-        print(f"{name}: validation AUPRC {found[name][0]:.3f}")
-    best = max(found, key=lambda name: found[name][0])
+        results[name] = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"])), candidate
+        print(f"{name}: validation AUPRC {results[name][0]:.3f}")
+    best = max(results, key=lambda name: results[name][0])
     print(f"chosen: {best}")
-    return found[best][1]
+    return results[best][1]
 
 
-def candidates(chain: Chain, experiments: Folder) -> Iterator[tuple[str, Chain]]:
-    """Chains with the weights of every saved step, oldest first, by what to call them."""
+def candidate_chains(chain: Chain, experiments: Folder) -> Iterator[tuple[str, Chain]]:
+    """Yield (description, chain) of every saved step, oldest first, with backward weights of the same step if saved."""
     folders = {direction: one.checkpoint.parent for direction, one in chain.translators.items()}
     for folder in folders.values():
         experiments.pull(folder.name, "model*.pt", "ema_*.pt")
-    for kind, prefix in KINDS.items():
-        weights = {direction: saved(folder, prefix) for direction, folder in folders.items()}
+    for kind, prefix in WEIGHT_PREFIXES.items():
+        weights = {direction: list_checkpoints(folder, prefix) for direction, folder in folders.items()}
         for step, name in weights["forward"].items():
             forward = chain.forward._replace(checkpoint=folders["forward"] / name)
             backward = chain.backward

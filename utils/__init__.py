@@ -1,1 +1,1 @@
-"""What knows neither MRI nor scores: command line, files, device, storage, random numbers. Imports no other room."""
+"""Command line, files, NIfTI volumes, devices, storage and random numbers. Imports no other package of this project."""

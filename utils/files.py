@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and folders that one process at a time works in."""
+"""Atomic writing of files, and folders locked against other processes."""
 
 import errno
 import fcntl
@@ -11,11 +11,8 @@ from tempfile import TemporaryDirectory
 from .cli import UserError
 
 
-def write_whole(path: Path, data: bytes | memoryview | str) -> None:
-    """Write a file that is there as a whole or not at all, whatever ends the process or the machine meanwhile.
-
-    After an OSError, an earlier file of this name is as it was.
-    """
+def write_atomically(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file so that an error or a crash, even of the machine, leaves its old content or all of the new."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -28,32 +25,34 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, is on the disk now
+        os.fsync(folder)  # make the renaming durable, too
     finally:
         os.close(folder)
 
 
 @contextmanager
 def writing(folder: Path, flag: str) -> Iterator[None]:
-    """Turn what the file system refuses in a folder, which `flag` has named, into a UserError with what to do."""
+    """Turn an OSError of the block into a UserError with a remedy, for a `folder` that the user gave as `flag`."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room, and give the same command again" if full else f"check {flag}"
+        remedy = "make room and run the same command again" if full else f"check {flag}"
         raise UserError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error
 
 
 @contextmanager
 def replaced(folder: Path, flag: str, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder, whose files take their places in `folder` once the block has ended well.
+    """Yield a temporary folder, whose files move into `folder` when the block succeeds.
 
-    Files there that fit the patterns `stale` go. Until then, and whatever goes wrong, `folder` is as it was.
-    A UserError as from `writing`.
+    Files in `folder` that match the patterns `stale` are removed first. If the block fails, `folder` is unchanged.
+
+    Raises:
+        UserError: as from `writing`.
     """
     with writing(folder, flag):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # On the same file system: in the folder itself or, where that is not there yet, beside it.
+        # Inside the folder, or beside it if it does not exist yet: on the same file system, so that files can be moved.
         with TemporaryDirectory(prefix=".new_", dir=folder if folder.is_dir() else folder.parent) as name:
             new = Path(name)
             yield new
@@ -68,11 +67,12 @@ def replaced(folder: Path, flag: str, stale: Iterable[str] = ()) -> Iterator[Pat
 
 @contextmanager
 def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
-    """Make a folder, and keep other processes that lock it out of it for as long as the block runs.
+    """Create a folder, which the user gave as `flag`, and hold its lock while the block runs.
 
-    The system takes the lock back from a process that ends, however it ends. Forked processes do not inherit it. A
-    UserError if another process has the lock, or the folder, which `flag` has named, cannot be made, written to or
-    locked; `otherwise` is what a user can do who finds it locked.
+    The operating system releases the lock when the process ends, however it ends. Forked processes do not inherit it.
+
+    Raises:
+        UserError: if another process holds the lock (remedy: wait, or `otherwise`) or the folder cannot be locked.
     """
     with writing(folder, flag):
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def locked(folder: Path, flag: str, otherwise: str) -> Iterator[None]:
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX leaves it to the system which
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either
             raise UserError(f"another process is writing to {folder}: wait for it, or {otherwise}") from error
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # the file system does not support locks
             raise UserError(f"{folder} cannot be locked ({error.strerror}): check {flag}") from error
         yield

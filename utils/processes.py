@@ -1,4 +1,4 @@
-"""Work spread over processes that end when the one that started them does."""
+"""Parallel jobs in worker processes that exit with their parent."""
 
 import multiprocessing
 import os
@@ -16,10 +16,12 @@ Job = TypeVar("Job", bound=tuple)
 
 
 def in_processes(work: Callable, jobs: Sequence[Job], workers: int, **progress: str) -> Iterator[tuple[Job, Future]]:
-    """Call `work` with the arguments of each job, `workers` at a time, behind a progress bar (tqdm's arguments).
+    """Call `work(*job)` for all jobs in `workers` processes, and yield each job with its future when it is done.
 
-    Yields each job with its future, once it is done. At most twice as many as there are workers are under way, so that
-    results do not pile up in memory. A UserError if a worker is killed.
+    `progress` are arguments of tqdm. At most two jobs per worker are submitted at once, to bound the results in memory.
+
+    Raises:
+        UserError: if a worker is killed.
     """
     from tqdm import tqdm
 
@@ -34,19 +36,17 @@ def in_processes(work: Callable, jobs: Sequence[Job], workers: int, **progress: 
                         running.update({pool.submit(work, *job): job for job in islice(waiting, 1)})
                         bar.update()
         except BrokenProcessPool as error:
-            raise UserError(
-                "a worker was killed, perhaps because memory ran out: run the same command with fewer --workers"
-            ) from error
+            raise UserError("a worker was killed, possibly out of memory: run again with fewer --workers") from error
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure, leave the remaining jobs
+            pool.shutdown(cancel_futures=True)  # after a failure, drop the remaining jobs
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, for a worker would answer it with a traceback; and end when the parent has."""
+    """Ignore Ctrl-C, which the parent handles without a traceback, and exit when the parent has."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

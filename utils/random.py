@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and on nothing else."""
+"""Random numbers keyed by their purpose, for results independent of order, batching and device."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import torch
 
 
 def keyed_seed(*key: int | str) -> int:
-    """A seed of 64 bits made of the whole key: keys that differ give unrelated streams."""
+    """Return a 64-bit seed hashed from the key: different keys give independent streams."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by the whole key, so that draws depend on no order, batching or device."""
+    """Return a CPU generator seeded with `keyed_seed`."""
     return torch.Generator().manual_seed(keyed_seed(*key))

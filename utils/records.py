@@ -1,8 +1,8 @@
-"""The records that runs keep of themselves in JSON, read in one way: as they should be, or not at all."""
+"""JSON schemas of the records that runs write, and reading JSON that is validated against a schema."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,99 +13,98 @@ from .cli import UserError
 STRING, BOOL = {"type": "string"}, {"type": "boolean"}
 
 
-def whole(least: int, most: int) -> dict[str, Any]:
-    """A whole number in a range. What it bounds are sizes: no network or image that anyone has is larger."""
+def integer(least: int, most: int) -> dict[str, Any]:
+    """Return the schema of an integer in [least, most]. Bounds on sizes are far above those of any real network."""
     return {"type": "integer", "minimum": least, "maximum": most}
 
 
-def entries(**properties: Any) -> dict[str, Any]:
-    """An object with these entries at least."""
+def object_of(**properties: Any) -> dict[str, Any]:
+    """Return the schema of an object that has at least these properties."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def optional(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, or null."""
+def nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema that also allows null."""
     return {"anyOf": [{"type": "null"}, schema]}
 
 
-# What a network is made of. Entries that are not there have the values of the config of `--dataset`.
+# Settings of the network. Missing ones take their values from the config of `--dataset`.
 _MODEL = {
-    "model_channels": whole(1, 4096),
-    "channel_mult": {"type": "array", "items": whole(1, 64), "minItems": 1, "maxItems": 10},
-    "num_res_blocks": whole(1, 64),
-    "attention_resolutions": {"type": "array", "items": whole(1, 4096), "maxItems": 16},
-    "num_heads": whole(1, 1024),
-    "norm_groups": whole(1, 4096),
+    "model_channels": integer(1, 4096),
+    "channel_mult": {"type": "array", "items": integer(1, 64), "minItems": 1, "maxItems": 10},
+    "num_res_blocks": integer(1, 64),
+    "attention_resolutions": {"type": "array", "items": integer(1, 4096), "maxItems": 16},
+    "num_heads": integer(1, 1024),
+    "norm_groups": integer(1, 4096),
     "dropout": {"type": "number", "minimum": 0, "maximum": 1},
     "use_scale_shift_norm": BOOL,
     "resblock_updown": BOOL,
 }
-_DATA = {"input": STRING, "trans": STRING, "image_size": whole(1, 16_384)}
 _SCORE_MODEL = {
     "model": {"type": "object", "properties": _MODEL, "additionalProperties": False},
-    "diffusion": {"type": "object", "properties": {"steps": whole(1, 1_000_000)}},
-    "mask": {"type": "object", "properties": {"width": whole(1, 16_384)}},
-    "baselines": {"type": "object", "properties": {"latent_channels": whole(1, 4096)}},
+    "diffusion": {"type": "object", "properties": {"steps": integer(1, 1_000_000)}},
+    "mask": {"type": "object", "properties": {"width": integer(1, 16_384)}},
+    "baselines": {"type": "object", "properties": {"latent_channels": integer(1, 4096)}},
 }
-_GRID = entries(
+_GRID = object_of(
     axcodes=STRING,
     spacing={"type": "array", "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000}, "minItems": 3},
-    shape={"type": "array", "items": whole(1, 16_384), "minItems": 2},
+    shape={"type": "array", "items": integer(1, 16_384), "minItems": 2},
 )
 _QUANTILE = {"type": "number", "minimum": 0, "maximum": 1}
-EXPERIMENT = entries(
+_NORMALISATION = object_of(percentage_lower=_QUANTILE, percentage_upper=_QUANTILE)
+EXPERIMENT = object_of(
     model_name=STRING,
     training_process={"enum": ["forward", "backward"]},
-    config=entries(
-        data={"type": "object", "properties": _DATA},
+    config=object_of(
+        data={"type": "object", "properties": {"input": STRING, "trans": STRING, "image_size": integer(1, 16_384)}},
         score_model={"type": "object", "properties": _SCORE_MODEL},
     ),
 )
 EXPERIMENT["properties"]["data"] = {
     "type": "object",
-    "properties": {
-        "grid": optional(_GRID),
-        "normalisation": optional(entries(percentage_lower=_QUANTILE, percentage_upper=_QUANTILE)),
-    },
+    "properties": {"grid": nullable(_GRID), "normalisation": nullable(_NORMALISATION)},
 }
 
-# Of a preprocessed subject, in the folder of its slices.
-SUBJECT = entries(
-    made_with={
-        "type": "object",
-        "properties": {"grid": optional(_GRID), "percentage_lower": _QUANTILE, "percentage_upper": _QUANTILE},
-    },
-    files={"type": "object", "additionalProperties": whole(0, 2**60)},
+# Record of a preprocessed subject, in the output folder of preprocessing.
+SUBJECT = object_of(
+    made_with={"type": "object", "properties": {"grid": nullable(_GRID), **_NORMALISATION["properties"]}},
+    files={"type": "object", "additionalProperties": integer(0, 2**60)},
 )
 
 
 def parse(text: str, schema: Mapping[str, Any]) -> Any:
-    """What JSON says, if it fits a schema; a ValueError that says in one line where it does not."""
+    """Parse JSON and validate it against a schema; error messages have one line.
+
+    Raises:
+        ValueError: if it is not JSON, contains a number that is not finite, or violates the schema.
+    """
     try:
-        found = json.loads(text, parse_int=_finite(int), parse_float=_finite(float), parse_constant=_finite(float))
+        found = json.loads(
+            text, parse_int=lambda n: int(_finite(n)), parse_float=lambda n: float(_finite(n)), parse_constant=_finite
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(found))
-    if error:
+    if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(found)):
         message = error.message if len(error.message) < 150 else f"{error.message[:70]} … {error.message[-70:]}"
         raise ValueError(f"{error.json_path.removeprefix('$.')}: {' '.join(message.split())}")
     return found
 
 
 def read_json(path: Path, schema: Mapping[str, Any], remedy: str) -> Any:
-    """The contents of a JSON file, if they fit a schema; otherwise a UserError with what to do."""
+    """Read a JSON file and validate it against a schema.
+
+    Raises:
+        UserError: if it cannot be read or is invalid; the message ends with the remedy.
+    """
     try:
         return parse(path.read_text(encoding="utf-8"), schema)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
-def _finite(kind: type[int] | type[float]) -> Callable[[str], int | float]:
-    """A reader of a number that refuses those that are none or infinite, as 1e999 is in double precision."""
-
-    def read(text: str) -> int | float:
-        if not math.isfinite(float(text)):
-            raise ValueError(f"{text[:20]} is no finite number")
-        return kind(text)
-
-    return read
+def _finite(text: str) -> str:
+    """Return a number's text unchanged; reject NaN and infinity, which 1e999 is in double precision."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return text
