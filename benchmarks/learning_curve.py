@@ -1,51 +1,41 @@
-"""Does MMCCD pay? Its scores against training, beside those of Cyclic UNet and of the bare intensity.
+"""Is MMCCD worth its cost? Its scores against training, beside those of Cyclic UNet and of the input's intensity.
 
     python benchmarks/learning_curve.py --data_dir ./datasets/phantom200
 
-For every seed it trains both translators and the masked diffusion with modality_cyclic_train.py, scores every saved EMA
-on the validation slices (the diffusion with the last backward UNet) and the last ones on the test slices. Interrupted,
-the same command goes on: training from its checkpoints, scoring from the CSV.
+For every seed, trains both UNets and the masked diffusion with modality_cyclic_train.py, scores every saved EMA on the
+validation slices (the diffusion with the last backward UNet) and the last ones on the test slices. An interrupted run
+resumes with the same command: training from its checkpoints, scoring from the CSV.
 """
 
 import argparse
 import csv
 import json
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.shared.points import Row, read_points, run_training, write_points
-from benchmarks.shared.timing import print_table
-from scoring.chain import chain_parser, find_chain
-from utils.cli import ArgumentParser, UserError, run
-from utils.storage import open_folder
+from benchmarks.shared import plan
+from benchmarks.shared.plan import Test, Training
+from benchmarks.shared.points import Row, read_points, write_points
+from benchmarks.shared.script import print_table, require_at_least, save_figure
+from utils.cli import UserError, run
 
-SCORES = ("auprc", "oracle_dice", "validation_dice")
-METHODS = {  # what it is called, and its colour
-    "intensity": ("input's intensity", "0.5"),
-    "cyclic_unet": ("Cyclic UNet", "#7570b3"),
-    "mmccd": ("MMCCD, fast", "#d95f02"),
-    "mmccd_errors": ("MMCCD, the paper's score of the same draws", "#e6ab02"),
+SCORES = {"auprc": "AUPRC", "oracle_dice": "oracle Dice", "validation_dice": "validation Dice"}
+# Seconds of training, and every score with the ends of its interval.
+COLUMNS = ("seconds", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")))
+CURVES = {  # title, colour, and the method whose error maps it is computed from
+    "intensity": ("input's intensity", "0.5", "cyclic_unet"),
+    "cyclic_unet": ("Cyclic UNet", "#7570b3", "cyclic_unet"),
+    "mmccd": ("MMCCD, fast", "#d95f02", "mmccd"),
+    "mmccd_errors": ("MMCCD, the paper's score of the same draws", "#e6ab02", "mmccd"),
 }
-METHODS_OF = {"unet": ("cyclic_unet", "intensity"), "diffusion": ("mmccd", "mmccd_errors")}
-
-
-class Training(NamedTuple):
-    """One of the three of a seed, and the folder of its experiment."""
-
-    seed: int
-    model_name: str
-    process: str
-    folder: Path
 
 
 class Point(NamedTuple):
-    """A method, after so many steps of its forward translator; 0 for the intensity."""
+    """A score after so many steps of the forward translator; 0 for the intensity."""
 
     split: str
     method: str
@@ -53,73 +43,40 @@ class Point(NamedTuple):
     steps: int
 
 
-# Seconds of training, and every score with the ends of its interval.
-COLUMNS = ("seconds", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")))
-
-
 def main() -> None:
     args = parse_args()
 
     import config as configs
-    from utils.experiment import experiment_name
 
     data = configs.get_config(args.dataset).data
-    trainings = [
-        Training(
-            seed,
-            *kind,
-            args.logdir / f"seed{seed}" / experiment_name(*kind, args.dataset, data.trans, data.input),
-        )
-        for seed in args.seeds
-        for kind in (("diffusion", "forward"), ("unet", "forward"), ("unet", "backward"))
-    ]
-    train(args, trainings)
+    args.cycles = [(data.input, data.trans)]
+    methods = dict.fromkeys(method for *_, method in CURVES.values())
+    tests = [Test(data.input, data.trans, method, seed) for seed in args.seeds for method in methods]
 
+    def settings(training: Training) -> dict[str, int]:
+        iterations = args.diffusion_iterations if plan.ENTRIES[training.model_name].backward else args.unet_iterations
+        return {"iterations": iterations, "save_interval": iterations // args.saves}
+
+    plan.train_all(args, plan.list_trainings(args, tests), settings)
     rows = read_points(args.csv, Point, COLUMNS)
-    measure(args, trainings, rows)
+    for test in tests:
+        measure(args, test, rows)
     draw(rows, args.figure)
     show(rows)
     print(f"\n{args.csv}\n{args.figure}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
-        "--dataset",
-        default="phantom",
-        help="whose config is used: phantom (the demo's size) or brats (the paper's)",
-    )
-    add("--data_dir", default="./datasets/phantom", help="folder of preprocessed slices")
-    add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        help="of weights, data order and noise; one run each",
-    )
-    add("--unet_iterations", type=int, default=3600, help="training steps of either UNet")
-    add("--diffusion_iterations", type=int, default=7200, help="training steps of the masked diffusion")
-    add("--saves", type=int, default=6, help="checkpoints of each training, evenly spaced, all of them scored")
-    add(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="trainings at a time, with one thread each if several",
-    )
-    add(
-        "--logdir",
-        type=Path,
-        default=Path("experiments/learning_curve"),
-        help="folder of all these trainings",
-    )
-    add("--csv", type=Path, default=Path("experiments/learning_curve.csv"), help="points measured")
-    add("--figure", type=Path, default=Path("experiments/learning_curve.png"), help="figure to draw")
-    args = parser.parse_args()
-    for flag in ("unet_iterations", "diffusion_iterations", "saves", "workers"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    args = plan.experiment_parser(
+        __doc__,
+        unet_iterations=(3600, "training steps of either UNet"),
+        diffusion_iterations=(7200, "training steps of the masked diffusion"),
+        saves=(6, "checkpoints of each training, evenly spaced, all of them scored"),
+        logdir=Path("experiments/learning_curve"),
+        csv=Path("experiments/learning_curve.csv"),
+        figure=Path("experiments/learning_curve.png"),
+    ).parse_args()
+    require_at_least(args, unet_iterations=1, diffusion_iterations=1, saves=1, workers=1)
     for flag in ("unet_iterations", "diffusion_iterations"):
         if getattr(args, flag) % args.saves:
             raise UserError(f"--{flag} {getattr(args, flag)} cannot be divided into {args.saves} --saves")
@@ -127,74 +84,44 @@ def parse_args() -> argparse.Namespace:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Training
-
-
-def train(args: argparse.Namespace, trainings: list[Training]) -> None:
-    """Bring every training to its end; what has ended already is left as it is."""
-    from tqdm import tqdm
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        done = pool.map(lambda training: train_one(args, training), trainings)
-        list(tqdm(done, total=len(trainings), desc="training", unit="network"))
-
-
-def train_one(args: argparse.Namespace, training: Training) -> None:
-    iterations = args.diffusion_iterations if training.model_name == "diffusion" else args.unet_iterations
-    flags = [
-        *(f"--{flag}={getattr(args, flag)}" for flag in ("dataset", "data_dir", "gpu_id")),
-        *(f"--model_name={training.model_name}", f"--training_process={training.process}"),
-        *(f"--seed={training.seed}", f"--logdir={training.folder.parent}"),
-        f"--config.score_model.training.iterations={iterations}",
-        f"--config.score_model.training.save_interval={iterations // args.saves}",
-    ]
-    run_training(f"{training.folder.name} of seed {training.seed}", *flags, one_thread=args.workers > 1)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Scoring
 
 
-def measure(args: argparse.Namespace, trainings: list[Training], rows: dict[Point, Row]) -> None:
-    """Score every checkpoint that is not among the rows; they are written after each."""
-    from utils.device import pick_device
+def measure(args: argparse.Namespace, test: Test, rows: dict[Point, Row]) -> None:
+    """Score every checkpoint of a method that is missing in the rows, and write them after each."""
+    from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
 
-    device, slices = pick_device(args.gpu_id), {}
-    forwards = [training for training in trainings if training.process == "forward"]
-    backwards = {training.seed: training for training in trainings if training.process == "backward"}
-    for forward in forwards:
-        backward = backwards[forward.seed]
-        emas, backward_emas = (ema_checkpoints(training.folder) for training in (forward, backward))
-        for steps in sorted(emas):
-            last = steps == max(emas)
-            backward_steps = steps if forward.model_name == "unet" else max(backward_emas)
-            wanted = [
-                Point(split, method, forward.seed, 0 if method == "intensity" else steps)
-                for split in (("val", "test") if last else ("val",))
-                for method in METHODS_OF[forward.model_name]
-            ]
-            wanted = [point for point in wanted if point not in rows]
-            if not wanted:
-                continue
-            checkpoints = emas[steps], backward_emas[backward_steps]
-            scored = anomaly_scores(args, forward, *checkpoints, last, slices, device)
-            seconds = seconds_of(forward.folder, steps) + seconds_of(backward.folder, backward_steps)
-            for point in wanted:
-                val = scored["val"][point.method] if point.split == "test" else None
-                of_training = seconds if point.steps else 0.0
-                rows[point] = summarise(scored[point.split][point.method], val, of_training)
-            write_points(args.csv, Point, COLUMNS, rows)
-
-
-def ema_checkpoints(directory: Path) -> dict[int, Path]:
-    """The EMA weights of an experiment, by training step."""
-    from guided_diffusion.checkpoint import step_of
-
-    return {step_of(path.name): path for path in directory.glob("ema_*.pt")}
+    forward, backward = (plan.folder_of(args, training) for training in plan.trainings_of(args, test))
+    emas, backward_emas = (list_checkpoints(folder, EMA_PREFIX) for folder in (forward, backward))
+    chain, slices = plan.chain_of(args, test), {}
+    chain.config.precision = "auto"
+    for steps, checkpoint in emas.items():
+        backward_steps = max(backward_emas) if plan.ENTRIES[chain.model_name].backward else steps
+        splits = ("val", "test") if steps == max(emas) else ("val",)
+        wanted = [
+            Point(split, name, test.seed, 0 if name == "intensity" else steps)
+            for split in splits
+            for name, (*_, method) in CURVES.items()
+            if method == test.method
+        ]
+        wanted = [point for point in wanted if point not in rows]
+        if not wanted:
+            continue
+        slices = slices or plan.load_cohorts(chain, {"test": args.data_dir})
+        pair = chain._replace(
+            forward=chain.forward._replace(checkpoint=forward / checkpoint),
+            backward=chain.backward._replace(checkpoint=backward / backward_emas[backward_steps]),
+        )
+        scored = anomaly_scores(args, pair, {split: slices[split] for split in splits})
+        seconds = seconds_of(forward, steps) + seconds_of(backward, backward_steps)
+        for point in wanted:
+            val = scored["val"][point.method] if point.split == "test" else None
+            rows[point] = summarise(scored[point.split][point.method], val, seconds if point.steps else 0.0)
+        write_points(args.csv, Point, COLUMNS, rows)
 
 
 def seconds_of(directory: Path, steps: int) -> float:
-    """What so many steps take at the speed of the training's best tenth, which other work hardly slows."""
+    """Estimate the duration of training from the speed of its fastest tenth, which other processes hardly slow down."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
     with (directory / "progress.csv").open(newline="", encoding="utf-8") as file:
         rates = sorted(float(row["images_per_second"]) for row in csv.DictReader(file))
@@ -202,52 +129,26 @@ def seconds_of(directory: Path, steps: int) -> float:
     return steps * config["score_model"]["training"]["batch_size"] / images_per_second
 
 
-def anomaly_scores(
-    args: argparse.Namespace,
-    forward: Training,
-    checkpoint_forward: Path,
-    checkpoint_backward: Path,
-    last: bool,
-    slices: dict[str, dict],
-    device: Any,
-) -> dict[str, dict[str, tuple]]:
-    """By split and method, what `evaluate` takes: scores, truth and brain mask, [N, H, W] each.
-
-    Test slices are scored with the last checkpoints only. `slices` keeps those of a split that have been read.
-    """
+def anomaly_scores(args: argparse.Namespace, chain: Any, slices: dict[str, dict]) -> dict[str, dict[str, tuple]]:
+    """Return the arguments of `evaluate`, scores, truth and brain mask [N, H, W], by split and curve."""
     from evaluation.scores import smooth_scores
-    from scoring.scorer import Scorer, create_maps, load_slices
+    from scoring.scorer import Scorer, create_maps
+    from utils.device import pick_device
 
-    flags = [
-        *(f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--seed={forward.seed}"),
-        *(f"--model_name={forward.model_name}", "--sampling=fast"),
-        *(f"--checkpoint_forward={checkpoint_forward}", f"--checkpoint_backward={checkpoint_backward}"),
-    ]
-    with open_folder(str(args.logdir)) as experiments:
-        chain = find_chain(chain_parser("").parse_args(flags), [], experiments)
-    chain.config.precision = "auto"
-    splits = ("val", "test") if last else ("val",)
-    for split in splits:
-        slices[split] = slices.get(split) or load_slices(chain, split)
-    if slices["val"] is None:
-        raise UserError(f"{args.data_dir} has no validation slices: preprocess some")
-    maps, _ = create_maps(Scorer(chain, device), {split: slices[split] for split in splits})
+    maps, _ = create_maps(Scorer(chain, pick_device(args.gpu_id)), slices)
     scored = {}
     for split, group in maps.items():
-        found = (group["scores"], group["image"])
-        if forward.model_name == "diffusion":  # one sweep serves both scores
-            smooth = chain.config.score_model.sampling.smooth
-            errors = (group["image"] - group["reconstruction"]) ** 2 + group["variance"]
-            found = smooth_scores(group["scores"], smooth), errors
-        scored[split] = {
-            method: (scores, group["truth"], group["brainmask"])
-            for method, scores in zip(METHODS_OF[forward.model_name], found, strict=True)
+        found = {
+            "intensity": group["image"],
+            chain.method: smooth_scores(group["scores"], chain.config.score_model.sampling.smooth),
+            f"{chain.method}_errors": (group["image"] - group["reconstruction"]) ** 2 + group["variance"],
         }
+        scored[split] = {name: (scores, group["truth"], group["brainmask"]) for name, scores in found.items()}
     return scored
 
 
 def summarise(scored: tuple, val: tuple | None, seconds: float) -> Row:
-    """The row of a point, with 95 % intervals over slices; without validation slices there is one Dice only."""
+    """Return the row of a point, with 95 % intervals over slices; without `val` there is no validation Dice."""
     from evaluation.metrics import evaluate
 
     summary = evaluate(*scored, val=val).summary
@@ -261,57 +162,47 @@ def summarise(scored: tuple, val: tuple | None, seconds: float) -> Row:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is shown
+# Figure and table
 
 
 def draw(rows: dict[Point, Row], path: Path) -> None:
-    """AUPRC and oracle Dice on validation slices against steps and seconds: the mean over seeds, and their range."""
+    """Draw AUPRC and oracle Dice on validation slices against steps and seconds: mean and range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
-    for line, (score, name) in zip(axes, (("auprc", "AUPRC"), ("oracle_dice", "oracle Dice")), strict=True):
+    for line, score in zip(axes, ("auprc", "oracle_dice"), strict=True):
         for ax, xlabel in zip(line, ("training steps, forward", "seconds, both translators"), strict=True):
-            for method, (label, color) in METHODS.items():
-                points = {point: row for point, row in rows.items() if point[:2] == ("val", method)}
-                by_steps = {steps: [] for steps in sorted({point.steps for point in points})}
-                for point, row in points.items():
-                    by_steps[point.steps].append(row)
+            for method, (label, color, _) in CURVES.items():
+                points = sorted((point for point in rows if point[:2] == ("val", method)), key=lambda one: one.steps)
+                by_steps: dict[int, list[Row]] = {}
+                for point in points:
+                    by_steps.setdefault(point.steps, []).append(rows[point])
                 if method == "intensity":
                     ax.axhline(by_steps[0][0][score], color=color, linestyle="--", label=label)
                     continue
-                x = [
-                    mean(row["seconds"] for row in group) if "seconds" in xlabel else steps
-                    for steps, group in by_steps.items()
-                ]
+                seconds = [mean(row["seconds"] for row in group) for group in by_steps.values()]
+                x = seconds if "seconds" in xlabel else list(by_steps)
                 scores = [[row[score] for row in group] for group in by_steps.values()]
                 ax.plot(x, [mean(group) for group in scores], ".-", color=color, label=label)
                 ax.fill_between(x, *([end(group) for group in scores] for end in (min, max)), color=color, alpha=0.2)
-            ax.set(xlabel=xlabel, ylabel=f"{name}, validation slices")
+            ax.set(xlabel=xlabel, ylabel=f"{SCORES[score]}, validation slices")
             ax.grid(color="0.9")
-            ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, ncols=4)
 
 
 def show(rows: dict[Point, Row]) -> None:
-    """Print the scores of the test slices, a row for each method and seed."""
+    """Print the scores of the test slices, a row for each curve and seed."""
     from evaluation.tables import with_interval
 
-    lines = []
-    for method, (label, _) in METHODS.items():
+    lines: dict[tuple, None] = {}  # the intensity's are the same for every seed
+    for method, (label, *_) in CURVES.items():
         for point, row in rows.items():
             if point[:2] == ("test", method):
                 cells = (with_interval(row[s], (row[f"{s}_low"], row[f"{s}_high"])) for s in SCORES)
-                trained = (
-                    [str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}"] if point.steps else ["none"] * 3
-                )
-                lines.append((label, *trained, *cells))
-    print_table(
-        ["test slices", "seed", "steps", "seconds", "AUPRC", "oracle Dice", "validation Dice"],
-        list(dict.fromkeys(lines)),
-    )
+                trained = (str(point.seed), f"{point.steps:,}", f"{row['seconds']:,.0f}")
+                lines[(label, *(trained if point.steps else ["none"] * 3), *cells)] = None
+    print_table(["test slices", "seed", "steps", "seconds", *SCORES.values()], list(lines))
 
 
 if __name__ == "__main__":

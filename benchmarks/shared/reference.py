@@ -1,7 +1,7 @@
-"""The plain way to score and to train: a batch of slices and one mask at a time, in float32, all spelt out.
+"""Plain scoring and training in float32, one mask at a time, as the reference for speed and correctness.
 
-It is kept to measure the project's own code against, and to test it: both come to the same scores. Networks are
-computed as in the public guided-diffusion library, whose attention is a product, a softmax and a product.
+The project's own code computes the same scores. Networks are computed as in the public guided-diffusion library, whose
+attention is a product, a softmax and a product.
 """
 
 import copy
@@ -23,7 +23,7 @@ from models.masks import Band
 
 
 class PlainAttention(nn.Module):
-    """An `AttentionBlock`, its weights included, that keeps the attention weights of all pairs of positions."""
+    """An `AttentionBlock` with the same weights that stores the attention weights of all pairs of positions."""
 
     def __init__(self, block: AttentionBlock):
         super().__init__()
@@ -33,10 +33,9 @@ class PlainAttention(nn.Module):
         self.proj_out = block.proj_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, C, H, W]."""
         n, c, *spatial = x.shape
         qkv = self.qkv(self.norm(x.reshape(n, c, -1)))
-        # [N, 3·C, T] -> three of [N·heads, C/heads, T]: each head's q, k and v lie next to each other
+        # [N, 3·C, T] -> three of [N·heads, C/heads, T]: each head's q, k and v are adjacent
         q, k, v = qkv.reshape(n * self.num_heads, 3 * c // self.num_heads, -1).chunk(3, dim=1)
         weights = torch.einsum("nct,ncs->nts", q / math.sqrt(q.shape[1]), k).softmax(dim=-1)
         h = torch.einsum("nts,ncs->nct", weights, v).reshape(n, c, -1)
@@ -44,10 +43,7 @@ class PlainAttention(nn.Module):
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy of `network` with the same weights, computed as published.
-
-    Attention is spelt out, dropout is torch's own, and weights lie in torch's default memory layout.
-    """
+    """Return a copy computed as published: unfused attention, torch's dropout and its default memory layout."""
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
@@ -70,21 +66,21 @@ def plain_mmccd(
     backward: nn.Module,
     bands: Sequence[Band],
 ) -> Tensor:
-    """The MMCCD score [N, 1, H, W], as `models.cycle.mmccd` defines it, of DDIM at eta 0 without clipping.
+    """Return the MMCCD score [N, 1, H, W] of `models.mmccd.mmccd`, with DDIM at eta 0 without clipping.
 
-    Bands that hide no brain are skipped, so that both ways make the same number of network passes.
+    Bands that hide no brain are skipped, so that both versions make the same number of network passes.
 
     Args:
-        image: [N, 1, H, W], on the networks' device; all go through a band together, as in the published loader.
-        brainmask: bool [N, 1, H, W], there, too.
-        forward: says what the diffusion is, what a band hides, and what noise belongs to it.
+        image: [N, 1, H, W], on the networks' device; all pass through a band together, as in the published loader.
+        brainmask: bool [N, 1, H, W], on the same device.
+        forward: provides the network, the diffusion, the masks and the noise.
         backward: the network from the target modality to the image's.
         bands: the sweep.
     """
     errors = []
     for band in bands:
         mask = forward.mask([band]).to(image.device)
-        shows = (mask & brainmask).flatten(1).any(1)  # the slices of whose brain it hides some
+        shows = (mask & brainmask).flatten(1).any(1)  # slices with hidden brain
         if not shows.any():
             continue
         noise, x_T = (
@@ -95,13 +91,13 @@ def plain_mmccd(
         error = torch.full_like(image, torch.nan)
         error[shows] = torch.where(mask, (image[shows] - backward(translation)).square(), torch.nan)
         errors.append(error)
-    # A mean over no mask at all is nan: what no mask covered is background, and scores 0.
+    # Pixels that no mask covered are background: their mean is nan, their score 0.
     return torch.stack(errors).nanmean(dim=0).nan_to_num(0.0) if errors else torch.zeros_like(image)
 
 
 @torch.no_grad()
 def plain_ddim(model: nn.Module, diffusion: GaussianDiffusion, x_T: Tensor, condition: Tensor) -> Tensor:
-    """x_T and what every DDIM step makes of it, [steps + 1, N, 1, H, W]; the last is x_0.
+    """Return x_T and the result of every DDIM step, [steps + 1, N, 1, H, W]; the last is x_0.
 
     Song et al. 2021, eq. 12, without noise, for a network that predicts x_0.
     """
@@ -121,7 +117,7 @@ def plain_ddim(model: nn.Module, diffusion: GaussianDiffusion, x_T: Tensor, cond
 
 
 def plain_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW that goes through the trained parameters one by one."""
+    """Return AdamW over the trained parameters, neither fused nor grouped."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=False, foreach=False)
 
@@ -135,16 +131,10 @@ def plain_training_step(
     step: int,
     ema_rate: float,
 ) -> Tensor:
-    """One step of training in float32; the loss is returned.
+    """Do one training step in float32, in place on `model` and `ema_model`, and return the loss.
 
-    Args:
-        model: trained in place, in the mode it is in.
-        ema_model: the average of the model's weights so far, moved in place.
-        optimizer: of the model.
-        compute_losses: `(model, batch, step) -> [N]`; their mean is minimised.
-        batch: what `compute_losses` takes.
-        step: number of the step, from 0 on; the average is warmed up by it as in `TrainLoop`.
-        ema_rate: the rate that the warm-up ends at.
+    `compute_losses` is `(model, batch, step) -> [N]`, with steps from 0 on; the EMA rate is warmed up to `ema_rate` as
+    in `TrainLoop`.
     """
     loss = compute_losses(model, batch, step).mean()
     optimizer.zero_grad()

@@ -1,150 +1,140 @@
-"""What the timed benchmarks share: sides that take turns, each in a process of its own, and what a device can do.
+"""Timing of several sides that take turns, each in its own process, and the peak speed of a device.
 
-Only a process of its own keeps a side from what the other sets for the whole process (how the C library keeps
-memory, say), and tells its peak memory.
+With one process each, a side is independent of process-wide state of the others (such as how the C library keeps freed
+memory), and its peak memory can be measured.
 """
 
+import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
-from utils.cli import ArgumentParser, UserError
+from utils.cli import UserError
 
+from .script import print_table, with_range
 from .work import Work, count_flops
+
+Side = TypeVar("Side")
 
 
 class Run(NamedTuple):
-    """One turn of a worker. Peak memory, in bytes, is that of all its turns so far."""
+    """The duration of one turn, and the peak memory in bytes of its process until then, if it was measured."""
 
     seconds: float
-    peak_memory: int
+    peak_memory: int = 0
 
 
 class Worker:
-    """A process that prepares some work and then does it whenever it is asked to; a context manager.
+    """A process that prepares some work and does it at every call.
 
-    It does the work once to warm up: memory is then there, and kernels are chosen or compiled. `first` is that run.
+    The constructor does the work once to warm up, so that memory is allocated and kernels are compiled; `first` is that
+    run.
 
     Args:
-        device: the torch.device of the work.
-        prepare: called in the process, so it has to be picklable; what it returns is the work.
-        in_a_row: how often a turn does the work; its seconds are those of one time.
-        environment: variables of the process beside those of this one.
+        device: of the work.
+        prepare: called in the process and therefore picklable; returns the work.
+        in_a_row: repetitions in a turn; the seconds of a run are those of one repetition.
+        environment: additional variables of the process.
     """
 
-    def __init__(
-        self, device: Any, prepare: Callable[[], Work], in_a_row: int = 1, environment: Mapping[str, str] | None = None
-    ):
+    def __init__(self, device: Any, prepare: Callable[[], Work], in_a_row: int, environment: Mapping[str, str]):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, device, prepare, in_a_row))
-        with patch.dict(os.environ, environment or {}):
+        with patch.dict(os.environ, environment):
             self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-        self.first = self.run()
+        theirs.close()  # so that the pipe closes when the process ends
+        self.first = self()
 
-    def run(self, *args: object) -> Run:
+    def __call__(self, *args: object) -> Run:
         """Do the work with these arguments.
 
         Raises:
-            UserError: the process ended with an error, which it has printed.
+            UserError: if the process ended with an error, which it has printed.
         """
         try:
             self._pipe.send(args)
             return self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join()
+            self.close()
             raise UserError("one side ended before it was done, for the reason given above") from error
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """End the process."""
         self._pipe.close()
         self._process.join()
 
 
-def take_turns(workers: Mapping[str, Worker], repeats: int) -> dict[str, list[Run]]:
-    """The runs of every worker, `repeats` of each: A B A B …, so that a slow moment of the machine meets them all."""
-    runs: dict[str, list[Run]] = {name: [] for name in workers}
+@contextmanager
+def start_workers(
+    device: Any,
+    sides: Mapping[Side, Callable[[], Work]],
+    in_a_row: int = 1,
+    environments: Mapping[Side, Mapping[str, str]] = MappingProxyType({}),
+) -> Iterator[dict[Side, Worker]]:
+    """Run a worker for each side during the block; arguments as for `Worker`."""
+    with ExitStack() as stack:
+        workers = {}
+        for side, prepare in sides.items():
+            workers[side] = Worker(device, prepare, in_a_row, environments.get(side, {}))
+            stack.callback(workers[side].close)
+        yield workers
+
+
+def take_turns(sides: Mapping[Side, Callable[[], Run]], repeats: int) -> dict[Side, list[Run]]:
+    """Run the sides alternately, A B A B …, so that a slow phase of the machine affects all of them."""
+    runs: dict[Side, list[Run]] = {side: [] for side in sides}
     for _ in range(repeats):
-        for name, worker in workers.items():
-            runs[name].append(worker.run())
+        for side, work in sides.items():
+            runs[side].append(work())
     return runs
 
 
 def median_seconds(runs: Sequence[Run]) -> float:
-    """The median over turns."""
+    """Return the median over turns."""
     return median(run.seconds for run in runs)
 
 
 def peak_memory(runs: Sequence[Run]) -> str:
-    """The peak of the last turn, which is that of them all."""
+    """Return the peak memory of all turns."""
     return f"{runs[-1].peak_memory / 2**20:,.0f} MiB"
 
 
 def ratio(slow: Sequence[Run], fast: Sequence[Run], scale: float = 1.0) -> str:
-    """How many times as long `slow` took, turn by turn: the median and the lowest … highest ratio."""
-    ratios = [scale * a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)]
-    return f"{median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+    """Return how many times as long `slow` took, turn by turn: the median with the lowest and the highest ratio."""
+    return with_range([scale * a.seconds / b.seconds for a, b in zip(slow, fast, strict=True)], median)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows under their columns, all but the first column to the right."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        print("  ".join(cells).rstrip())
+def load_config(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the config and the device that the flags name, and print them."""
+    import torch
 
+    import config as configs
+    from utils.device import pick_device
 
-def print_reached(
-    runs: Mapping[str, Sequence[Run]], flops: float, precisions: Mapping[str, Any], peaks: Mapping[str, float]
-) -> None:
-    """A table of the sides: seconds, how near to the device's peak they come, memory.
-
-    Args:
-        runs: of every side.
-        flops: of the work that a run is.
-        precisions: the torch.dtype of every side.
-        peaks: FLOP/s of the device in that precision.
-    """
-    rows = []
-    for side, turns in runs.items():
-        seconds = median_seconds(turns)
-        rows.append(
-            [
-                side,
-                str(precisions[side]).removeprefix("torch."),
-                f"{seconds:.4f}",
-                f"{flops / seconds / 1e9:,.1f}",
-                f"{peaks[side] / 1e9:,.1f}",
-                f"{flops / seconds / peaks[side]:.1%}",
-                peak_memory(turns),
-            ]
-        )
-    print_table(["", "precision", "seconds", "GFLOP/s", "matrix peak", "of it", "peak memory"], rows)
+    config, device = configs.get_config(args.dataset), pick_device(args.gpu_id)
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"the CPU (threads: {torch.get_num_threads()})"
+    print(f"{args.dataset}, {config.data.image_size} px, on {name}; medians of {args.repeats} turns")
+    return config, device
 
 
 def compare_sides(
-    prepare: Mapping[str, Callable[..., Work]], args: Any, config: Any, device: Any, *, training: bool
+    prepare: Mapping[str, Callable[..., Work]], args: argparse.Namespace, config: Any, device: Any, *, training: bool
 ) -> None:
-    """Time the network's work, `plain` and `optimised`; print seconds, how near to the device's peak, and the ratio.
+    """Time training steps or forward passes of the network; print seconds, share of the device's peak and memory.
 
-    Args:
-        prepare: of either side, what makes its work of (config, batch size, device).
-        args: with batch_size and repeats.
-        config: of the network.
-        device: the torch.device.
-        training: whether the work is a training step, or a forward pass.
+    `prepare` maps `plain` and `optimised` to functions (config, batch size, device) that return the work.
     """
     import torch
 
@@ -153,69 +143,47 @@ def compare_sides(
     precisions = {"plain": torch.float32, "optimised": pick_precision(config.precision, device)}
     peaks = {side: matrix_peak(device, precision) for side, precision in precisions.items()}
     flops = count_flops(config, training=training)
-    with ExitStack() as stack:
-        workers = {
-            side: stack.enter_context(
-                Worker(device, partial(make, config, args.batch_size, device), passes_in_a_row(device))
-            )
-            for side, make in prepare.items()
-        }
+    sides = {side: partial(make, config, args.batch_size, device) for side, make in prepare.items()}
+    with start_workers(device, sides, passes_in_a_row(device)) as workers:
         runs = take_turns(workers, args.repeats)
     what = "forward and backward" if training else "forward"
     print(f"{flops / 1e9:.2f} GFLOP a sample {what} (a multiply-add counts as 2)")
-    print_reached(runs, args.batch_size * flops, precisions, peaks)
+    rows = []
+    for side, turns in runs.items():
+        seconds, precision = median_seconds(turns), str(precisions[side]).removeprefix("torch.")
+        speed = args.batch_size * flops / seconds
+        speeds = [f"{speed / 1e9:,.1f}", f"{peaks[side] / 1e9:,.1f}", f"{speed / peaks[side]:.1%}"]
+        rows.append([side, precision, f"{seconds:.4f}", *speeds, peak_memory(turns)])
+    print_table(["", "precision", "seconds", "GFLOP/s", "matrix peak", "of it", "peak memory"], rows)
     print(f"plain / optimised: {ratio(runs['plain'], runs['optimised'])}")
 
 
 def matrix_peak(device: Any, precision: Any) -> float:
-    """FLOP/s of the best of five large square matrix products; a multiply-add counts as 2."""
+    """Return the FLOP/s of the best of five large square matrix products; a multiply-add counts as 2."""
     size = 8192 if device.type == "cuda" else 2048
-    work = partial(_prepare_product, device, precision, size)
-    with Worker(device, work, passes_in_a_row(device)) as worker:
-        return 2 * size**3 / min(worker.run().seconds for _ in range(5))
-
-
-def describe(device: Any) -> str:
-    """The device, in words."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"the CPU (threads: {torch.get_num_threads()})"
+    sides = {"product": partial(_prepare_product, device, precision, size)}
+    with start_workers(device, sides, passes_in_a_row(device)) as workers:
+        return 2 * size**3 / min(workers["product"]().seconds for _ in range(5))
 
 
 def passes_in_a_row(device: Any) -> int:
-    """How many short pieces of work make a turn: on a GPU so many that waiting for its answer does not count."""
+    """Return how many passes make a turn: on a GPU enough to make the wait for its result negligible."""
     return 20 if device.type == "cuda" else 1
 
 
-def add_flags(parser: ArgumentParser) -> None:
-    """The flags that the timed benchmarks share."""
-    add = parser.add_argument
-    add("--gpu_id", default="0", help="number of the CUDA device, or cpu")
-    add(
-        "--dataset",
-        default="brats",
-        help="whose networks are timed: brats (the paper's) or phantom (the demo's)",
-    )
-    add("--repeats", type=int, default=5, help="turns of each side that the medians are taken over")
-
-
-def check_at_least_one(args: Any, *flags: str) -> None:
-    """Refuse flags below 1.
-
-    Raises:
-        UserError: the first of them.
-    """
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+def memory_peak_of(pid: int | str) -> int:
+    """Return the peak memory of a process so far, in bytes; 0 if there is no /proc, or the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _serve(pipe: Connection, device: Any, prepare: Callable[[], Work], in_a_row: int) -> None:
     import torch
 
-    torch.backends.cudnn.allow_tf32 = False  # of both sides, float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # true float32 on both sides
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     work = prepare()
     while True:
@@ -236,16 +204,12 @@ def _peak_memory(device: Any) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    # On Linux ru_maxrss begins at the peak of the process that started this one; VmHWM knows this one alone.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
+    # First VmHWM: on Linux, ru_maxrss starts at the peak of the parent process.
+    if peak := memory_peak_of("self"):
+        return peak
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _prepare_product(device: Any, precision: Any, size: int) -> Work:

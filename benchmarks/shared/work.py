@@ -1,6 +1,6 @@
-"""The work that benchmarks time: networks, what goes into them, a network pass, a training step.
+"""The timed work: untrained networks and their inputs, a network pass, a training step.
 
-Torch is imported where it is used, so that the scripts answer to `--help` at once.
+Torch is imported inside the functions, so that `--help` answers at once.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Work = Callable[..., object]
 
 
 def untrained_network(model_name: str, config: Any) -> Any:
-    """A translator's network as training begins with it, but for the layers that start at 0: they are drawn, too."""
+    """Return a translator's initial network, except that layers initialised to 0 get random weights, too."""
     import torch
     from torch import nn
 
@@ -26,7 +26,7 @@ def untrained_network(model_name: str, config: Any) -> Any:
 
 
 def network_inputs(config: Any, batch_size: int, device: Any) -> tuple:
-    """x_t, t and the condition of a batch for the masked conditional UNet."""
+    """Return x_t, t and the condition of a batch for the masked conditional UNet."""
     import torch
 
     from models.masked_diffusion import masked_condition
@@ -39,7 +39,7 @@ def network_inputs(config: Any, batch_size: int, device: Any) -> tuple:
 
 
 def random_images(kinds: int, batch_size: int, config: Any) -> Any:
-    """Noise the size of slices, the same in every process: [kinds, batch_size, 1, H, W]."""
+    """Return noise [kinds, batch_size, 1, H, W], the same in every process."""
     import torch
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -47,10 +47,10 @@ def random_images(kinds: int, batch_size: int, config: Any) -> Any:
 
 
 def count_flops(config: Any, *, training: bool) -> int:
-    """What the masked conditional UNet computes for one sample, forward or (in training) forward and backward.
+    """Return the FLOP of the masked conditional UNet for one sample: forward, or in training forward and backward.
 
-    Torch counts products and convolutions, a multiply-add as 2. It is the plain network that is counted, as attention's
-    fused kernels hide their products; nothing is computed for it.
+    Torch counts products and convolutions, a multiply-add as 2, on the meta device. It counts those of the plain
+    network, because fused attention kernels hide their products.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -68,13 +68,13 @@ def count_flops(config: Any, *, training: bool) -> int:
 
 
 def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
-    """The masked conditional UNet as modality_cyclic_test.py computes it."""
+    """Return a pass of the masked conditional UNet as in modality_cyclic_test.py."""
     import torch
 
-    from utils.device import WORTH_COMPILING, autocast, compile_if_it_pays, pick_precision, speed_up
+    from utils.device import MIN_COMPILE_CALLS, autocast, maybe_compile, pick_precision, speed_up
 
     network = speed_up(untrained_network("diffusion", config).eval(), device, training=False)
-    compile_if_it_pays(network, device, WORTH_COMPILING)
+    maybe_compile(network, device, MIN_COMPILE_CALLS)
     inputs = network_inputs(config, batch_size, device)
     precision = pick_precision(config.precision, device)
 
@@ -87,29 +87,22 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
 
 
 def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
-    """Steps of the training loop as modality_cyclic_train.py sets it up, one for each call."""
-    from utils.device import compile_if_it_pays, speed_up
-
-    network = speed_up(untrained_network("diffusion", config), device, training=True)
-    compile_if_it_pays(network, device, config.score_model.training.iterations)
-    return training_steps(network, config, batch_size, device)
-
-
-def training_steps(network: Any, config: Any, batch_size: int, device: Any) -> Work:
-    """Steps of the training loop for a network on its device, one for each call."""
+    """Return a function that does one step of the training loop as in modality_cyclic_train.py."""
     from itertools import repeat
 
     from guided_diffusion.train_util import TrainLoop
-    from utils.device import pick_precision
+    from utils.device import maybe_compile, pick_precision, speed_up
 
     training = config.score_model.training
+    network = speed_up(untrained_network("diffusion", config), device, training=True)
+    maybe_compile(network, device, training.iterations)
     batch, compute_losses = create_problem(config, batch_size, device)
     loop = TrainLoop(
         model=network,
         compute_losses=compute_losses,
         batches_from=lambda step: repeat(batch),
         directory=Path(),
-        logger=None,  # single steps neither log nor save nor resume
+        logger=None,  # single steps do not log, save or resume
         settings=training,
         precision=pick_precision(config.precision, device),
         seed=config.seed,
@@ -120,7 +113,7 @@ def training_steps(network: Any, config: Any, batch_size: int, device: Any) -> W
 
 
 def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
-    """A batch of two modalities, and what training minimises on it: losses of (model, batch, step)."""
+    """Return a batch of two modalities, and the training objective: (model, batch, step) → losses."""
     from models import load_method
     from models.training import create_losses
 

@@ -1,4 +1,4 @@
-"""The plain way that the benchmarks measure against comes to the same as the project's own code."""
+"""The plain reference of the benchmarks computes the same as the project's own code."""
 
 import copy
 import itertools
@@ -51,7 +51,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def denoiser(randomise) -> nn.Module:
-    """In the memory layout that scoring computes it in."""
+    """A network in the memory layout of scoring."""
     return randomise(MaskedConditionalUNet(**MODEL), seed=1).to(memory_format=torch.channels_last)
 
 
@@ -63,22 +63,15 @@ def backward(randomise) -> nn.Module:
 @pytest.fixture
 def make_translator(make_diffusion):
     def make(network: nn.Module) -> MaskedDiffusionTranslator:
-        return MaskedDiffusionTranslator(
-            network,
-            make_diffusion(40, use_timesteps=STEPS),
-            image_size=SIZE,
-            band_width=WIDTH,
-            seed=0,
-            use_ddim=True,
-            eta=0.0,
-        )
+        diffusion, how = make_diffusion(40, use_timesteps=STEPS), {"seed": 0, "use_ddim": True, "eta": 0.0}
+        return MaskedDiffusionTranslator(network, diffusion, image_size=SIZE, band_width=WIDTH, **how)
 
     return make
 
 
 @pytest.fixture
 def brainmask(small_brains) -> torch.Tensor:
-    """And none at all, in a fourth slice."""
+    """Three small brains, and a fourth slice without any."""
     return torch.cat([small_brains, torch.zeros_like(small_brains[:1])])
 
 
@@ -97,7 +90,7 @@ def network_inputs() -> tuple:
 def test_the_plain_network_is_the_same_function(denoiser, backward):
     for network, inputs in ((denoiser, network_inputs()), (backward, (drawn(5, 1, SIZE, SIZE),))):
         want = network(*inputs)
-        assert want.std() > 0.1  # what is compared is no constant
+        assert want.std() > 0.1  # not constant
         assert largest_difference(plain_network(network)(*inputs), want) < 1e-5
 
 
@@ -115,8 +108,7 @@ def test_the_plain_network_is_computed_as_published(denoiser, monkeypatch):
 
 
 def test_the_plain_network_is_a_copy_in_the_same_mode(denoiser):
-    denoiser.train()
-    plain = plain_network(denoiser)
+    plain = plain_network(denoiser.train())
     assert all(module.training for module in plain.modules())
     assert not any(module.training for module in plain_network(denoiser.eval()).modules())
     assert not {id(p) for p in plain.parameters()} & {id(p) for p in denoiser.parameters()}
@@ -138,8 +130,8 @@ def test_the_plain_scores_are_those_of_the_cycle(denoiser, backward, make_transl
     want = mmccd(image, brainmask, translator, backward, bands=BANDS, batch_size=7).error
     got = plain_mmccd(image, brainmask, make_translator(plain_network(denoiser)), plain_network(backward), BANDS)
     assert largest_difference(got, want) < 1e-4
-    assert want[:3].flatten(1).std(1).min() > 0.1  # a score of every slice that has a brain
-    assert (want[1] == 0).any()  # what no band covered
+    assert want[:3].flatten(1).std(1).min() > 0.1  # every slice with a brain has scores
+    assert (want[1] == 0).any()  # pixels that no band covered
 
 
 def test_plain_scoring_makes_as_many_passes(denoiser, backward, make_translator, brainmask):
@@ -151,23 +143,17 @@ def test_plain_scoring_makes_as_many_passes(denoiser, backward, make_translator,
     plain_mmccd(drawn(4, 1, SIZE, SIZE), brainmask, forward, backward, BANDS)
     samples = len(slices_and_bands(brainmask, forward, BANDS))
     assert samples < 3 * len(BANDS)  # some bands are skipped
-    assert {side: sum(sizes) for side, sizes in batches.items()} == {
-        "forward": samples * len(STEPS),
-        "backward": samples,
-    }
-    assert max(batches["backward"]) > 1  # slices go through a band together
+    assert sum(batches["forward"]) == samples * len(STEPS)
+    assert sum(batches["backward"]) == samples
+    assert max(batches["backward"]) > 1  # slices pass through a band together
 
 
 def test_the_plain_translation_is_that_of_the_translator(denoiser, make_translator):
     translator = make_translator(denoiser)
     image, band = drawn(1, 1, SIZE, SIZE), BANDS[3]
     x_T, noise = (translator._noise(band, use)[None] for use in ("x_T", "condition"))
-    steps = plain_ddim(
-        plain_network(denoiser),
-        translator.diffusion,
-        x_T,
-        masked_condition(image, translator.mask([band]), noise),
-    )
+    condition = masked_condition(image, translator.mask([band]), noise)
+    steps = plain_ddim(plain_network(denoiser), translator.diffusion, x_T, condition)
     assert torch.equal(steps[0], x_T)
     assert len(steps) == len(STEPS) + 1
     with torch.no_grad():
@@ -194,25 +180,19 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
     network = MaskedConditionalUNet(**MODEL)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # no layer starts at 0, and hides those before it
-    lr, weight_decay, ema_rate = 1e-2, 0.1, 0.15  # so large that a step without them is seen
+            parameter.add_(0.1 * torch.randn_like(parameter))  # a layer at 0 would hide those before it
+    training = {"lr": 1e-2, "weight_decay": 0.1}  # large enough to matter in one step
+    ema_rate = 0.15
     model = plain_network(network).train()
     ema_model = copy.deepcopy(model)
-    optimizer = plain_optimizer(model, lr, weight_decay)
+    optimizer = plain_optimizer(model, **training)
     loop = TrainLoop(
         model=network.train(),
         compute_losses=compute_losses,
         batches_from=lambda step: itertools.repeat(batch),
         directory=tmp_path,
         logger=None,
-        settings=SimpleNamespace(
-            batch_size=3,
-            lr=lr,
-            weight_decay=weight_decay,
-            lr_decay_steps=1000,
-            lr_decay_factor=0.5,
-            ema_rate=ema_rate,
-        ),
+        settings=SimpleNamespace(batch_size=3, lr_decay_steps=1000, lr_decay_factor=0.5, ema_rate=ema_rate, **training),
         precision=torch.float32,
         seed=0,
         on_save=lambda network, step: None,
@@ -226,7 +206,7 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
                 plain.named_parameters(), own.named_parameters(), start.named_parameters(), strict=True
             ):
                 assert largest_difference(was, want) > 2e-3, name  # it was trained
-                # A key's bias changes no attention: its gradient is rounding alone, which AdamW makes large.
+                # A key's bias does not affect attention: its gradient is a rounding error, which AdamW scales up.
                 if not name.endswith("qkv.bias"):
                     assert largest_difference(got, want) < 1e-4, name
 
