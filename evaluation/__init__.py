@@ -1,1 +1,1 @@
-"""From scores to what a paper prints: metrics, figures, results on disk, tables. Imports no other room but utils."""
+"""Evaluation: metrics, scores of error maps, result files, figures and tables. Imports only models and utils."""

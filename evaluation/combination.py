@@ -1,4 +1,4 @@
-"""Several test runs as one: their chosen scores, standardised on healthy validation pixels and summed."""
+"""Combination of test runs: sums of chosen scores that are standardised on healthy validation pixels."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -10,53 +10,53 @@ import numpy as np
 
 from utils.cli import UserError
 
-from .choice import THRESHOLDS
+from .choice import MAX_THRESHOLDS
 from .metrics import ranked_pixels, scored_region, weighted_auprc
 from .results import ERROR_MAPS, MAPS, Maps, chosen_score, read_maps, read_metrics
-from .scores import anomaly_map, compared, intensity_maps
+from .scores import anomaly_map, intensity_maps, reference_maps
 
-INTENSITY = "intensity"  # stands for the bare intensity of the first run among the runs
-MOST = 10  # runs, of which every combination is tried
+INTENSITY = "intensity"  # in place of a run: the input intensity of the first run
+MAX_RUNS = 10  # all their combinations are evaluated
 
 
 def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
-    """Sum the scores of test runs; return the combined run's name, header and error maps for `write_maps`.
+    """Sum the chosen scores of test runs, keeping the subset of runs with the highest validation AUPRC.
 
-    Each run's chosen score is divided by the distance of the median to the 95th percentile in healthy validation
-    pixels, and the scores are summed: those of the runs that together have the highest validation AUPRC.
+    Each score is first divided by the distance from its median to its 95th percentile in healthy validation pixels.
 
     Args:
-        runs: folders of test runs, and `INTENSITY`.
+        runs: folders of test runs, optionally with `INTENSITY`.
+
+    Returns:
+        The combined run's name, and its header and error maps for `write_maps`.
 
     Raises:
-        UserError: if a folder is no test run with a chosen score, or its slices, lesions, size or input are others.
+        UserError: if a folder holds no test run with a chosen score, or the runs differ in input, slices or image size.
     """
-    folders = [Path(one) for one in runs if one != INTENSITY]
-    if not folders or not 2 <= len(runs) <= MOST or len(set(runs)) < len(runs):
-        raise UserError(f"--combine takes 2 to {MOST} different runs: folders of test runs, and the word {INTENSITY}")
+    folders = [Path(run) for run in runs if run != INTENSITY]
+    if not folders or not 2 <= len(runs) <= MAX_RUNS or len(set(runs)) < len(runs):
+        raise UserError(f"--combine takes 2 to {MAX_RUNS} different runs: result folders, optionally with {INTENSITY}")
     headers, maps = zip(*(read_maps(folder / ERROR_MAPS) for folder in folders), strict=True)
     metrics = [read_metrics(folder) for folder in folders]
     for folder, header, of_run in zip(folders[1:], headers[1:], maps[1:], strict=True):
         require_same_slices(folders[0], headers[0], maps[0], folder, header, of_run)
     if any(header["method"].startswith(("one_way", "combined")) for header in headers):
-        raise UserError("--combine takes runs that need a single modality, and none that is combined already")
+        raise UserError("--combine does not take one-way or combined runs: leave them out")
     if "val" not in maps[0]:
-        raise UserError(
-            f"{folders[0]} has no validation slices, which say how scores compare: preprocess some, and test"
-        )
+        raise UserError(f"{folders[0]} has no validation slices to weight scores on: preprocess some and test again")
     members, scores = [], []
-    for run in runs:
-        place = folders.index(Path(run)) if run != INTENSITY else 0
-        member, found = member_scores(run, metrics[place], maps[place])
+    sources = [0 if run == INTENSITY else folders.index(Path(run)) for run in runs]
+    for run, i in zip(runs, sources, strict=True):
+        member, weighted = member_scores(run, metrics[i], maps[i])
         members.append(member)
-        scores.append(found)
+        scores.append(weighted)
     methods = "+".join(member["method"] for member in members)
     digest = sha256(" ".join(Path(run).name for run in runs).encode()).hexdigest()[:6]
-    taken = best_of(maps[0]["val"], [one["val"] for one in scores], [run != INTENSITY for run in runs])
-    members, scores = [members[i] for i in taken], [scores[i] for i in taken]
-    first = next((one for one, run in zip(maps, folders, strict=True) if str(run) == members[0]["run"]), maps[0])
+    best = best_combination(maps[0]["val"], [score["val"] for score in scores], [run != INTENSITY for run in runs])
+    members, scores = [members[i] for i in best], [scores[i] for i in best]
+    first = maps[sources[best[0]]]
     summed = {
-        split: {key: first[split][key] for key in ("names", *MAPS)} | {"scores": sum(one[split] for one in scores)}
+        split: {key: first[split][key] for key in ("names", *MAPS)} | {"scores": sum(score[split] for score in scores)}
         for split in ("test", "val")
     }
     steps = {member["run"]: member["trained_steps"].get("forward") for member in members if member["trained_steps"]}
@@ -78,10 +78,10 @@ def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
 def require_same_slices(
     first: Path, header: Mapping[str, Any], maps: Maps, other: Path, other_header: Mapping[str, Any], other_maps: Maps
 ) -> None:
-    """Refuse runs whose pixels are not the same.
+    """Check that two runs scored the same pixels.
 
     Raises:
-        UserError: if the input, the splits, or a split's slices, lesions, masks or size differ.
+        UserError: if their inputs, splits, slices, lesions, brain masks or image sizes differ.
     """
     if header["input"] != other_header["input"]:
         raise UserError(f"{first} and {other} have different inputs, {header['input']} and {other_header['input']}")
@@ -97,7 +97,7 @@ def require_same_slices(
 
 
 def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the record of a member for metrics.json, and its weighted scores [N, H, W] by split.
+    """Return the entry of a combined run's member for metrics.json, and its weighted scores [N, H, W] by split.
 
     Raises:
         UserError: if the run has no chosen score.
@@ -115,40 +115,37 @@ def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dic
         "trained_steps": {} if is_intensity else metrics["trained_steps"],
         **{key: block[key] for key in ("settings", "constants")},
     }
-    found = {}
+    scores = {}
     for split in ("test", "val"):
-        group = intensity_maps(maps[split], settings.sign) if is_intensity else compared(maps[split])
+        group = intensity_maps(maps[split], settings.sign) if is_intensity else reference_maps(maps[split])
         region = scored_region(group["brainmask"], settings.rim)
-        found[split] = np.where(region, anomaly_map(group, settings, constants), 0)
-    member["weight"] = standard_weight(found["val"], maps["val"])
-    return member, {split: (member["weight"] * scores).astype(np.float32) for split, scores in found.items()}
+        scores[split] = np.where(region, anomaly_map(group, settings, constants), 0)
+    member["weight"] = standard_weight(scores["val"], maps["val"])
+    return member, {split: (member["weight"] * values).astype(np.float32) for split, values in scores.items()}
 
 
 def standard_weight(scores: np.ndarray, val: Mapping[str, Any]) -> float:
-    """Return one over the distance from the median to the 95th percentile of scores in healthy validation pixels.
-
-    So weighted, scores are standardised but for a constant, which no threshold and no order depends on.
-    """
+    """Return 1 / (95th percentile − median) of the scores of healthy validation pixels."""
     healthy = scores[val["brainmask"] & ~val["truth"]]
-    middle, high = np.quantile(healthy, [0.5, 0.95]) if healthy.size else (0.0, 1.0)
-    return 1 / max(float(high - middle), 1e-6)
+    median, high = np.quantile(healthy, [0.5, 0.95]) if healthy.size else (0.0, 1.0)
+    return 1 / max(float(high - median), 1e-6)
 
 
-def best_of(val: Mapping[str, Any], scores: Sequence[np.ndarray], networks: Sequence[bool]) -> list[int]:
-    """Return the runs whose summed validation scores have the highest AUPRC, at least one of them from `networks`.
+def best_combination(val: Mapping[str, Any], scores: Sequence[np.ndarray], networks: Sequence[bool]) -> list[int]:
+    """Return the indices of the runs whose summed validation scores have the highest AUPRC; all if there is no lesion.
 
-    Without any lesion, all of them.
+    `networks` marks the runs with networks; at least one of these is included.
     """
-    everyone = list(range(len(scores)))
+    indices = list(range(len(scores)))
     if not val["truth"].any():
-        print("no lesion in the validation slices: all runs are taken")
-        return everyone
+        print("no lesions in the validation slices: combining all runs")
+        return indices
     ranked, once = ranked_pixels(val["truth"], val["brainmask"]), np.ones((1, len(val["truth"])), dtype=int)
-    found = {}
+    auprc = {}
     for n in range(1, len(scores) + 1):
-        for chosen in (one for one in combinations(everyone, n) if any(networks[i] for i in one)):
-            total = np.where(val["brainmask"], sum(scores[i] for i in chosen), -np.inf)
-            found[chosen] = float(weighted_auprc(total, val["truth"], ranked, once, THRESHOLDS)[0])
-    best = max(found, key=found.get)
-    print(f"of {len(found)} combinations, the one with the highest validation AUPRC, {found[best]:.3f}, is taken")
+        for subset in (subset for subset in combinations(indices, n) if any(networks[i] for i in subset)):
+            total = np.where(val["brainmask"], sum(scores[i] for i in subset), -np.inf)
+            auprc[subset] = float(weighted_auprc(total, val["truth"], ranked, once, MAX_THRESHOLDS)[0])
+    best = max(auprc, key=auprc.get)
+    print(f"chose the best of {len(auprc)} combinations: validation AUPRC {auprc[best]:.3f}")
     return list(best)

@@ -1,7 +1,7 @@
-"""Pictures of slices, translations, errors and scores.
+"""Figures of slices, translations, errors and scores.
 
-Slices are float arrays [H, W], normalised as by preprocessing. The colours of marks are those of Okabe and Ito, which
-colour-blind eyes tell apart; where two lines share a chart, they differ in style too.
+Slices are float arrays [H, W], normalised as by preprocessing. Marks use the colour-blind safe palette of Okabe and
+Ito; lines in the same chart also differ in style.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .metrics import RIM, average_precision, cut_scores, dice_curve, mean_over_slices, overlap_at, precision_recall
+from .metrics import RIM, average_precision, dice_curve, mask_scores, mean_over_slices, overlap_at, precision_recall
 from .results import SCORE_MEANINGS
 from .window import WINDOW, to_grey
 
@@ -34,8 +34,8 @@ HISTOGRAM_STYLES = (
 THRESHOLD_STYLES = {"oracle": {"color": "black", "linestyle": "--"}, "validation": {"color": "black", "linestyle": "-"}}
 
 
-def plain(text: str) -> str:
-    """A name as fonts can draw it: file names may hold bytes that are no UTF-8."""
+def printable(text: str) -> str:
+    """Replace the parts of a file name that are not valid UTF-8 and cannot be drawn."""
     return str(text).encode("utf-8", "replace").decode()
 
 
@@ -45,15 +45,15 @@ def draw_scores(
     per_slice: Mapping[str, np.ndarray],
     ranked: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, Figure]:
-    """All pictures of a test run, by the names of their files.
+    """Draw all figures of a test run, keyed by file name without extension.
 
     Args:
-        maps: of the test slices, arrays [N, H, W] and N names as in error_maps.npz.
+        maps: arrays [N, H, W] and N names of the test slices, as in error_maps.npz.
         metrics: contents of metrics.json.
         per_slice: columns of N values.
-        ranked: by label, scores and truth of the ranked pixels, [M] each.
+        ranked: for each label, scores and truth [M] of the ranked pixels.
     """
-    scores = cut_scores(maps["scores"], maps["brainmask"], metrics.get("rim", RIM))
+    scores = mask_scores(maps["scores"], maps["brainmask"], metrics.get("rim", RIM))
     thresholds = _thresholds(metrics)
     meaning = SCORE_MEANINGS[metrics["score"]]
     figures = {
@@ -64,7 +64,7 @@ def draw_scores(
     }
     if chosen := metrics.get("chosen"):
         maps = {**maps, "scores": maps["chosen"]}
-        scores = cut_scores(maps["scores"], maps["brainmask"], chosen["settings"]["rim"])
+        scores = mask_scores(maps["scores"], maps["brainmask"], chosen["settings"]["rim"])
         columns = {key.removeprefix("chosen_"): values for key, values in per_slice.items() if "chosen_" in key}
         meaning = SCORE_MEANINGS["chosen"]
         figures["chosen_slices"] = _segmentation_figure(maps, metrics, chosen, scores, columns, meaning)
@@ -72,7 +72,7 @@ def draw_scores(
 
 
 def _thresholds(block: Mapping[str, Any]) -> dict[str, float]:
-    """The thresholds of a score; without a single score above -inf there is none, and nothing is predicted."""
+    """Return the thresholds of a score; inf, so that nothing is predicted, if no score is above -inf."""
     return {
         choice: np.inf if block[choice]["threshold"] is None else block[choice]["threshold"]
         for choice in THRESHOLD_STYLES
@@ -88,7 +88,7 @@ def _segmentation_figure(
     per_slice: Mapping[str, np.ndarray],
     meaning: str,
 ) -> Figure:
-    """Slices under one score, cut to where it counts, with its block of metrics.json and its columns."""
+    """Draw slices with the predictions of one score, [N, H, W] masked, its block of metrics.json and its columns."""
     thresholds = _thresholds(block)
     choice = "validation" if "validation" in thresholds else "oracle"
     prediction, dice = scores >= thresholds[choice], per_slice[f"{choice}_dice"]
@@ -97,7 +97,7 @@ def _segmentation_figure(
 
 
 def write_figures(directory: Path, figures: Mapping[str, Figure]) -> None:
-    """Write figures as PNG files by their names."""
+    """Save each figure as {name}.png."""
     directory.mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(directory / f"{name}.png", dpi=110)
@@ -112,15 +112,15 @@ def slices_figure(
     trans: str,
     meaning: str,
 ) -> Figure:
-    """A row for each of the best, median and worst slices: input, translation, reconstruction, error, contours.
+    """Draw one row for each of the best, median and worst slices, cropped to the brains.
 
-    What lies outside all brains is cut off.
+    The columns are input, translation, reconstruction, deviation of the draws, score and contours.
 
     Args:
         maps: as in `draw_scores`.
-        prediction: [N, H, W] bool, with its Dice [N] and what the legend calls it.
+        prediction, dice, label: [N, H, W] bool, its Dice [N], and its label in the legend.
         input, trans: names of the modalities.
-        meaning: of the scores.
+        meaning: label of the scores.
     """
     groups = best_median_worst(dice)
     crop = _bounding_box(maps["brainmask"][list(groups)])
@@ -134,14 +134,14 @@ def slices_figure(
         "anomaly score": error_maps,
         "segmentation": maps["image"],
     }
-    if (maps["translation"] == maps["reconstruction"]).all():  # no way back: of a baseline, or one way
+    if (maps["translation"] == maps["reconstruction"]).all():  # single network: baseline or one-way score
         del columns[f"translation ({trans})"]
         columns = {
             key.replace(f"reconstruction ({input})", f"output ({trans})"): value for key, value in columns.items()
         }
     highest = np.sqrt(maps["variance"][maps["brainmask"]].max())
     norms = {"deviation of draws": Normalize(0, highest), "anomaly score": norm}
-    if not highest:  # Cyclic UNet has a single draw
+    if not highest:  # single draw, such as Cyclic UNet's
         del columns["deviation of draws"]
     figure, axes = _panels(len(groups), len(columns), (2 * len(columns), 2.1 * len(groups) + 0.6))
     for row, (i, group) in zip(axes, groups.items(), strict=True):
@@ -152,7 +152,7 @@ def slices_figure(
                 ax.imshow(to_grey(images[i][crop]), **GREY)
         _outline(row[-1], prediction[i][crop], PREDICTION_STYLE)
         _outline(row[-1], maps["truth"][i][crop], TRUTH_STYLE)
-        row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{plain(maps['names'][i])}", fontsize=9, parse_math=False)
+        row[0].set_ylabel(f"{group}: Dice {dice[i]:.2f}\n{printable(maps['names'][i])}", fontsize=9, parse_math=False)
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title, fontsize=9.5)
     figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=meaning)
@@ -174,18 +174,18 @@ def scan_figure(
     title: str,
     meaning: str,
 ) -> Figure:
-    """Slices of one scan, a column each: the scan, its anomaly map, and what is marked, outlined on the scan.
+    """Draw slices of a scan, one per column: the scan, its anomaly map, and the outline of the segmentation.
 
-    The patient's front is up, the right side on the left, as radiologists look at slices.
+    Slices are in radiological orientation: anterior up, the patient's right on the left.
 
     Args:
-        images, anomaly, marked: [N, H, W]; images normalised as by preprocessing, with axes to the patient's left and
-            back; scores, at least 0; and bool.
-        labels: what stands above each column.
-        threshold: score from which on a pixel is marked.
-        aspect: length of a pixel along W for one along H.
-        title: of the whole.
-        meaning: of the scores.
+        images: [N, H, W], normalised as by preprocessing, with axes towards the patient's left and back.
+        anomaly, marked: [N, H, W], non-negative scores, and bool.
+        labels: title of each column.
+        threshold: scores from here on are marked.
+        aspect: pixel size along W divided by pixel size along H.
+        title: of the figure.
+        meaning: label of the scores.
     """
     crop = _bounding_box(images > WINDOW[0])
     scored = anomaly[anomaly > 0]
@@ -206,15 +206,14 @@ def scan_figure(
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
-    figure.suptitle(plain(title), fontsize=11, parse_math=False)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False)
     return figure
 
 
 def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
-    """Some slices of the best, middle and worst Dice [N], best first: the group's name by the slice's index.
+    """Select slices with the best, median and worst Dice [N]; return their groups, keyed by slice index, best first.
 
-    `per_group` of each where there are enough, and no slice twice; one or two slices make no groups. A Dice that is NaN
-    counts as 0.
+    Each group has up to `per_group` slices, without overlap. One or two slices are not grouped. A NaN Dice counts as 0.
     """
     order = np.argsort(-np.nan_to_num(dice), kind="stable").tolist()
     if len(order) < 3:
@@ -228,7 +227,7 @@ def best_median_worst(dice: np.ndarray, per_group: int = 2) -> dict[int, str]:
 
 
 def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Precision against recall for each score, beside chance; `ranked` as in `draw_scores`, with one truth for all."""
+    """Plot precision-recall curves and chance level; `ranked` is as in `draw_scores`, with the same truth for all."""
     figure, ax = _chart("recall", "precision")
     for (label, (scores, truth)), style in zip(ranked.items(), CURVE_STYLES, strict=False):
         precision, recall = precision_recall(scores, truth)
@@ -244,13 +243,13 @@ def precision_recall_figure(ranked: Mapping[str, tuple[np.ndarray, np.ndarray]])
 def dice_threshold_figure(
     scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float], meaning: str
 ) -> Figure:
-    """The mean over slices of Dice against the threshold, with the chosen ones marked.
+    """Plot the mean Dice over slices against the threshold, with lines at the given thresholds.
 
     Args:
-        scores: [N, H, W], -inf where a score does not count.
+        scores: [N, H, W], -inf outside the scored region.
         truth: [N, H, W] bool.
-        thresholds: `oracle`, and `validation` if there is one.
-        meaning: of the scores.
+        thresholds: `oracle`, and `validation` if available.
+        meaning: label of the scores.
     """
     figure, ax = _chart(f"threshold ({meaning})", "mean Dice over slices")
     ax.plot(*dice_curve(scores, truth), color=BLUE, label="mean Dice")
@@ -262,7 +261,7 @@ def dice_threshold_figure(
 
 
 def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping[str, float], meaning: str) -> Figure:
-    """How many healthy and lesion pixels have which score; arguments as in `dice_threshold_figure`."""
+    """Plot score histograms of healthy and lesion pixels; arguments as in `dice_threshold_figure`."""
     figure, ax = _chart(meaning, "pixels")
     finite = np.isfinite(scores)
     root_edges = np.linspace(0, np.sqrt(np.max(scores, where=finite, initial=1e-6)), 61)
@@ -276,7 +275,7 @@ def histograms_figure(scores: np.ndarray, truth: np.ndarray, thresholds: Mapping
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure of pictures without ticks, and its axes [rows, columns]."""
+    """Create a figure with a grid of image axes without ticks; return it and its axes [rows, columns]."""
     figure = Figure(figsize=size, layout="compressed")
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
 
@@ -291,14 +290,14 @@ def _chart(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _error_norm(highest: float) -> PowerNorm:
-    """One scale for all slices, as a threshold is one number for all of them; its square root shows faint errors."""
+    """Return a colour scale shared by all slices, like the threshold; the square root shows faint errors."""
     return PowerNorm(0.5, vmin=0, vmax=highest)
 
 
 def _mark_thresholds(ax: Axes, scores: np.ndarray, thresholds: Mapping[str, float], notes: Mapping[str, str]) -> None:
-    """A vertical line at each threshold that is finite, on a square-root axis from 0 to the highest score.
+    """Draw a vertical line at each finite threshold and set a square-root axis from 0 to the highest score.
 
-    Such an axis is even in the error itself, and opens up small ones.
+    On this axis squared errors are spaced by the error, which spreads out small ones.
     """
     for choice, threshold in thresholds.items():
         if np.isfinite(threshold):
@@ -312,13 +311,13 @@ def _mark_thresholds(ax: Axes, scores: np.ndarray, thresholds: Mapping[str, floa
 
 
 def _outline(ax: Axes, mask: np.ndarray, style: Mapping[str, Any]) -> None:
-    """The outline of a mask [H, W], turned as `to_grey` turns a slice."""
+    """Draw the outline of a mask [H, W], transposed as by `to_grey`."""
     if mask.any():
         ax.contour(mask.T, levels=[0.5], **{f"{key}s": value for key, value in style.items()})
 
 
 def _bounding_box(masks: np.ndarray) -> tuple[slice, slice]:
-    """The smallest [H, W] window, with 2 px around it, that holds all masks [N, H, W]."""
+    """Return the [H, W] window that encloses all masks [N, H, W] with a margin of 2 px."""
     covered = masks.any(axis=0)
     return tuple(
         slice(max(0, line.argmax() - 2), len(line) - max(0, line[::-1].argmax() - 2))

@@ -1,16 +1,16 @@
-"""How an anomaly map is scored: pure functions of arrays.
+"""Metrics of anomaly maps: pure functions of arrays.
 
-Where a score counts. Inside the brain mask eroded by a disk (`scored_region`). `cut_scores` puts every other
-pixel at -inf, the lowest score there is, so that it is ranked last and no threshold predicts it. The truth is
-never cut: a lesion pixel outside is a miss, and `lost_lesion_share` says how many there are.
+Scored region: the brain mask eroded by a disk (`scored_region`). `mask_scores` sets every other pixel to -inf, so that
+it is ranked last and never predicted. The truth is not masked: lesion pixels outside the region count as misses;
+`lost_lesion_share` is their share.
 
-Which pixels are ranked. AUPRC and AUROC rank the pixels of the whole brain mask, its eroded rim included, and
-the lesion pixels outside the brain mask if there are any (`ranked_pixels`): none drops out of the recall.
+Ranked pixels: AUPRC and AUROC rank the whole brain mask, including the eroded rim, and lesion pixels outside the brain
+mask, if any (`ranked_pixels`), so that recall covers all lesion pixels.
 
-What a prediction is. `score >= threshold`. Segmentation is measured slice by slice, and what is reported is the
-mean over slices, not a figure pooled over pixels.
+Prediction: `score >= threshold`. Segmentation metrics are computed per slice and averaged over slices, not pooled over
+pixels.
 
-What is undefined. NaN means undefined: it is left out of the mean, and the number of slices left out is reported.
+Undefined values are NaN; means exclude them, and the number of excluded slices is reported.
 
     ======  ==========  =============  ===========  =========  ==========
     truth   prediction  Dice, Jaccard  sensitivity  precision  ASSD, HD95
@@ -20,9 +20,9 @@ What is undefined. NaN means undefined: it is left out of the mean, and the numb
     empty   empty       NaN            NaN          NaN        NaN
     ======  ==========  =============  ===========  =========  ==========
 
-AUPRC is NaN if no pixel is lesion, AUROC if none or all are. Constant scores are one large tie: AUPRC is then the
-share of lesion pixels (`chance`) and AUROC 0.5. A NaN score counts as -inf, ranked last and never predicted, so that
-a broken map scores badly rather than well by accident; `evaluate` counts them.
+AUPRC is NaN without lesion pixels, AUROC also without healthy ones. For constant scores, AUPRC is the share of lesion
+pixels (`chance`) and AUROC is 0.5. NaN scores count as -inf, so that a broken map cannot score well by accident;
+`evaluate` reports their number.
 """
 
 import warnings
@@ -39,47 +39,42 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-RIM = 4.0  # px at 128 that the brain mask is eroded by, as in the published script
-CHUNK = 1024  # thresholds that `weighted_auprc` takes at once: bounds its memory
+RIM = 4.0  # erosion of the brain mask in px, at an image size of 128, as in the published script
+CHUNK = 1024  # thresholds per chunk in `weighted_auprc`; bounds its memory
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` returns: a JSON-able summary, and columns of one value for each slice."""
+    """Result of `evaluate`: a JSON-serialisable summary, and columns with one value per slice."""
 
     summary: dict
     per_slice: dict[str, np.ndarray]
 
 
-# Where a score counts
+# Scored region and ranked pixels
 
 
 def erosion_radius(height: int, width: int, rim: float = RIM) -> int:
-    """Radius in px of the disk that erodes the brain mask: `rim` at 128 px, scaled with the shorter side, >= 1."""
+    """Return the radius in px, at least 1, of the eroding disk: `rim` at 128 px, scaled with the shorter side."""
     return max(1, round(rim * min(height, width) / 128))
 
 
 def scored_region(brainmask: ArrayLike, rim: float = RIM) -> BoolArray:
-    """The brain mask without its rim, where skull stripping and partial volume make any method err.
+    """Erode the brain mask [N, H, W], to exclude the errors of skull stripping and partial volume at its rim.
 
-    `brainmask` is [N, H, W] bool, and so is the result: the mask eroded by a disk of `rim` px at 128, or as it is for a
-    rim of 0. Pixels beyond the image count as background.
+    `rim` is the radius of the disk in px at an image size of 128; 0 returns the mask unchanged. Pixels beyond the image
+    count as background.
     """
     mask = _as_slices("brainmask", brainmask, bool)
     if rim == 0:
         return mask
     radius = erosion_radius(*mask.shape[1:], rim)
-    # scikit-image would take a mask that touches the image border to go on beyond it: one pixel of background
-    # around the image says that it does not.
+    # isotropic_erosion does not erode from the image border, so pad with background.
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-    return np.stack([isotropic_erosion(one, radius)[1:-1, 1:-1] for one in padded])
+    return np.stack([isotropic_erosion(brain, radius)[1:-1, 1:-1] for brain in padded])
 
 
-def cut_scores(scores: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> FloatArray:
-    """The scores with -inf, the lowest there is, outside the scored region and where a score is NaN.
-
-    Args and result: scores [N, H, W] of any range, brain mask [N, H, W] bool, rim as in `scored_region`; float64
-    [N, H, W].
-    """
+def mask_scores(scores: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> FloatArray:
+    """Return scores [N, H, W] as float64, with -inf outside the scored region and in place of NaN."""
     scores = _as_slices("scores", scores, np.float64)
     region = scored_region(brainmask, rim)
     _require_same_shape("brainmask", region, scores)
@@ -87,48 +82,48 @@ def cut_scores(scores: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> Flo
 
 
 def ranked_pixels(truth: ArrayLike, brainmask: ArrayLike) -> BoolArray:
-    """[N, H, W] bool: the pixels that are ranked, the brain mask and whatever lesion lies outside it."""
+    """Return the pixels that AUPRC and AUROC rank, [N, H, W] bool: the union of brain mask and lesions."""
     return np.asarray(brainmask, dtype=bool) | np.asarray(truth, dtype=bool)
 
 
 def ranked_scores(
     scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM
 ) -> tuple[FloatArray, BoolArray]:
-    """Scores and truth of the ranked pixels of all slices together, [M] each; arguments as in `cut_scores`."""
+    """Return scores and truth [M] of the ranked pixels of all slices, with -inf outside the scored region."""
     ranked = ranked_pixels(truth, brainmask)
-    return cut_scores(scores, brainmask, rim)[ranked], np.asarray(truth, dtype=bool)[ranked]
+    return mask_scores(scores, brainmask, rim)[ranked], np.asarray(truth, dtype=bool)[ranked]
 
 
 def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> float:
-    """Share of the lesion pixels outside the scored region, which no method can find; NaN without any."""
+    """Return the share of lesion pixels outside the scored region, which cannot be detected; NaN if no lesion."""
     truth = np.asarray(truth, dtype=bool)
     return float(_ratio(np.count_nonzero(truth & ~scored_region(brainmask, rim)), np.count_nonzero(truth)))
 
 
 def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
-    """Share of lesion pixels among the ranked ones, the AUPRC of a random score; NaN if none is ranked."""
+    """Return the share of lesion pixels among ranked pixels, the AUPRC of random scores; NaN if none is ranked."""
     return float(_ratio(np.count_nonzero(truth), np.count_nonzero(ranked_pixels(truth, brainmask))))
 
 
-# Ranking: scores are floats of any shape and range, infinite ones included, NaN is ranked last; truth is bool
+# Ranking metrics. Scores are floats of any shape, possibly infinite, with NaN ranked last; truth is bool
 
 
 def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
-    """AUPRC as average precision over all pixels given, in [0, 1]; NaN if no pixel is lesion, 1 if all are."""
+    """Return the AUPRC (average precision) of the given pixels; NaN if no pixel is lesion, 1 if all are."""
     ranks, truth = _as_ranks(scores, truth)
     return float(average_precision_score(truth, ranks)) if truth.any() else float("nan")
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Area under the ROC curve over all pixels given, in [0, 1]; NaN if no pixel is lesion, or if all are."""
+    """Return the area under the ROC curve of the given pixels; NaN if no pixel or every pixel is lesion."""
     ranks, truth = _as_ranks(scores, truth)
     return float(roc_auc_score(truth, ranks)) if truth.any() and not truth.all() else float("nan")
 
 
 def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """The curve that AUPRC is the area under: precision and recall, [K] each, from the lowest threshold up.
+    """Return the step function whose area is the AUPRC: precision and recall [K], from the lowest threshold up.
 
-    A precision holds from its own recall down to the next. Without any lesion pixel recall is NaN.
+    Each precision applies from its recall down to the next one. Without lesion pixels recall is NaN.
     """
     ranks, truth = _as_ranks(scores, truth)
     if not truth.any():
@@ -138,21 +133,21 @@ def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, F
 
 
 def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArray]:
-    """Both flattened; dense ranks keep the order and the ties, where scikit-learn refuses infinite scores."""
+    """Return dense ranks of the scores, because scikit-learn rejects infinite scores, and the truth, both flat."""
     scores, truth = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=bool)
     _require_same_shape("truth", truth, scores)
     ranks = rankdata(np.where(np.isnan(scores), -np.inf, scores), method="dense", axis=None)
     return ranks, truth.ravel()
 
 
-# Segmentation at a threshold: scores [N, H, W] float (-inf where they do not count), truth [N, H, W] bool
+# Segmentation metrics at a threshold. Scores are [N, H, W] float, -inf outside the scored region; truth [N, H, W] bool
 
 
 def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
-    """Overlap of `scores >= threshold` with the truth, for a threshold above -inf.
+    """Compute `dice`, `jaccard`, `sensitivity` and `precision` of `scores >= threshold` for each slice.
 
     Returns:
-        `dice`, `jaccard`, `sensitivity`, `precision`: each [N] float64 in [0, 1], or NaN (table at the top).
+        For each metric, [N] float64 in [0, 1], or NaN (see the table at the top).
     """
     prediction, truth = _predict(scores, truth, threshold)
     hits, predicted, lesion = (
@@ -167,17 +162,16 @@ def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[st
 
 
 def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
-    """Distances in px between the edges of `scores >= threshold` and of the truth, for each slice.
+    """Compute surface distances in px between `scores >= threshold` and the truth for each slice.
 
-    The edge of a mask is those of its pixels with at least one of their four neighbours outside it; what lies
-    beyond the image is outside. Every edge pixel has a distance to the nearest edge pixel of the other mask.
+    The edge of a mask consists of its pixels with at least one of their four neighbours outside the mask or the image.
+    Distances are from each edge pixel to the nearest edge pixel of the other mask.
 
     Returns:
-        `assd`: the mean of these distances over the pixels of both edges together. `hd95`: the 95th
-        percentile of the distances of one edge's pixels, of the two edges the larger. Each [N] float64, NaN
-        if either mask is empty.
+        `assd`: the mean distance over the pixels of both edges. `hd95`: the 95th percentile of the distances from one
+        edge to the other, in the direction where it is larger. [N] float64 each, NaN if either mask is empty.
     """
-    # MONAI takes seconds to import, and only this function needs it.
+    # Imported here because MONAI takes seconds to load.
     import torch
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
@@ -186,10 +180,10 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
     masks = {
         "y_pred": torch.from_numpy(prediction[defined, None]),
         "y": torch.from_numpy(truth[defined, None]),
-        "include_background": True,  # one channel, and it is the foreground
+        "include_background": True,  # the only channel is the foreground
     }
     with warnings.catch_warnings():
-        # MONAI warns of an argument that MONAI itself passes.
+        # MONAI passes a deprecated argument to its own function.
         warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
         distances = {
             "assd": compute_average_surface_distance(**masks, symmetric=True),
@@ -202,27 +196,27 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
 
 
 def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
-    """⌈Dice⌉: the one threshold for all slices with the highest mean over slices of Dice, found exactly.
+    """Find the exact threshold for all slices that maximises the mean Dice over slices, ⌈Dice⌉.
 
     Returns:
-        The threshold (of equally good ones the highest; inf if every score is -inf or NaN), and the mean Dice
-        there, which is that of `overlap_at`: slices with no lesion count once anything is predicted in them.
+        The threshold (the highest of equally good ones; inf if every score is -inf or NaN), and the mean Dice, as in
+        `overlap_at`: slices without lesions count as soon as anything is predicted in them.
     """
     thresholds, mean_dice = dice_curve(scores, truth)
     threshold = np.inf
-    if thresholds.size:  # the first that is as good as the best but for the rounding errors of the running sum
+    if thresholds.size:  # the first within rounding error of the maximum; the running sum is not exact
         threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
     return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
 
 
 def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """The mean over slices of Dice at every distinct score.
+    """Compute the mean Dice over slices at every distinct score, in one pass over the sorted pixels.
 
-    It takes one pass down the sorted pixels: a pixel that crosses the threshold changes only its own slice's
-    Dice, so the sum over slices is a running sum of such changes.
+    A pixel that crosses the threshold changes only the Dice of its own slice, so the sum over slices is a cumulative
+    sum of such changes.
 
     Returns:
-        The distinct scores above -inf, descending, and the mean Dice at each: [K] float64 both.
+        The distinct scores above -inf in descending order, and the mean Dice at each, [K] float64 both.
     """
     scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
     _require_same_shape("truth", truth, scores)
@@ -235,13 +229,13 @@ def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatAr
     n_defined = np.count_nonzero(truth.any(axis=(1, 2))) + np.cumsum(newly_defined)
     mean_dice = np.cumsum(change) / n_defined
 
-    # Pixels with equal scores cross together: a threshold reaches only the state after the last of them.
+    # Pixels with equal scores cross the threshold together, so only the state after the last of them is reachable.
     reachable = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)])
     return values[reachable], mean_dice[reachable]
 
 
 def _dice_changes(hit: BoolArray, slice_of: NDArray, truth: BoolArray) -> tuple[FloatArray, BoolArray]:
-    """What each pixel changes in its slice's Dice when the pixels are predicted one after another.
+    """Compute how each pixel changes its slice's Dice when pixels are predicted one after another.
 
     Args:
         hit: [M] bool, whether the pixel is lesion, in the order of prediction.
@@ -249,13 +243,13 @@ def _dice_changes(hit: BoolArray, slice_of: NDArray, truth: BoolArray) -> tuple[
         truth: [N, H, W] bool.
 
     Returns:
-        [M] float64, the change of the slice's Dice; [M] bool, whether this pixel is what makes it defined.
+        The change of Dice, [M] float64, and whether the slice's Dice becomes defined with this pixel, [M] bool.
     """
-    # 16 bits where they do: numpy then sorts in linear time.
+    # NumPy's stable sort takes linear time for integers of up to 16 bits.
     by_slice = np.argsort(slice_of.astype(np.min_scalar_type(len(truth))), kind="stable")
     slice_of, hit = slice_of[by_slice], hit[by_slice]
     n_pixels = np.bincount(slice_of, minlength=len(truth))
-    first = (np.cumsum(n_pixels) - n_pixels)[slice_of]  # where the pixel's slice begins
+    first = (np.cumsum(n_pixels) - n_pixels)[slice_of]  # position of the slice's first pixel
     hits_so_far = np.concatenate([[0], np.cumsum(hit)])
     hits = hits_so_far[1:] - hits_so_far[first]
     position = np.arange(len(hit))
@@ -278,34 +272,33 @@ def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Boo
     return scores >= threshold, truth
 
 
-# Means over slices and their uncertainty: 95 % percentile intervals of the bootstrap over slices, thresholds frozen
+# Means over slices, with 95 % percentile bootstrap intervals over slices at fixed thresholds
 
 
 def mean_over_slices(per_slice_values: ArrayLike) -> float:
-    """The mean of the values that are not NaN; NaN if there is none."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     values = np.asarray(per_slice_values, dtype=np.float64)
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")
 
 
 def bootstrap_interval(per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of values [N] that are not NaN; both ends NaN for fewer than two of them."""
+    """Return the bootstrap interval of the mean of values [N], without NaNs; (NaN, NaN) for fewer than two values."""
     values = np.asarray(per_slice_values, dtype=np.float64)
     defined = values[~np.isnan(values)]
     if defined.size < 2:
         return float("nan"), float("nan")
-    how = {"n_resamples": n_resamples, "confidence_level": CONFIDENCE, "method": "percentile"}
-    interval = bootstrap((defined,), np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
+    options = {"n_resamples": n_resamples, "confidence_level": CONFIDENCE, "method": "percentile"}
+    interval = bootstrap((defined,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
     return float(interval.low), float(interval.high)
 
 
 def paired_bootstrap(
     values_a: ArrayLike, values_b: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """How much better a is than b on the same slices: mean(a) - mean(b), and its interval.
+    """Return the mean of a - b over the slices where both are defined, and its paired bootstrap interval.
 
-    Both are [N], in the same order of slices. A slice that is NaN in either is left out. A resample takes the same
-    slices of a and of b.
+    Both are [N], with slices in the same order.
     """
     values_a, values_b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     _require_same_shape("values_b", values_b, values_a)
@@ -316,9 +309,9 @@ def paired_bootstrap(
 def auprc_bootstrap_interval(
     scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, n_resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval of the pooled AUPRC: the slices are resampled, then their ranked pixels pooled; args [N, H, W].
+    """Return the interval of the AUPRC of pooled pixels, with slices resampled; arguments are [N, H, W].
 
-    Resamples with no lesion are left out; both ends are NaN for fewer than two slices, and if no slice has a lesion.
+    Resamples without lesions are excluded. Returns (NaN, NaN) for fewer than two slices or no lesions.
     """
     truth = _as_slices("truth", truth, bool)
     n_slices = len(truth)
@@ -331,22 +324,22 @@ def auprc_bootstrap_interval(
 
 
 def weighted_auprc(
-    scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike, most_thresholds: int | None = None
+    scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike, max_thresholds: int | None = None
 ) -> FloatArray:
-    """The pooled AUPRC of many resamples of the slices at once, exact, ties included.
+    """Compute the AUPRC of pooled pixels for many resamples of the slices at once, exactly, including ties.
 
-    Average precision needs the counts of predicted pixels and of hits at the distinct scores of lesion pixels
-    alone: recall does not move at the others. In a resample they are the slices' counts, weighted by how
-    often each slice was drawn, which is one matrix product for all resamples.
+    Recall changes only at the scores of lesion pixels, so average precision needs the counts of predicted pixels and
+    of hits at these thresholds alone. For all resamples at once, they are the product of `draws` with each slice's
+    counts.
 
     Args:
         scores, truth, ranked: [N, H, W], as in `auprc_bootstrap_interval`.
-        draws: [R, N] int, how often resample r holds slice n.
-        most_thresholds: that are taken, evenly over the lesion pixels' scores; the AUPRC is then too low by at most
-            the reciprocal of this number. None: all.
+        draws: [R, N] int, how often slice n is drawn in resample r.
+        max_thresholds: use at most this many quantiles of the lesion pixels' scores as thresholds, which
+            underestimates the AUPRC by at most 1 / max_thresholds. None: use all.
 
     Returns:
-        [R] float64; NaN for a resample with no lesion pixel.
+        [R] float64; NaN for resamples without lesion pixels.
     """
     scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -354,8 +347,8 @@ def weighted_auprc(
     pixels = [np.sort(s[r]) for s, r in zip(scores, ranked, strict=True)]
     lesions = [np.sort(s[r & t]) for s, r, t in zip(scores, ranked, truth, strict=True)]
     thresholds = np.sort(np.concatenate(lesions))
-    if most_thresholds and len(thresholds) > most_thresholds:
-        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, most_thresholds).round().astype(int)]
+    if max_thresholds and len(thresholds) > max_thresholds:
+        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, max_thresholds).round().astype(int)]
     thresholds = np.unique(thresholds)[::-1]
 
     area, hits_before = np.zeros(len(draws)), np.zeros(len(draws))
@@ -364,18 +357,18 @@ def weighted_auprc(
         hits = draws @ _counts_at_least(lesions, chunk)
         predicted = draws @ _counts_at_least(pixels, chunk)
         gained = np.diff(hits, prepend=hits_before[:, None])
-        precision = hits / np.maximum(predicted, 1)  # where nothing is predicted, nothing is gained either
+        precision = hits / np.maximum(predicted, 1)  # without predictions, nothing is gained
         area += np.sum(gained * precision, axis=1)
         hits_before = hits[:, -1]
     return _ratio(area, hits_before)
 
 
 def _counts_at_least(sorted_scores: list[FloatArray], thresholds: FloatArray) -> FloatArray:
-    """[N, G] float64: of each slice's ascending scores, how many reach each of the G thresholds."""
-    return np.array([len(one) - np.searchsorted(one, thresholds) for one in sorted_scores], dtype=np.float64)
+    """Count each slice's scores, sorted ascending, that reach each of G thresholds; return [N, G] float64."""
+    return np.array([len(s) - np.searchsorted(s, thresholds) for s in sorted_scores], dtype=np.float64)
 
 
-# The whole table
+# All metrics
 
 
 def evaluate(
@@ -387,50 +380,50 @@ def evaluate(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """Score the anomaly maps of a test set.
+    """Compute all metrics of the anomaly maps of a test set.
 
     Args:
         scores: [N, H, W] float, higher is more anomalous.
         truth: [N, H, W] bool, the lesions.
         brainmask: [N, H, W] bool.
-        val: scores, truth and brain mask of the validation slices, [M, H, W] each. They alone choose the
-            validation threshold; the test set's slices choose the oracle's.
+        val: scores, truth and brain mask of the validation slices, [M, H, W] each, on which the validation threshold
+            is chosen; the oracle threshold is chosen on the test slices.
         rim: as in `scored_region`.
-        n_resamples, seed: of the bootstrap over slices; the thresholds stay.
+        n_resamples, seed: of the bootstrap over slices, at fixed thresholds.
 
     Returns:
-        The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices left out
-        of that mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels of the scored region), and
-        `oracle` and `validation`, each with the threshold, the mean over slices and `*_interval` of every
-        segmentation metric, and `undefined`, the number of slices left out of each mean; `validation` is None
-        without `val` or a lesion in it. What is undefined (or not finite) is None.
+        The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices excluded from that
+        mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels in the scored region), and `oracle` and
+        `validation`, each with the threshold, the mean over slices and `*_interval` of every segmentation metric, and
+        `undefined`, the number of slices excluded from each mean; `validation` is None without `val` or without lesions
+        in it. Undefined and infinite values are None.
         The columns: lesion_area (px), auprc, oracle_* and validation_* of every segmentation metric, [N] each.
     """
     truth = _as_slices("truth", truth, bool)
-    cut = cut_scores(scores, brainmask, rim)
-    _require_same_shape("truth", truth, cut)
+    masked = mask_scores(scores, brainmask, rim)
+    _require_same_shape("truth", truth, masked)
     ranked = ranked_pixels(truth, brainmask)
-    auprc = [average_precision(s[r], t[r]) for s, t, r in zip(cut, truth, ranked, strict=True)]
+    auprc = [average_precision(s[r], t[r]) for s, t, r in zip(masked, truth, ranked, strict=True)]
     columns = {"lesion_area": np.count_nonzero(truth, axis=(1, 2)), "auprc": np.array(auprc)}
     summary = {
         "n_slices": len(truth),
-        "auprc": _number(average_precision(cut[ranked], truth[ranked])),
-        "auprc_interval": _numbers(auprc_bootstrap_interval(cut, truth, ranked, n_resamples, seed)),
+        "auprc": _number(average_precision(masked[ranked], truth[ranked])),
+        "auprc_interval": _numbers(auprc_bootstrap_interval(masked, truth, ranked, n_resamples, seed)),
         "auprc_per_slice_mean": _number(mean_over_slices(auprc)),
         "auprc_undefined": int(np.isnan(auprc).sum()),
-        "auroc": _number(auroc(cut[ranked], truth[ranked])),
+        "auroc": _number(auroc(masked[ranked], truth[ranked])),
         "chance": _number(chance(truth, brainmask)),
         "lost_lesion_share": _number(lost_lesion_share(truth, brainmask, rim)),
         "nan_scores": int(np.isnan(np.asarray(scores)[scored_region(brainmask, rim)]).sum()),
         "oracle": None,
         "validation": None,
     }
-    thresholds = {"oracle": best_threshold(cut, truth)[0]}
+    thresholds = {"oracle": best_threshold(masked, truth)[0]}
     if val is not None and np.any(val[1]):
         val_scores, val_truth, val_brainmask = val
-        thresholds["validation"] = best_threshold(cut_scores(val_scores, val_brainmask, rim), val_truth)[0]
+        thresholds["validation"] = best_threshold(mask_scores(val_scores, val_brainmask, rim), val_truth)[0]
     for choice, threshold in thresholds.items():
-        segmentation = overlap_at(cut, truth, threshold) | surface_distances_at(cut, truth, threshold)
+        segmentation = overlap_at(masked, truth, threshold) | surface_distances_at(masked, truth, threshold)
         columns |= {f"{choice}_{name}": values for name, values in segmentation.items()}
         summary[choice] = {"threshold": _number(threshold)}
         for name, values in segmentation.items():
@@ -441,15 +434,15 @@ def evaluate(
 
 
 def by_lesion_size(per_slice: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """The means over slices for small, medium and large lesions: the thirds of the test set by lesion area.
+    """Compute means over slices for small, medium and large lesions: thirds of the test slices by lesion area.
 
     Args:
-        per_slice: the columns of an `Evaluation`, [N] each. Slices with no lesion are left out.
+        per_slice: the columns of an `Evaluation`, [N] each. Slices without lesions are excluded.
 
     Returns:
-        For `small`, `medium` and `large`: n_slices, area_bounds (smallest and largest lesion in px), the mean
-        of every other column, and `undefined`, the number of slices left out of each mean. Lesions of equal
-        area stay together, so that thirds can differ in size and one can be empty; its means are None.
+        For `small`, `medium` and `large`: n_slices, area_bounds (smallest and largest lesion in px), the mean of every
+        other column, and `undefined`, the number of slices excluded from each mean. Lesions of equal area are in the
+        same third, so thirds can differ in size; the means of an empty one are None.
     """
     area = np.asarray(per_slice["lesion_area"])
     with_lesion = area[area > 0]
@@ -474,23 +467,23 @@ def _count_undefined(columns: Mapping[str, FloatArray]) -> dict[str, int]:
 def _as_slices(name: str, array: ArrayLike, dtype: type) -> np.ndarray:
     array = np.asarray(array, dtype=dtype)
     if array.ndim != 3 or len(array) == 0:
-        raise ValueError(f"{name} must have the shape [N, H, W] with at least one slice, got {array.shape}")
+        raise ValueError(f"{name} must have shape [N, H, W] with at least one slice, got {array.shape}")
     return array
 
 
 def _require_same_shape(name: str, array: np.ndarray, other: np.ndarray) -> None:
     if array.shape != other.shape:
-        raise ValueError(f"{name} has the shape {array.shape}, expected {other.shape}")
+        raise ValueError(f"{name} has shape {array.shape}, expected {other.shape}")
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
-    """The quotient in float64, NaN where the denominator is 0."""
+    """Divide in float64, with NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: None stands for them."""
+    """Return a float, or None for NaN and infinity, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -1,6 +1,6 @@
-"""Tables of test runs, and of how two of them differ.
+"""Tables of test runs, and paired comparisons of two runs.
 
-`python -m evaluation.tables RESULTS …` prints one table for the folders of several runs.
+`python -m evaluation.tables RESULTS …` prints one table for several results folders.
 """
 
 import math
@@ -15,54 +15,50 @@ from utils.storage import local_path
 
 from .results import TITLES, read_metrics, read_per_slice
 
-CHOICES = ("oracle", "validation")  # of a threshold
+CHOICES = ("oracle", "validation")  # thresholds
 SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A table of test runs (contents of metrics.json), of each input the bare intensity first, with 95 % intervals."""
+    """Format a table of test runs (contents of metrics.json), for each input after a row for the intensity."""
     rows: dict[tuple[str, ...], None] = {}
-    inputs, notes = list(dict.fromkeys(one["input"] for one in runs)), []
-    for one in sorted(runs, key=lambda one: inputs.index(one["input"])):
-        rows[(intensity_name(one), "none", *_scores(one["baseline_intensity"]))] = None
-        if chosen := one["baseline_intensity"].get("chosen"):
-            rows[(f"{intensity_name(one)}, chosen", "none", *_scores(chosen))] = None
-        steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in one["trained_steps"].values())
-        name, smooth = TITLES[one["method"]], one["sampling_settings"]["smooth"]
+    inputs, notes = list(dict.fromkeys(metrics["input"] for metrics in runs)), []
+    for metrics in sorted(runs, key=lambda metrics: inputs.index(metrics["input"])):
+        rows[(intensity_name(metrics), "none", *_scores(metrics["baseline_intensity"]))] = None
+        if chosen := metrics["baseline_intensity"].get("chosen"):
+            rows[(f"{intensity_name(metrics)}, chosen", "none", *_scores(chosen))] = None
+        steps = " + ".join("?" if steps is None else f"{steps:,}" for steps in metrics["trained_steps"].values())
+        name, smooth = TITLES[metrics["method"]], metrics["sampling_settings"]["smooth"]
         if len(inputs) > 1:
-            name += f" ({one['input']})"
-        if one["unsmoothed"]:
-            rows[(name, steps, *_scores(one["unsmoothed"]))] = None
-        rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(one))] = None
-        if members := one.get("members"):
-            notes.append(f"{name}: {members_words(members)}")
-        if chosen := one.get("chosen"):
+            name += f" ({metrics['input']})"
+        if metrics["unsmoothed"]:
+            rows[(name, steps, *_scores(metrics["unsmoothed"]))] = None
+        rows[(name if smooth == "none" else f"{name}, {smooth}", steps, *_scores(metrics))] = None
+        if members := metrics.get("members"):
+            notes.append(f"{name}: {describe_members(members)}")
+        if chosen := metrics.get("chosen"):
             rows[(f"{name}, chosen", steps, *_scores(chosen))] = None
-            notes.append(f"{name}, chosen: {score_words(chosen['settings'])}")
-    header = ("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice")
-    lines = _aligned(header, *rows)
+            notes.append(f"{name}, chosen: {describe_score(chosen['settings'])}")
     first = runs[0]
     lost = first["lost_lesion_share"]
-    lines.append(
-        f"{first['n_slices']} test slices; AUPRC by chance {_value(first['chance'])} (the lesions' share of the ranked "
-        f"pixels); {'no lesion' if lost is None else f'lesion pixels outside the scored region {100 * lost:.1f} %'}"
-    )
     interval = "[95 % bootstrap interval over slices]; " if any("[" in cell for row in rows for cell in row) else ""
-    lines.append(
-        f"{interval}oracle: threshold chosen on these test slices, as the literature does; validation: chosen on the "
-        "val slices"
-    )
-    lines += notes
-    return "\n".join(lines)
+    lines = [
+        *_aligned(("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice"), *rows),
+        f"{first['n_slices']} test slices; chance-level AUPRC {_value(first['chance'])} (fraction of lesion pixels); "
+        + ("no lesions" if lost is None else f"{100 * lost:.1f} % of lesion pixels outside the scored region"),
+        f"{interval}oracle: threshold chosen on the test slices, as in the literature; validation: chosen on the val "
+        "slices",
+    ]
+    return "\n".join(lines + notes)
 
 
-def members_words(members: Sequence[Mapping[str, Any]]) -> str:
-    """Name the scores that a combined run sums; `members` is as in metrics.json."""
+def describe_members(members: Sequence[Mapping[str, Any]]) -> str:
+    """Describe a combined run in one line; `members` is as in metrics.json."""
     return f"sum of the chosen scores of {' + '.join(TITLES.get(one['method'], 'intensity') for one in members)}"
 
 
-def score_words(settings: Mapping[str, Any]) -> str:
-    """Describe a score in a line; `settings` is as in metrics.json."""
+def describe_score(settings: Mapping[str, Any]) -> str:
+    """Describe a score in one line; `settings` is as in metrics.json."""
     width, filters = settings["width"], {"gaussian": "Gaussian σ", "median": "median half-width", "none": "unsmoothed"}
     words = [
         {"both": "errors of both signs", "bright": "bright errors", "dark": "dark errors"}[settings["sign"]],
@@ -70,23 +66,22 @@ def score_words(settings: Mapping[str, Any]) -> str:
         "calibrated" if settings["calibration"] != "none" else "",
         {"scan": "scans matched", "affine": "scans matched and rescaled", "none": ""}[settings["match"]],
         filters[settings["smoothing"]] + (f" {width:.3g} of the slice" if width else ""),
-        "outside left out" if settings["outside"] == "left_out" else "",
-        f"over neighbouring slices (σ {settings['neighbours']:g})" if settings["neighbours"] else "",
-        f"rim of {settings['rim']:g} px at 128 px cut" if settings["rim"] else "whole brain",
+        "pixels outside the brain ignored" if settings["outside"] == "left_out" else "",
+        f"averaged over neighbouring slices (σ {settings['neighbours']:g})" if settings["neighbours"] else "",
+        f"brain without a rim of {settings['rim']:g} px (at 128 px)" if settings["rim"] else "whole brain",
     ]
     return ", ".join(filter(None, words))
 
 
 def intensity_name(metrics: Mapping[str, Any]) -> str:
-    """What the bare intensity is called in tables and figures of a test run; inverted where lesions are dark."""
+    """Return the name of the intensity baseline in tables and figures."""
     return f"{'inverted ' if metrics['baseline_intensity']['sign'] < 0 else ''}intensity ({metrics['input']})"
 
 
 def size_table(metrics: Mapping[str, Any]) -> str:
-    """A table of one test run (contents of metrics.json) by the size of the lesions."""
+    """Format a table of one test run (contents of metrics.json) by lesion size."""
     rows = []
-    methods = {intensity_name(metrics): metrics["baseline_intensity"]}
-    methods[TITLES[metrics["method"]]] = metrics
+    methods = {intensity_name(metrics): metrics["baseline_intensity"], TITLES[metrics["method"]]: metrics}
     for size in metrics["by_lesion_size"]:
         for method, block in methods.items():
             third = block["by_lesion_size"][size]
@@ -98,9 +93,10 @@ def size_table(metrics: Mapping[str, Any]) -> str:
 
 
 def comparison(run_a: Path, run_b: Path) -> str:
-    """A table of how the test runs in two folders differ on the same slices: a paired bootstrap of every metric.
+    """Format a table of the differences between two test runs on the same slices: a paired bootstrap of every metric.
 
-    A UserError if a folder has no sound per_slice.csv, or the two are not of the same slices and lesions.
+    Raises:
+        UserError: if a per_slice.csv is missing or damaged, or the runs differ in slices or lesions.
     """
     from .metrics import paired_bootstrap
 
@@ -115,21 +111,21 @@ def comparison(run_a: Path, run_b: Path) -> str:
         raise UserError(f"{run_a} and {run_b} differ in lesion areas: test both at the same image size")
     rows = []
     for metric in (key for key in a[names[0]] if key != "lesion_area" and key in b[names[0]]):
-        values = np.array([[one[name][metric] for name in names] for one in (a, b)])
+        values = np.array([[rows_of[name][metric] for name in names] for rows_of in (a, b)])
         difference, interval = paired_bootstrap(*values)
         n_paired = np.count_nonzero(~np.isnan(values).any(axis=0))
         low, high = (_value(bound, "+.3f") for bound in interval)
         rows.append((metric, _value(difference, "+.3f"), f"[{low}, {high}]", str(n_paired)))
     lines = [f"A: {run_a}", f"B: {run_b}", *_aligned(("metric", "A − B", "95 % interval", "slices"), *rows)]
     lines.append(
-        "means over the slices where both are defined; paired bootstrap over slices, thresholds frozen; "
-        "assd and hd95 are distances: less is better"
+        "means over slices where both are defined; paired bootstrap over slices with fixed thresholds; lower is better "
+        "for the distances assd and hd95"
     )
     return "\n".join(lines)
 
 
 def _aligned(*rows: Sequence[str]) -> list[str]:
-    """Lines of a table whose first row is the header."""
+    """Return the lines of a table with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     header, *body = rows
     return [
@@ -145,9 +141,8 @@ def _scores(block: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
-    """`0.585 [0.461, 0.702]`; a value without a defined interval (of a single slice, say) stands alone."""
-    ends = "" if value is None or None in interval else " [{:.3f}, {:.3f}]".format(*interval)
-    return _value(value) + ends
+    """Format a value with its interval, `0.585 [0.461, 0.702]`, or without it if either is undefined."""
+    return _value(value) + ("" if value is None or None in interval else " [{:.3f}, {:.3f}]".format(*interval))
 
 
 def _value(value: float | None, spec: str = ".3f") -> str:
@@ -156,7 +151,7 @@ def _value(value: float | None, spec: str = ".3f") -> str:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m evaluation.tables", description="Print one table for several test runs.")
-    parser.add_argument("results", nargs="+", type=local_path, help="folders of test runs, below experiments/results")
+    parser.add_argument("results", nargs="+", type=local_path, help="results folders, such as experiments/results/RUN")
     folders = parser.parse_args().results
     print(table([read_metrics(folder) for folder in folders]))
     for folder in folders:

@@ -238,11 +238,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
     ),
     "metrics.json": (f"{RESULTS}/metrics.json", spoil_json_file, (PREDICTION, ("evaluation.tables", RESULTS))),
     "combined.json": (f"{COMBINED}/metrics.json", spoil_json_file, (COMBINED_PREDICTION,)),
-    "combined runs": (
-        f"{RESULTS}/metrics.json",
-        spoil_json_file,
-        ((TEST, "--combine", RESULTS, "intensity"),),
-    ),
+    "combined runs": (f"{RESULTS}/metrics.json", spoil_json_file, ((TEST, "--combine", RESULTS, "intensity"),)),
     "error_maps.npz": (f"{RESULTS}/error_maps.npz", spoil_npz, (RESCORE,)),
     "slices": ("datasets/data/test/flair/S1_flair_80.npy", spoil_npy, ((TEST, *DATA),)),
     "ema.pt": (f"experiments/{BACKWARD}/ema_0.5_000001.pt", spoil_pt, ((TEST, *DATA),)),
@@ -307,7 +303,8 @@ def fuzz(kind: str, place: Path, rng: random.Random) -> tuple[Done, str]:
     try:
         spoil(place / path, rng)
         before = contents(place)
-        done = run_here(*rng.choice(commands), cwd=place)
+        pictures = kind in ("error_maps.npz", "scan.nii.gz")  # whose contents are drawn
+        done = run_here(*rng.choice(commands), cwd=place, pictures=pictures)
         return done, complaint(done, before, contents(place))
     finally:
         restore(place, whole)

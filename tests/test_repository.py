@@ -30,14 +30,7 @@ CHAIN = (
 )
 FLAGS = {
     "modality_cyclic_train.py": (*SHARED, "training_process", "experiment_name", "overwrite"),
-    "modality_cyclic_test.py": (
-        *SHARED,
-        *CHAIN,
-        "select",
-        "compare",
-        "combine",
-        "rescore",
-    ),
+    "modality_cyclic_test.py": (*SHARED, *CHAIN, "select", "compare", "combine", "rescore"),
     "modality_cyclic_predict.py": (
         *(flag for flag in SHARED if flag != "data_dir"),
         *CHAIN,
@@ -107,29 +100,18 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     code = end.code
-slow = sorted({"torch", "monai", "numpy", "nibabel", "sklearn", "matplotlib", "absl"} & set(sys.modules))
+names = "torch monai numpy scipy nibabel nilearn sklearn matplotlib absl tqdm"
+slow = sorted(set(names.split()) & set(sys.modules))
 print(json.dumps({"code": code, "slow": slow}))
 """
 
 
-@pytest.fixture(scope="module", params=FLAGS)
-def shown(request, tmp_path_factory) -> tuple[str, str, dict]:
-    """A script's name, its help, and what became of it; run in an empty folder."""
-    script = str(REPOSITORY / request.param)
-    done = run_python("-c", SHOW_HELP, script, cwd=tmp_path_factory.mktemp("help"))
+@pytest.mark.parametrize("script", FLAGS)
+def test_help_explains_every_flag_and_imports_nothing_slow(tmp_path, script):
+    done = run_python("-c", SHOW_HELP, str(REPOSITORY / script), cwd=tmp_path)
     assert done.stderr == ""
     text, _, end = done.stdout.removesuffix("\n").rpartition("\n")
-    return request.param, text, json.loads(end)
-
-
-def test_help_ends_well_and_imports_nothing_slow(shown):
-    _, _, end = shown
-    assert end["code"] in (None, 0)
-    assert end["slow"] == []
-
-
-def test_help_explains_every_flag(shown):
-    script, text, _ = shown
+    assert json.loads(end) in ({"code": code, "slow": []} for code in (None, 0))
     entries = re.split(r"\n  (?=-)", text[text.index("\noptions:") :])[1:]
     explained = {}
     for entry in entries:
@@ -140,6 +122,7 @@ def test_help_explains_every_flag(shown):
     assert set(explained) == {"help", *FLAGS[script]}
     for name, explanation in explained.items():
         assert len(re.findall(r"[^\W\d_]{2,}", explanation)) >= 3, f"--{name} is hardly explained"
+    assert "None" not in text
 
 
 def test_help_is_the_same_as_a_process():

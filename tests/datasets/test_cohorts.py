@@ -1,8 +1,6 @@
 """Raw data sets: both namings of BraTS, tables of any other data set, and what preprocessing makes of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -10,36 +8,28 @@ import numpy as np
 import pytest
 
 from datasets.brats2021 import find_slices
-from datasets.cohorts import read_brats, read_table, suggest
+from datasets.cohorts import read_brats, read_table, suggest_modality
 from datasets.records import RECORDS, read_preprocessing
 from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
+from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here
 from utils.cli import UserError
 
 pytestmark = pytest.mark.xdist_group("cohorts")  # one process, so that the scans are sliced once
 
-SCRIPTS = Path(__file__).parents[2] / "datasets"
 NAMED_2023 = {"flair": "t2f", "t2": "t2w", "t1": "t1n", "t1ce": "t1c", "seg": "seg"}
 BRATS_GRID = {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [240, 240]}
 
 
-def run_script(script: str, *args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPTS / script, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+def run_script(*args: object, cwd: Path = REPOSITORY) -> Done:
+    return run_here("datasets/brats_preprocess.py", *args, cwd=cwd)
 
 
-def preprocess(*args: object, cwd: Path | None = None) -> str:
+def preprocess(*args: object) -> str:
     """What a run that must succeed says."""
-    done = run_script("brats_preprocess.py", *args, "--workers", 1, cwd=cwd)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_script(*args, "--workers", 1)
+    assert (done.code, done.stderr) == (0, "")
     return done.stdout
-
-
-def assert_one_plain_sentence(done: subprocess.CompletedProcess, *fragments: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    for fragment in fragments:
-        assert fragment in done.stderr
 
 
 def save(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> None:
@@ -87,11 +77,7 @@ def test_both_namings_give_the_same_bytes(tmp_path):
             for number, name in enumerate(names)
             if name in path
         }
-        assert read_preprocessing(out)["grid"] == {
-            "axcodes": "LPS",
-            "spacing": [1.0, 1.0, 1.0],
-            "shape": [24, 20],
-        }
+        assert read_preprocessing(out)["grid"] == {"axcodes": "LPS", "spacing": [1.0, 1.0, 1.0], "shape": [24, 20]}
     assert slices[True] == slices[False]
     assert len(slices[True]) == 6 * (2 + 1 + 1)
 
@@ -101,8 +87,9 @@ def test_both_namings_may_lie_side_by_side_and_be_split(tmp_path):
     cohort = read_brats(tmp_path / "raw")
     assert list(cohort.subjects) == sorted(names)
     assert cohort.modalities == ("flair", "t1", "t1ce", "t2")
-    done = run_script("split_traintest.py", "--data_dir", tmp_path / "raw", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
+    args = ("--data_dir", tmp_path / "raw", "--output_dir", tmp_path)
+    done = run_here("datasets/split_traintest.py", *args, cwd=tmp_path)
+    assert done.code == 0, done.stderr
     listed = {part: read_list(tmp_path / name) for part, name in LIST_NAMES.items()}
     assert listed == split_subjects(names)
 
@@ -111,14 +98,14 @@ def test_a_missing_volume_is_named_as_the_others_of_its_subject(tmp_path):
     names = [make_brats(tmp_path / "raw", number, named_2023=True) for number in range(3)]
     path = tmp_path / "raw" / names[1] / f"{names[1]}-t1n.nii.gz"
     path.unlink()
-    done = run_script("brats_preprocess.py", "--data_dir", tmp_path / "raw", "--slices", 4, 7, cwd=tmp_path)
-    assert_one_plain_sentence(done, f"{path} is missing")
+    done = run_script("--data_dir", tmp_path / "raw", "--slices", 4, 7, cwd=tmp_path)
+    expect_refusal(done, f"{path} is missing")
 
 
 def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
     make_brats(tmp_path / "raw", 0, named_2023=True)
-    done = run_script("brats_preprocess.py", "--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path)
-    assert_one_plain_sentence(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
+    done = run_script("--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path)
+    expect_refusal(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
 
 
 @pytest.mark.parametrize(
@@ -131,12 +118,12 @@ def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
     ],
 )
 def test_what_is_meant_by_an_unknown_modality(tmp_path, word, known, clause):
-    assert suggest(word, known) == clause
+    assert suggest_modality(word, known) == clause
     for kind in known:
         (tmp_path / kind).mkdir()
     with pytest.raises(UserError) as refused:  # as training and testing say it
         find_slices(tmp_path, [word])
-    assert f"no modality '{word}' in {tmp_path}{clause} (there are: " in str(refused.value)
+    assert f"no modality '{word}' in {tmp_path}{clause} (available: " in str(refused.value)
 
 
 def test_a_folder_without_either_naming_is_refused(tmp_path):
@@ -174,16 +161,8 @@ def test_a_table_says_all_there_is_to_know(tmp_path):
     assert list(cohort.subjects) == ["a_1", "b.2"]
     assert cohort.modalities == ("FLAIR", "T1-post")
     first, second = cohort.subjects.values()
-    assert first.volumes == {
-        "FLAIR": here / "a2.nii",
-        "T1-post": here / "p/a,1.nii",
-        "brainmask": here / "m.nii",
-    }
-    assert second.volumes == {
-        "FLAIR": Path("/abs/b2.nii"),
-        "T1-post": here / "p/b1.nii",
-        "seg": here / "b.nii",
-    }
+    assert first.volumes == {"FLAIR": here / "a2.nii", "T1-post": here / "p/a,1.nii", "brainmask": here / "m.nii"}
+    assert second.volumes == {"FLAIR": Path("/abs/b2.nii"), "T1-post": here / "p/b1.nii", "seg": here / "b.nii"}
     assert (first.healthy, second.healthy) == (True, False)
     assert cohort.splits == {"train": ["b.2"], "val": [], "test": ["a_1"]}
     assert cohort.excluded == ("c", "d")
@@ -211,17 +190,17 @@ BAD_TABLES = {  # the text, what is said
     "subject with a space": ("subject,a,seg\nA 1,a,s", "line 2: subject 'A 1'"),
     "subject with a star": ("subject,a,seg\nA*,a,s", "line 2: subject 'A*'"),
     "subject too long": (f"subject,a,seg\n{'A' * 101},a,s", "line 2: subject 'AAAA"),
-    "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A is there twice"),
-    "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is named as a and as b"),
+    "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A appears twice"),
+    "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is both a and b"),
     "too few cells": ("subject,a,seg\nA,a", "line 2 has 2 cells", "3 columns"),
     "too many cells": ("subject,a,seg\nA,a,s,t", "line 2 has 4 cells", "3 columns"),
     "unknown part": ("subject,a,seg,split\nA,a,s,training", "split is 'training'", "did you mean 'train'?"),
     "no part": ("subject,a,seg,split\nA,a,s,train\nB,a,s,", "line 3: split is ''", "train or val or test"),
     "unknown health": ("subject,a,seg,healthy\nA,a,s,maybe", "healthy is 'maybe'", "yes or no"),
-    "all excluded": ("subject,a\nA,a", "of no subject where it is healthy", "healthy=yes"),
+    "all excluded": ("subject,a\nA,a", "no subject with a seg or healthy=yes"),
     "path missing": ("subject,a,seg,split\nA,a,no.nii,train", "no.nii is missing"),
     "brain mask missing": ("subject,a,seg,brainmask,split\nA,a,s,no.nii,train", "no.nii is missing"),
-    "cell without a path": ("subject,a,b,seg,split\nA,a,,s,train", "names no b of A", "--modality"),
+    "cell without a path": ("subject,a,b,seg,split\nA,a,,s,train", "has no b for A", "--modality"),
     "modality of no column": ("subject,c,seg,split\nA,a,s,train", "the data have c", "--modality=a"),
     "too few for a split": ("subject,a,seg\nA,a,s\nB,a,s", "3 subjects or more"),
 }
@@ -233,8 +212,8 @@ def test_bad_tables_are_refused_before_anything_is_written(tmp_path, case):
     flags = [fragment for fragment in fragments if fragment.startswith("--modality=")]
     path = write_table(tmp_path, text, volumes=("a", "b", "s", "t"))
     out = tmp_path / "out"
-    done = run_script("brats_preprocess.py", "--csv", path, "--output_dir", out, *flags, cwd=tmp_path)
-    assert_one_plain_sentence(done, *(fragment for fragment in fragments if fragment not in flags))
+    done = run_script("--csv", path, "--output_dir", out, *flags, cwd=tmp_path)
+    expect_refusal(done, *(fragment for fragment in fragments if fragment not in flags))
     assert not out.exists()
 
 
@@ -249,24 +228,21 @@ GOOD = "subject,a,seg\nA,a,s\nB,a,s\nC,a,s"
         (("--csv", "cohort.csv", "--data_dir", "."), ("--csv and --data_dir both",)),
         (
             ("--csv", "cohort.csv", "--slices", "100", "156"),
-            ("--slices 100 156 exceeds the grid of BraTS, which has 155 slices",),
+            ("--slices 100 156 exceeds the BraTS grid, which has 155 slices",),
         ),
         (("--csv", "cohort.csv", "--modality", "b"), ("unknown modality 'b', the data have a",)),
         (("--csv", "cohort.csv", "--modality", "seg"), ("unknown modality 'seg', the data have a",)),
         (("--csv", "cohort.csv", "--test_split", "list.txt"), ("no brats_split_training.txt",)),
-        (
-            ("--csv", "cohort.csv", "--test_split", "list.txt", "--train_split", "list.txt"),
-            ("lists D, of which",),
-        ),
-        (("--csv", "split.csv", "--test_split", "list.txt"), ("both the column split", "list.txt")),
+        (("--csv", "cohort.csv", "--test_split", "list.txt", "--train_split", "list.txt"), ("lists D, which",)),
+        (("--csv", "split.csv", "--test_split", "list.txt"), ("both the split column", "list.txt")),
     ],
 )
 def test_flags_that_do_not_fit_a_table_are_refused(tmp_path, args, fragments):
     write_table(tmp_path, GOOD, volumes=("a", "s"))
     (tmp_path / "split.csv").write_text("subject,a,seg,split\nA,a,s,train")
     (tmp_path / "list.txt").write_text("D\n")
-    done = run_script("brats_preprocess.py", "--output_dir", tmp_path / "out", *args, cwd=tmp_path)
-    assert_one_plain_sentence(done, *fragments)
+    done = run_script("--output_dir", tmp_path / "out", *args, cwd=tmp_path)
+    expect_refusal(done, *fragments)
     assert not (tmp_path / "out").exists()
 
 
@@ -357,10 +333,10 @@ def low_slice(volume: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sliced(scans, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def sliced(scans, tmp_path_factory) -> tuple[Path, Done]:
     """The slices of these subjects, and what the run said."""
     out = tmp_path_factory.mktemp("sliced")
-    return out, run_script("brats_preprocess.py", "--csv", scans / "cohort.csv", "--output_dir", out)
+    return out, run_script("--csv", scans / "cohort.csv", "--output_dir", out)
 
 
 def load(out: Path, part: str, kind: str, subject: str) -> tuple[np.ndarray, int]:
@@ -394,7 +370,7 @@ def test_every_geometry_comes_to_the_same_place(sliced, name):
     np.testing.assert_allclose(slopes[0], along_x, rtol=0.05)
 
 
-def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out(sliced):
+def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out(scans, sliced):
     out, done = sliced
     numbers = {
         name: sorted(int(path.stem.rpartition("_")[2]) for path in (out / "train/seg").glob(f"{name}_seg_*"))
@@ -406,7 +382,7 @@ def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out
     assert not any(np.load(path).any() for path in (out / "train/seg").glob("well_*"))
     assert "left out, neither a seg nor healthy=yes: 1 (unclear)\n" in done.stdout
     assert "test: left out, no tumour in slices 70 to 89: 1 (well-test)\n" in done.stdout
-    assert f"split lists: column split of {Path(done.args[3])}\n" in done.stdout
+    assert f"split lists: split column of {scans / 'cohort.csv'}\n" in done.stdout
     assert not list(out.glob("*.txt"))
 
 
@@ -422,15 +398,15 @@ def test_a_brain_mask_says_what_is_brain(sliced):
 
 def test_bad_subjects_are_left_out_and_the_others_made(sliced):
     out, done = sliced
-    assert done.returncode == 1
+    assert done.code == 1
     sentences = {
-        "elsewhere": "lies elsewhere in space than FLAIR.nii",
-        "outside": "holds a lesion, but none of it lies in the brain of FLAIR.nii",
+        "elsewhere": "has no label left on the grid of FLAIR.nii",
+        "outside": "has a lesion, but all of it is outside the brain of FLAIR.nii",
         "not-well": "not-well is declared healthy",
         "half-label": "whole numbers from 0 to 255, but holds 3.5",
-        "huge": "FLAIR.nii cannot be put on the grid of BraTS, 85% of its brain would lie outside",
-        "empty": "T2-w.nii cannot be normalised, every voxel is 0",
-        "nothing": "cannot be put on the grid of BraTS, every voxel is 0",
+        "huge": "FLAIR.nii cannot be resampled onto the BraTS grid: 85% of its brain would be outside",
+        "empty": "T2-w.nii cannot be normalised: every voxel is 0",
+        "nothing": "cannot be resampled onto the BraTS grid: every voxel is 0",
     }
     lines = done.stderr.splitlines()
     assert len(lines) == len(sentences), done.stderr
@@ -471,18 +447,18 @@ def test_the_grid_of_a_folder_is_known_where_all_subjects_agree(tmp_path, edit, 
 def test_run_again_makes_nothing_and_another_table_is_refused(scans, sliced, tmp_path):
     out, _ = sliced
     text = (scans / "cohort.csv").read_text()
-    good = [line for line in text.splitlines() if line.startswith(("subject", "well", "masked"))]
+    good = [line for line in text.splitlines() if line.startswith(("subject", "well,", "masked"))]
     table, out = scans / "good.csv", tmp_path / "out"
     table.write_text("\n".join(good))
     args = ("--csv", table, "--output_dir", out, "--slices", 80, 82, "--modality")
     preprocess(*args, "FLAIR,T2-w")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert "there already: 3 of 3 subjects" in preprocess(*args, "T2-w,FLAIR")
+    assert "already preprocessed: 2 of 2 subjects" in preprocess(*args, "T2-w,FLAIR")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
     table.write_text("\n".join(good).replace("masked/brainmask.nii", ""))
-    done = run_script("brats_preprocess.py", *args, "FLAIR,T2-w")
-    assert_one_plain_sentence(done, "masked, made from another brainmask than the data have of it now")
+    done = run_script(*args, "FLAIR,T2-w")
+    expect_refusal(done, "masked, made from a different brainmask")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ NEEDED = 3 * 16 * 16 * (4 + 4 + 1 + 1)  # bytes of the slices above: two images 
 def test_what_fits_into_half_of_the_memory_is_kept(data_dir, memory, capsys, processes, lacking):
     memory(2 * processes * NEEDED - lacking)
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16, processes=processes, progress=False)
-    said = "read from disk as they are needed" if lacking else "kept in memory"
+    said = "read from disk on demand" if lacking else "kept in memory"
     assert f"train: 3 slices, {said}" in capsys.readouterr().out
     assert (dataset.workers > 0) == bool(lacking)
     before = dataset[0]["flair"].clone()

@@ -4,10 +4,10 @@ import contextlib
 import fcntl
 import gzip
 import itertools
+import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +18,15 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats
-from datasets.records import find_whole, store
-from datasets.splits import (
-    LIST_NAMES,
-    hash_validation_out_of,
-    read_list,
-    split_subjects,
-)
-from datasets.subject import choose_slices, find_doubts, normalise
+from datasets.records import find_complete, store
+from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
+from datasets.subject import choose_slices, normalise, quality_warnings
+from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here, run_process
 from utils.cli import UserError
 
-SCRIPT = Path(__file__).parents[2] / "datasets" / "brats_preprocess.py"
+pytestmark = pytest.mark.xdist_group("preprocess")  # one process, so that cohorts are made once
+
+SCRIPT = "datasets/brats_preprocess.py"
 SHAPE = (24, 20, 12)
 KINDS = ("flair", "t1", "t2", "seg")
 
@@ -83,16 +81,14 @@ def cohort(tmp_path_factory) -> Path:
     return data_dir
 
 
-def run_script(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+def run_script(*args: object, cwd: Path = REPOSITORY) -> Done:
+    return run_here(SCRIPT, "--workers=1", *args, cwd=cwd)
 
 
-def preprocess(data_dir: Path, output_dir: Path, *args: object) -> subprocess.CompletedProcess:
-    """Run on slices [4, 9) with one worker, unless the arguments say otherwise; it must succeed."""
-    defaults = ("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, "--workers", 1)
-    result = run_script(*defaults, *args, cwd=data_dir)
-    assert (result.returncode, result.stderr) == (0, "")
+def preprocess(data_dir: Path, output_dir: Path, *args: object) -> Done:
+    """Run on slices [4, 9), unless the arguments say otherwise; it must succeed."""
+    result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, *args, cwd=data_dir)
+    assert (result.code, result.stderr) == (0, "")
     return result
 
 
@@ -102,14 +98,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def raw(data_dir: Path, subject: str, kind: str) -> np.ndarray:
     return np.asarray(nibabel.load(data_dir / subject / f"{subject}_{kind}.nii.gz").dataobj)
-
-
-def assert_one_plain_sentence(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for fragment in fragments:
-        assert fragment in result.stderr
 
 
 def untouched(data_dir: Path) -> None:
@@ -226,7 +214,7 @@ def test_command_line_writes_the_slices_it_should(cohort, tmp_path):
     assert "test: subjects read: 2, slices written: 1\n" in result.stdout
     assert "train: left out, no tumour-free slice in slices 4 to 8: 1 (P_sick)\n" in result.stdout
     assert "test: left out, no tumour in slices 4 to 8: 1 (P_well)\n" in result.stdout
-    assert "--slices 3 9 would take slices of 1 of those left out\n" in result.stdout
+    assert "--slices 3 9 would include 1 of the subjects left out\n" in result.stdout
     assert "warning: t2 is 0 in more than 10% of the brain: 5 (P_sick, P_test, P_train, P_val, P_well)" in result.stdout
 
 
@@ -236,12 +224,12 @@ def test_what_may_be_wrong_with_volumes_that_can_be_read():
     thinner, gaps = full.copy(), full.copy()
     thinner[1, 1:4] = False  # 3 of 36 columns
     gaps[:, :, 2:7:2] = False
-    assert find_doubts({"t1": full, "t2": thinner}, full) == []
-    assert find_doubts({"t1": full, "t2": gaps}, full) == [
+    assert quality_warnings({"t1": full, "t2": thinner}, full) == []
+    assert quality_warnings({"t1": full, "t2": gaps}, full) == [
         "t2 is 0 in more than 10% of the brain",
         "t2 has empty slices between others",
     ]
-    assert find_doubts({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
+    assert quality_warnings({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
 
 
 def test_brain_mask_is_the_union_of_the_modalities_asked_for(cohort, tmp_path):
@@ -277,9 +265,9 @@ def test_scaled_and_uncompressed_volumes_are_understood(cohort, tmp_path):
         image.header.set_slope_inter(slope, inter)
         nibabel.save(image, path.with_suffix(""))
     # An intercept makes brain of the background, about which there are warnings.
-    scaled, _, doubts = preprocess(data_dir, tmp_path / "scaled").stdout.partition("warning: ")
+    scaled, _, warnings = preprocess(data_dir, tmp_path / "scaled").stdout.partition("warning: ")
     assert scaled == plain.partition("warning: ")[0].replace("plain", "scaled")
-    assert "flair is 0 in more than 10% of the brain: 1 (P_val)" in doubts
+    assert "flair is 0 in more than 10% of the brain: 1 (P_val)" in warnings
     flair = raw(cohort, "P_val", "flair")
     for kind, volume in (("flair", flair * 2.0), ("t1", raw(cohort, "P_val", "t1") + 40.0)):
         image = np.load(tmp_path / f"scaled/val/{kind}/P_val_{kind}_6.npy")
@@ -326,8 +314,8 @@ def test_run_again_changes_nothing(cohort, output_dir, modalities):
     before = listing(output_dir)
     result = preprocess(cohort, output_dir, "--modality", modalities)
     assert listing(output_dir) == before
-    assert "there already: 5 of 5 subjects\n" in result.stdout
-    assert "train: subjects read: 0, slices written: 0, subjects there already: 2\n" in result.stdout
+    assert "already preprocessed: 5 of 5 subjects\n" in result.stdout
+    assert "train: subjects read: 0, slices written: 0, subjects already preprocessed: 2\n" in result.stdout
     assert "train: left out, no tumour-free slice in slices 4 to 8: 1 (P_sick)\n" in result.stdout
 
 
@@ -378,19 +366,14 @@ OTHERWISE = {
     "quantile": (untouched, SPLITS, ("--percentage_upper", "0.7"), "--percentage_upper 0.9, not 0.7"),
     "other quantile": (untouched, SPLITS, ("--percentage_lower", "0"), "--percentage_lower 0.02, not 0"),
     "slices": (untouched, SPLITS, ("--slices", "4", "8"), "--slices 4 9, not 4 8"),
-    "subject gone": (
-        untouched,
-        {**SPLITS, "train": ["P_sick"]},
-        (),
-        "P_train, which is in no split list now",
-    ),
+    "subject gone": (untouched, {**SPLITS, "train": ["P_sick"]}, (), "P_train, which is not in any split list now"),
     "other split": (
         untouched,
         {"train": ["P_train"], "val": ["P_val", "P_sick"], "test": ["P_test", "P_well"]},
         (),
-        "P_sick, which was in the train split and is in val now",
+        "P_sick, which was in the train split and is now in val",
     ),
-    "other volume": (modality_changed, SPLITS, (), "P_val, made from another t1 than"),
+    "other volume": (modality_changed, SPLITS, (), "P_val, made from a different t1"),
 }
 
 
@@ -402,7 +385,7 @@ def test_slices_made_otherwise_are_refused(cohort, output_dir, tmp_path, case):
     write_lists(data_dir, lists)
     before = listing(output_dir)
     result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, *args)
-    assert_one_plain_sentence(result, difference, str(output_dir), "--overwrite", "another --output_dir")
+    expect_refusal(result, difference, str(output_dir), "--overwrite", "another --output_dir")
     assert listing(output_dir) == before
 
 
@@ -421,39 +404,43 @@ def test_a_slice_that_no_record_explains_is_refused(cohort, output_dir, name):
     (output_dir / name).write_text("")
     before = listing(output_dir)
     result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
-    assert_one_plain_sentence(result, str(output_dir / name))
+    expect_refusal(result, str(output_dir / name))
     assert listing(output_dir) == before
 
 
 def test_two_runs_at_a_time_are_refused(cohort, output_dir):
     with (output_dir / ".lock").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
-    assert_one_plain_sentence(result, "another process is writing to", str(output_dir))
-
-
-# Runs a script, and kills it with SIGKILL just before its n-th step that changes the output folder.
-KILLED = """
-import os, runpy, signal, sys
-output_dir, n, *sys.argv = sys.argv[1:]
-steps = 0
-def count(event, args):
-    global steps
-    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
-    changes = event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
-    if (writes or changes) and str(args[0]).startswith(output_dir):
-        steps += 1
-        if steps == int(n):
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+        args = ("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
+        result = run_process(REPOSITORY / SCRIPT, *args, cwd=REPOSITORY)
+    expect_refusal(result, "another process is writing to", str(output_dir))
 
 
 def run_killed(n: int, output_dir: Path, *args: object) -> int:
-    """The exit code. It returns when the workers have ended, too: they hold the pipe of stdout."""
-    command = [sys.executable, "-c", KILLED, output_dir, n, SCRIPT, "--output_dir", output_dir, *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, timeout=100).returncode
+    """Run the script in a fork, kill it just before its n-th step that changes the output folder, return its exit code.
+
+    The fork's workers hold the pipe, too, so that they have ended when it closes.
+    """
+    steps = itertools.count(1)
+
+    def kill(event: str, args: tuple) -> None:
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        changes = event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
+        if (writes or changes) and str(args[0]).startswith(str(output_dir)) and next(steps) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.addaudithook(kill)
+            os._exit(run_here(SCRIPT, "--output_dir", output_dir, *args, cwd=REPOSITORY).code)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def whole_subjects(output_dir: Path, kinds: tuple[str, str]) -> set[frozenset[str]]:
@@ -513,7 +500,7 @@ def test_no_part_of_a_subject_is_taken_for_the_whole(tmp_path, monkeypatch, n):
     whole = frozenset({"A_4", "A_5", "A_6", "A_7"})
     for pair in itertools.permutations(kinds, 2):
         assert whole_subjects(tmp_path, pair) <= {whole}
-    assert not find_whole(tmp_path)
+    assert not find_complete(tmp_path)
 
 
 def test_a_slice_that_cannot_be_written_to_its_end_says_why(tmp_path):
@@ -563,25 +550,25 @@ def test_without_a_validation_list_it_is_hashed_out_of_training(unlisted, tmp_pa
         *(unlisted, tmp_path / "out", "--slices", 4, 6),
         *("--train_split", tmp_path / "train.txt", "--test_split", tmp_path / "test.txt"),
     )
-    training, validation = hash_validation_out_of(names[:9])
+    training, validation = split_off_validation(names[:9])
     assert subjects_written(tmp_path / "out") == {"train": training, "val": validation, "test": names[9:11]}
     assert not list((tmp_path / "out").glob("*.txt"))
     assert "11 of 12 subjects" in result.stdout
-    assert "validation hashed out of training" in result.stdout
+    assert "validation split off from training by hash" in result.stdout
 
 
 def test_lists_in_datasets_are_found_and_those_in_data_dir_go_first(unlisted, tmp_path):
     names = list(read_brats(unlisted).subjects)
-    args = ("--data_dir", tmp_path / "raw", "--slices", 4, 6, "--workers", 1, "--output_dir")
+    args = ("--data_dir", tmp_path / "raw", "--slices", 4, 6, "--output_dir")
     shutil.copytree(unlisted, tmp_path / "raw")
     in_datasets = {"train": names[:2], "val": names[2:3], "test": names[3:4]}
     write_lists(tmp_path / "datasets", in_datasets)
-    assert run_script(*args, tmp_path / "first", cwd=tmp_path).returncode == 0
+    assert run_script(*args, tmp_path / "first", cwd=tmp_path).code == 0
     assert subjects_written(tmp_path / "first") == in_datasets
 
     in_data_dir = {"train": names[5:6], "val": names[6:7], "test": names[7:8]}
     write_lists(tmp_path / "raw", in_data_dir)
-    assert run_script(*args, tmp_path / "second", cwd=tmp_path).returncode == 0
+    assert run_script(*args, tmp_path / "second", cwd=tmp_path).code == 0
     assert subjects_written(tmp_path / "second") == in_data_dir
 
 
@@ -620,33 +607,20 @@ TRAINING, VALIDATION, TESTING = LIST_NAMES.values()
 BAD_INPUT = {
     "no data_dir": (shutil.rmtree, (), "there is no folder"),
     "no subjects": (lambda path: (shutil.rmtree(path), path.mkdir()), (), "no subject in"),
-    "no such modality": (
-        untouched,
-        ("--modality", "flair,t22"),
-        "'t22'",
-        "flair, t1, t2",
-        "did you mean 't2'?",
-    ),
+    "no such modality": (untouched, ("--modality", "flair,t22"), "'t22'", "flair, t1, t2", "did you mean 't2'?"),
     "seg as a modality": (untouched, ("--modality", "seg"), "unknown modality 'seg'"),
     "empty modality": (untouched, ("--modality", ""), "unknown modality ''"),
     "modality missing": (remove("P_well/P_well_t1.nii.gz"), (), "P_well_t1.nii.gz is missing"),
     "seg missing": (remove("P_train/P_train_seg.nii.gz"), (), "P_train_seg.nii.gz is missing"),
     "listed, not on disk": (append_to_list("val", "P_gone"), (), VALIDATION, "P_gone"),
     "in two lists": (append_to_list("test", "P_train"), (), "P_train is both in", TRAINING, TESTING),
-    "all lists empty": (
-        lambda path: write_lists(path, {"train": [], "val": [], "test": []}),
-        (),
-        "all empty",
-    ),
+    "all lists empty": (lambda path: write_lists(path, {"train": [], "val": [], "test": []}), (), "all empty"),
     "no testing list": (remove(TESTING), (), TRAINING, f"no {TESTING}", "--test_split"),
     "no training list": (remove(TRAINING), (), f"no {TRAINING}", "--train_split"),
     "only validation list": (remove(TRAINING, TESTING), (), VALIDATION, "--train_split"),
     "list not there": (untouched, ("--test_split", "nowhere.txt"), "nowhere.txt cannot be read"),
     "too few for a split": (
-        lambda path: (
-            remove(*LIST_NAMES.values())(path),
-            [shutil.rmtree(p) for p in sorted(path.iterdir())[2:]],
-        ),
+        lambda path: (remove(*LIST_NAMES.values())(path), [shutil.rmtree(p) for p in sorted(path.iterdir())[2:]]),
         (),
         "3 subjects or more",
     ),
@@ -671,14 +645,14 @@ def test_bad_input_is_refused_before_anything_is_written(cohort, tmp_path, case)
     shutil.copytree(cohort, data_dir)
     edit(data_dir)
     defaults = ("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", "4", "9")
-    assert_one_plain_sentence(run_script(*defaults, *args, cwd=tmp_path), *fragments)
+    expect_refusal(run_script(*defaults, *args, cwd=tmp_path), *fragments)
     assert not (tmp_path / "out").exists()
 
 
 def test_output_dir_that_is_a_file_is_refused(cohort, tmp_path):
     (tmp_path / "out").write_text("mine")
     result = run_script("--data_dir", cohort, "--output_dir", tmp_path / "out", "--slices", 4, 9)
-    assert_one_plain_sentence(result, "cannot be written to")
+    expect_refusal(result, "cannot be written to")
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -742,20 +716,16 @@ BAD_VOLUMES = {  # which volume, how, what is said
     "no NIfTI": ("t2", lambda path: path.write_bytes(gzip.compress(bytes(5000))), "cannot be read", "NIfTI"),
     "gzip cut off": ("t1", cut_bytes, "cannot be read"),
     "checksum": ("t1", wrong_checksum, "cannot be read", "CRC"),
-    "voxels cut off": ("t1", content(lambda data: data[:5000]), "cut off", "11872 bytes", "5000"),
-    "bytes too many": ("t1", content(lambda data: data + bytes(16)), "goes on after", "11872"),
+    "voxels cut off": ("t1", content(lambda data: data[:5000]), "is truncated", "11872 bytes", "5000"),
+    "bytes too many": ("t1", content(lambda data: data + bytes(16)), "data after", "11872"),
     "impossible header": ("t1", header(datatype=77), "cannot be read"),
     "voxels in the header": ("t1", header(vox_offset=0), "cannot be read", "inside its header"),
-    "claims the impossible": (
-        "t1",
-        header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]),
-        "32767 × 32767 × 32767",
-    ),
-    "claims too much": ("t1", header(dim=[3, 512, 512, 512, 1, 1, 1, 1]), "cut off", "268435808 bytes"),
-    "no voxels": ("t1", header(dim=[3, 24, 0, 12, 1, 1, 1, 1]), "3 axes", "(24, 0, 12)"),
-    "axis below 0": ("t1", header(dim=[3, 24, -20, 12, 1, 1, 1, 1]), "3 axes", "(24, -20, 12)"),
-    "four axes": ("t2", voxels(lambda volume: np.stack([volume, volume], -1)), "3 axes", "(24, 20, 12, 2)"),
-    "two axes": ("t2", voxels(lambda volume: volume[:, :, 5]), "3 axes", "(24, 20)"),
+    "claims the impossible": ("t1", header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "32767 × 32767 × 32767"),
+    "claims too much": ("t1", header(dim=[3, 512, 512, 512, 1, 1, 1, 1]), "is truncated", "268435808 bytes"),
+    "no voxels": ("t1", header(dim=[3, 24, 0, 12, 1, 1, 1, 1]), "one 3D volume", "(24, 0, 12)"),
+    "axis below 0": ("t1", header(dim=[3, 24, -20, 12, 1, 1, 1, 1]), "one 3D volume", "(24, -20, 12)"),
+    "four axes": ("t2", voxels(lambda volume: np.stack([volume, volume], -1)), "one 3D volume", "(24, 20, 12, 2)"),
+    "two axes": ("t2", voxels(lambda volume: volume[:, :, 5]), "one 3D volume", "(24, 20)"),
     "other shape": ("t1", voxels(lambda volume: volume[:, :-1]), "shape (24, 19, 12)", "(24, 20, 12)"),
     "other shape of seg": ("seg", voxels(lambda volume: volume[1:]), "shape (23, 20, 12)"),
     "other affine": ("flair", elsewhere, "affine"),
@@ -771,11 +741,7 @@ BAD_VOLUMES = {  # which volume, how, what is said
     "complex": ("t1", voxels(lambda volume: volume.astype(np.complex64)), "real numbers", "complex64"),
     "colours": ("t1", voxels(lambda volume: np.zeros(volume.shape, RGB)), "real numbers"),
     "label 5": ("seg", voxels(lambda seg: seg + np.uint8(5)), "must hold labels", "holds 5"),
-    "label outside the slices": (
-        "seg",
-        voxels(lambda seg: seg + np.uint8([9] + 11 * [0])),
-        "must hold labels",
-    ),
+    "label outside the slices": ("seg", voxels(lambda seg: seg + np.uint8([9] + 11 * [0])), "must hold labels"),
     "label between": ("seg", voxels(lambda seg: seg + 0.5), "must hold labels", "0.5"),
     "label below 0": ("seg", voxels(lambda seg: seg.astype(np.int16) - 1), "must hold labels", "-1"),
     "label NaN": ("seg", voxels(lambda seg: seg * np.nan), "must hold labels", "nan"),
@@ -783,7 +749,7 @@ BAD_VOLUMES = {  # which volume, how, what is said
 
 
 @pytest.fixture(scope="module")
-def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess]:
+def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, Done]:
     """The cohort with a subject more for each bad volume, its output, and what the run said."""
     folder = tmp_path_factory.mktemp("spoilt")
     data_dir, output_dir = folder / "raw", folder / "out"
@@ -812,7 +778,7 @@ def test_a_bad_subject_is_left_out_with_a_plain_sentence(spoilt, case):
 
 def test_bad_subjects_do_not_keep_others_from_being_made(spoilt, finished):
     _, output_dir, result = spoilt
-    assert result.returncode == 1
+    assert result.code == 1
     assert len(result.stderr.splitlines()) == len(BAD_VOLUMES), result.stderr
     n_train = (len(BAD_VOLUMES) + 1) // 2
     assert f"train: subjects read: {n_train + 2}, slices written: 4\n" in result.stdout
@@ -829,11 +795,11 @@ def test_a_subject_whose_file_was_replaced_is_made_by_the_same_command(cohort, f
     command = ("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", 4, 9)
     for _ in range(2):
         result = run_script(*command)
-        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert (result.code, result.stderr.count("\n")) == (1, 1)
         assert "P_val_t2.nii.gz cannot be read" in result.stderr
-    assert "there already: 4 of 5 subjects" in result.stdout
+    assert "already preprocessed: 4 of 5 subjects" in result.stdout
     path.write_bytes(sound)
-    assert run_script(*command).returncode == 0
+    assert run_script(*command).code == 0
     assert contents(tmp_path / "out") == contents(finished)
 
 
@@ -842,30 +808,7 @@ def test_a_subject_with_too_few_slices_is_left_out(cohort, tmp_path):
     for kind in KINDS:
         save(data_dir / "P_train" / f"P_train_{kind}.nii.gz", raw(cohort, "P_train", kind)[:, :, :8])
     result = run_script("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", 4, 9)
-    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert (result.code, result.stderr.count("\n")) == (1, 1)
     assert "--slices 4 9 exceeds" in result.stderr
     assert "P_train_t2.nii.gz, which has 8 slices" in result.stderr
-    assert len(find_whole(tmp_path / "out")) == 4
-
-
-def test_help_explains_every_flag_without_importing_numpy():
-    command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0
-    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    assert "utils.cli" in imported
-    assert not imported & {"numpy", "nibabel", "tqdm"}
-    for flag in (
-        "modality",
-        "data_dir",
-        "csv",
-        "output_dir",
-        "percentage_upper",
-        "percentage_lower",
-        "slices",
-        "workers",
-    ):
-        assert f"--{flag} " in result.stdout
-    for part in LIST_NAMES:
-        assert f"--{part}_split " in result.stdout
-    assert "None" not in result.stdout
+    assert len(find_complete(tmp_path / "out")) == 4

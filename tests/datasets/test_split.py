@@ -1,23 +1,15 @@
 """The split by hash: its shares, its stability, its fallbacks, and its command line."""
 
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from datasets.cohorts import read_brats
-from datasets.splits import (
-    INTERVALS,
-    LIST_NAMES,
-    hash_validation_out_of,
-    read_list,
-    split_subjects,
-)
+from datasets.splits import INTERVALS, LIST_NAMES, read_list, split_off_validation, split_subjects
+from tests.scripts.conftest import REPOSITORY, Done, run_here
 from utils.cli import UserError
 
-SCRIPT = Path(__file__).parents[2] / "datasets" / "split_traintest.py"
 NAMES = [f"BraTS2021_{number:05d}" for number in range(2000)]
 
 
@@ -31,8 +23,8 @@ def make_subjects(data_dir: Path, names: list[str]) -> None:
         (data_dir / name / f"{name}_flair.nii.gz").touch()
 
 
-def run_script(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True)
+def run_script(*args: object) -> Done:
+    return run_here("datasets/split_traintest.py", *args, cwd=REPOSITORY)
 
 
 def test_intervals_cover_the_unit_interval_once():
@@ -74,7 +66,7 @@ def test_one_subject_more_moves_no_other():
 
 def test_seed_matters():
     assert split_subjects(NAMES[:100], seed=0) != split_subjects(NAMES[:100], seed=1)
-    assert hash_validation_out_of(NAMES[:100], seed=0) != hash_validation_out_of(NAMES[:100], seed=1)
+    assert split_off_validation(NAMES[:100], seed=0) != split_off_validation(NAMES[:100], seed=1)
 
 
 @pytest.mark.parametrize("count", range(3, 41))
@@ -93,31 +85,31 @@ def test_fewer_than_three_subjects_are_refused(count):
 
 
 def test_validation_is_hashed_out_of_training():
-    training, validation = hash_validation_out_of(NAMES)
+    training, validation = split_off_validation(NAMES)
     assert sorted(training + validation) == NAMES
     assert len(validation) / 2000 == pytest.approx(11 / 89, abs=0.03)
-    without_one = hash_validation_out_of(NAMES[:-1])
+    without_one = split_off_validation(NAMES[:-1])
     assert [set(part) - {NAMES[-1]} for part in (training, validation)] == [set(part) for part in without_one]
 
 
 def test_validation_out_of_a_training_list_made_here_has_its_full_share():
     made_here = split_subjects(NAMES)["train"]
-    _, validation = hash_validation_out_of(made_here)
+    _, validation = split_off_validation(made_here)
     assert len(validation) / len(made_here) == pytest.approx(11 / 89, abs=0.035)
 
 
 @pytest.mark.parametrize("count", range(2, 41))
 def test_neither_training_nor_validation_is_empty(count):
     for start in range(0, 400, 40):
-        training, validation = hash_validation_out_of(NAMES[start : start + count])
+        training, validation = split_off_validation(NAMES[start : start + count])
         assert training
         assert validation
         assert len(training) + len(validation) == count
 
 
 def test_a_lone_subject_stays_in_training():
-    assert hash_validation_out_of(["A"]) == (["A"], [])
-    assert hash_validation_out_of([]) == ([], [])
+    assert split_off_validation(["A"]) == (["A"], [])
+    assert split_off_validation([]) == ([], [])
 
 
 def test_subjects_are_folders_with_volumes_of_their_name(tmp_path):
@@ -141,18 +133,18 @@ def test_command_line_writes_the_three_lists(tmp_path):
     make_subjects(tmp_path / "raw", NAMES[:30])
     args = ("--data_dir", tmp_path / "raw", "--output_dir", tmp_path / "lists")
     first = run_script(*args, "--seed", 3)
-    assert (first.returncode, first.stderr) == (0, "")
+    assert (first.code, first.stderr) == (0, "")
     written = {part: read_list(tmp_path / "lists" / name) for part, name in LIST_NAMES.items()}
     assert written == split_subjects(NAMES[:30], seed=3)
     for part, subjects in written.items():
         assert f"{part}: {len(subjects)} subjects" in first.stdout
 
     again = run_script(*args, "--seed", 3)
-    assert again.returncode == 0
+    assert again.code == 0
 
     other_seed = run_script(*args, "--seed", 4)
-    assert other_seed.returncode == 2
-    assert "holds other subjects already" in other_seed.stderr
+    assert other_seed.code == 2
+    assert "already lists other subjects" in other_seed.stderr
     assert {part: read_list(tmp_path / "lists" / name) for part, name in LIST_NAMES.items()} == written
 
 
@@ -171,7 +163,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, names, args, message):
         (tmp_path / "raw").mkdir()
         make_subjects(tmp_path / "raw", names)
     result = run_script("--data_dir", tmp_path / "raw", "--output_dir", tmp_path / "lists", *args)
-    assert result.returncode == 2
+    assert result.code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "lists").exists()

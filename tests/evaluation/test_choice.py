@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_scores import make_maps
 
-from evaluation.choice import auprc_of_each, choose, intensity_grid, most_robust, possible
+from evaluation.choice import applicable, choose, grid_auprc, intensity_grid, most_robust
 from evaluation.metrics import average_precision, ranked_scores, weighted_auprc
 from evaluation.scores import ScoreSettings, anomaly_map, fit_constants, parse_grid
 
@@ -28,9 +28,9 @@ def choice(maps: dict, input: str = "flair"):
 
 def test_every_score_is_tried_at_its_own_auprc():
     maps = make_maps(n=6)
-    grid = possible(maps, GRID)
+    grid = applicable(maps, GRID)
     assert {one.neighbours for one in grid} == {0.0}  # of one slice a scan
-    found = dict(auprc_of_each(maps, grid, np.ones((1, 6), dtype=int)))
+    found = dict(grid_auprc(maps, grid, np.ones((1, 6), dtype=int)))
     assert list(found) == grid
     for one in grid[::7]:
         scores = anomaly_map(maps, one, fit_constants(maps, one))
@@ -110,15 +110,15 @@ def test_a_single_slice_says_the_sign_only():
 def test_of_one_subject_the_slices_are_resampled():
     found = choice(make_maps(n=6, per_scan=6))
     assert found.selection["resampled"] == "slices"
-    assert {one.neighbours for one in possible(make_maps(n=6, per_scan=6), GRID)} == {0.0, 3.0}
+    assert {one.neighbours for one in applicable(make_maps(n=6, per_scan=6), GRID)} == {0.0, 3.0}
 
 
 def test_without_variance_nothing_is_standardised():
     maps = make_maps()
     maps["variance"][:] = 0
-    assert {one.norm for one in possible(maps, GRID)} == {"absolute"}
+    assert {one.norm for one in applicable(maps, GRID)} == {"absolute"}
     alone = [ScoreSettings(norm="standardised")]
-    assert possible(maps, alone) == alone
+    assert applicable(maps, alone) == alone
 
 
 def test_the_intensity_is_given_the_same_choice():

@@ -13,7 +13,7 @@ from evaluation.figures import (
     scan_figure,
     write_figures,
 )
-from evaluation.metrics import best_threshold, by_lesion_size, cut_scores, evaluate, ranked_scores
+from evaluation.metrics import best_threshold, by_lesion_size, evaluate, mask_scores, ranked_scores
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_precision_recall_has_the_area_that_its_legend_says(maps):
 
 
 def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
-    scores = cut_scores(maps["scores"], maps["brainmask"])
+    scores = mask_scores(maps["scores"], maps["brainmask"])
     threshold, dice = best_threshold(scores, maps["truth"])
     figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2}, "error")
     curve, oracle, validation = figure.axes[0].lines
@@ -112,7 +112,7 @@ def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
 
 
 def test_histograms_hold_every_scored_pixel(maps):
-    scores = cut_scores(maps["scores"], maps["brainmask"])
+    scores = mask_scores(maps["scores"], maps["brainmask"])
     figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0}, "error")
     healthy, lesion = (patch.get_xy() for patch in figure.axes[0].patches)
     for outline, pixels in ((healthy, ~maps["truth"]), (lesion, maps["truth"])):

@@ -76,7 +76,7 @@ def test_outside_the_scored_region_a_score_is_lowest_and_never_predicted():
     truth = np.zeros_like(brain)
     truth[:, 32, 32:60] = True  # from the centre across the rim and out of the brain
     scores = np.where(region, -5.0, 1000.0)
-    cut = metrics.cut_scores(scores, brain)
+    cut = metrics.mask_scores(scores, brain)
     overlap = metrics.overlap_at(cut, truth, -5.0)
     np.testing.assert_allclose(overlap["sensitivity"], (truth & region).sum((1, 2)) / 28)
     np.testing.assert_allclose(overlap["precision"], (truth & region).sum((1, 2)) / region.sum((1, 2)))
@@ -127,12 +127,7 @@ def test_ranking_metrics_agree_with_scikit_learn(seed):
 def test_overlap_agrees_with_scikit_learn(seed):
     scores, truth = random_case(seed)
     threshold = float(np.random.default_rng(seed).choice(scores.ravel()))
-    references = {
-        "dice": f1_score,
-        "jaccard": jaccard_score,
-        "sensitivity": recall_score,
-        "precision": precision_score,
-    }
+    references = {"dice": f1_score, "jaccard": jaccard_score, "sensitivity": recall_score, "precision": precision_score}
     for name, values in metrics.overlap_at(scores, truth, threshold).items():
         reference = references.pop(name)
         expected = [reference(t.ravel(), s.ravel() >= threshold) for t, s in zip(truth, scores, strict=True)]
@@ -198,16 +193,8 @@ def test_surface_distance_of_shifted_squares_is_known():
 @pytest.mark.parametrize(
     ("lesion", "predicted", "expected"),
     [
-        (
-            True,
-            False,
-            {"dice": 0, "jaccard": 0, "sensitivity": 0, "precision": NAN, "assd": NAN, "hd95": NAN},
-        ),
-        (
-            False,
-            True,
-            {"dice": 0, "jaccard": 0, "sensitivity": NAN, "precision": 0, "assd": NAN, "hd95": NAN},
-        ),
+        (True, False, {"dice": 0, "jaccard": 0, "sensitivity": 0, "precision": NAN, "assd": NAN, "hd95": NAN}),
+        (False, True, {"dice": 0, "jaccard": 0, "sensitivity": NAN, "precision": 0, "assd": NAN, "hd95": NAN}),
         (False, False, dict.fromkeys(["dice", "jaccard", "sensitivity", "precision", "assd", "hd95"], NAN)),
     ],
 )
@@ -232,14 +219,7 @@ def test_undefined_slices_are_left_out_of_the_mean_and_counted():
     scores[1] = 0  # the second's is missed
     found = metrics.evaluate(scores, truth, brain, n_resamples=50)
     oracle = found.summary["oracle"]
-    assert oracle["undefined"] == {
-        "dice": 1,
-        "jaccard": 1,
-        "sensitivity": 1,
-        "precision": 2,
-        "assd": 2,
-        "hd95": 2,
-    }
+    assert oracle["undefined"] == {"dice": 1, "jaccard": 1, "sensitivity": 1, "precision": 2, "assd": 2, "hd95": 2}
     assert (oracle["dice"], oracle["precision"], oracle["assd"]) == (0.5, 1, 0)
     assert oracle["precision_interval"] == [None, None]  # one slice has no interval
     assert found.summary["auprc_undefined"] == 1
@@ -530,7 +510,7 @@ def test_summary_reports_the_means_and_the_columns_they_come_from():
             assert block[name] == pytest.approx(values.mean())
             assert block[f"{name}_interval"] == pytest.approx(metrics.bootstrap_interval(values, 100))
     assert found.summary["oracle"]["dice"] >= found.summary["validation"]["dice"]
-    cut = metrics.cut_scores(scores, brain)
+    cut = metrics.mask_scores(scores, brain)
     assert found.summary["oracle"]["threshold"] == brute_force_best(cut, truth)[0]
     assert found.summary["validation"]["threshold"] == brute_force_best(cut[:2], truth[:2])[0]
     assert found.summary["auprc_interval"][0] < found.summary["auprc"] < found.summary["auprc_interval"][1]

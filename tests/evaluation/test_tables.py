@@ -28,4 +28,4 @@ def test_chance_is_the_lesions_share_of_the_ranked_pixels():
     _, ranked_truth = ranked_scores(scores, truth, brainmask)
     ranked, scored = ranked_truth.mean(), truth[scored_region(brainmask)].mean()
     assert abs(ranked - scored) > 0.01
-    assert f"AUPRC by chance {ranked:.3f} (the lesions' share of the ranked pixels)" in printed
+    assert f"chance-level AUPRC {ranked:.3f} (fraction of lesion pixels)" in printed

@@ -27,7 +27,7 @@ told = {
     "world_size": dist_util.world_size(),
     "local": [dist_util.local_rank(), dist_util.local_world_size()],
     "gpu_id": [dist_util.gpu_id("0"), dist_util.gpu_id("cpu")],
-    "share": list(range(7))[dist_util.share(7)],
+    "share": list(range(7))[dist_util.shard(7)],
     "broadcast": dist_util.broadcast(f"by {rank}"),
     "gather": dist_util.gather(f"by {rank}"),
     "any_of": [dist_util.any_of(rank == 1), dist_util.any_of(False), dist_util.any_of(True)],
@@ -113,7 +113,7 @@ def test_an_mpi_launcher_that_is_not_mpi4pys_is_refused(variable):
         check=False,
     )
     assert done.returncode == 1
-    assert "UserError: several tasks were started, and each believes itself alone" in done.stderr
+    assert "UserError: several tasks were started, but they cannot find each other" in done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -123,6 +123,6 @@ def test_shares_are_contiguous_and_even(monkeypatch, processes, n):
     shares = []
     for rank in range(processes):
         monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
-        shares.append(range(n)[dist_util.share(n)])
+        shares.append(range(n)[dist_util.shard(n)])
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

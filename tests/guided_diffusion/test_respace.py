@@ -145,10 +145,7 @@ def test_with_all_steps_it_is_the_original(make_diffusion, mean_type, var_type, 
     noise = torch.randn(STEPS, *SHAPE, generator=generator)
     samples = [
         getattr(diffusion, sampler)(
-            lambda x, t: 0.5 * x + 0.01 * t.reshape(-1, 1, 1, 1),
-            SHAPE,
-            noise=noise[0],
-            step_noise=lambda t: noise[t],
+            lambda x, t: 0.5 * x + 0.01 * t.reshape(-1, 1, 1, 1), SHAPE, noise=noise[0], step_noise=lambda t: noise[t]
         )
         for diffusion in diffusions
     ]

@@ -206,7 +206,7 @@ def test_going_on_ends_where_one_run_ends(train, tmp_path, stop_at):
         assert all(torch.equal(a[key], b[key]) for key in a)
     losses = [[row["loss"] for row in rows_of(tmp_path / folder)] for folder in ("whole", "parts")]
     assert losses[0] == losses[1]
-    assert f"going on from opt{stop_at // 2 * 2:06d}.pt" in (tmp_path / "parts" / "log.txt").read_text()
+    assert f"resuming from opt{stop_at // 2 * 2:06d}.pt" in (tmp_path / "parts" / "log.txt").read_text()
 
 
 def test_dropout_makes_the_seed_matter(train):
@@ -241,7 +241,7 @@ def test_a_finished_run_says_so_and_touches_nothing(train, linear, tmp_path):
     train(linear)
     before = {path.name: path.read_bytes() for path in [*tmp_path.glob("*.pt"), tmp_path / "progress.csv"]}
     train(nn.Linear(3, 1))
-    assert "finished already: 6 of 6 steps" in (tmp_path / "log.txt").read_text()
+    assert "already finished: 6 of 6 steps" in (tmp_path / "log.txt").read_text()
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert len(list(tmp_path.glob("*.pt"))) == len(before) - 1
 

@@ -78,7 +78,7 @@ def test_attention_is_softmax_attention(randomise, normal, heads):
 
 
 def test_channels_that_heads_do_not_divide():
-    with pytest.raises(ValueError, match="12 channels do not split"):
+    with pytest.raises(ValueError, match="12 channels are not divisible"):
         AttentionBlock(12, 5, norm_groups=3)
 
 
@@ -209,7 +209,7 @@ def test_sizes_that_cannot_be_halved(size):
 
 @pytest.mark.parametrize("kwargs", [{"norm_groups": 3}, {"norm_groups": 16}, {"num_heads": 3}])
 def test_widths_that_do_not_divide(kwargs):
-    with pytest.raises(ValueError, match=r"divisible|do not split"):
+    with pytest.raises(ValueError, match="divisible"):
         tiny(**kwargs)
 
 
@@ -313,16 +313,7 @@ def count_by_hand(
 
 
 PUBLIC = [  # counted once in the public library
-    (
-        {
-            **PAPER,
-            "in_channels": 1,
-            "num_res_blocks": 1,
-            "attention_resolutions": (2,),
-            "channel_mult": (1, 2),
-        },
-        826_337,
-    ),
+    ({**PAPER, "in_channels": 1, "num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 2)}, 826_337),
     ({**PAPER, "num_heads": 2, "attention_resolutions": (2, 4), "channel_mult": (1, 1, 2)}, 1_395_457),
     (
         {

@@ -59,13 +59,7 @@ def losses_of(make_diffusion, masked_unet):
 @pytest.fixture
 def make_translator(make_diffusion, masked_unet):
     def make(model=masked_unet, **kwargs):
-        options = {
-            "image_size": SIZE,
-            "band_width": WIDTH,
-            "seed": 0,
-            "use_ddim": True,
-            "eta": 0.0,
-        }
+        options = {"image_size": SIZE, "band_width": WIDTH, "seed": 0, "use_ddim": True, "eta": 0.0}
         diffusion = make_diffusion(STEPS, use_timesteps=[0, 13, 26, 39])
         return MaskedDiffusionTranslator(model, diffusion, **{**options, **kwargs})
 

@@ -5,9 +5,14 @@ session, and the many variations run in the process of the tests.
 """
 
 import contextlib
+import fcntl
+import functools
 import io
+import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,8 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAW = "datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021"
@@ -65,14 +72,22 @@ def run_process(*command: object, cwd: Path) -> Done:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def run_here(script: str, *args: object, cwd: Path) -> Done:
-    """Run a script of the repository, or a module, in this process: the same, without waiting for its imports."""
+def save_blank(figure: Figure, path: Path, **_: object) -> None:
+    """Save a single pixel in place of a figure, which takes longer to draw than a tiny cohort takes to score."""
+    matplotlib.image.imsave(path, np.zeros((1, 1, 3)))
+
+
+def run_here(script: str, *args: object, cwd: Path, pictures: bool = True) -> Done:
+    """Run a script of the repository, or a module, in this process: the same, without waiting for its imports.
+
+    Without `pictures`, its figures are saved as single pixels.
+    """
     path = str(REPOSITORY / script)
     before = Path.cwd()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
@@ -81,6 +96,7 @@ def run_here(script: str, *args: object, cwd: Path) -> Done:
         mock.patch.object(threading, "excepthook", threading.excepthook),  # which utils.cli.run sets
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
+        mock.patch.object(Figure, "savefig", Figure.savefig if pictures else save_blank),
     ):
         os.chdir(cwd)
         try:
@@ -123,6 +139,16 @@ def expect_success(done: Done) -> Done:
     return done
 
 
+def expect_refusal(done: Done, *phrases: str) -> None:
+    """The command ended with code 2 and one sentence, after progress bars at most, which holds the phrases."""
+    assert done.code == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.removesuffix("\n").split("\n") if not line.startswith("\r")]
+    assert len(lines) == 1, done.stderr
+    assert re.match(r"[\w.]+: error: ", lines[0])
+    for phrase in phrases:
+        assert phrase in lines[0]
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
@@ -142,7 +168,8 @@ def short() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def in_process() -> Command:
-    return run_here
+    """Run a script in this process; give `pictures=True` where its figures matter."""
+    return functools.partial(run_here, pictures=False)
 
 
 @pytest.fixture(scope="session")
@@ -150,40 +177,69 @@ def as_subprocess() -> Command:
     return run_process
 
 
+def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that all workers of a session share and must not change; the first that needs it makes it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            partial = root / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
     """A working directory with a phantom cohort at the default place, preprocessed with no flag."""
-    folder = tmp_path_factory.mktemp("workspace")
     counts = ("--train", 2, "--val", 1, "--test", 3, "--workers", 1)
-    expect_success(run_process(REPOSITORY / "datasets/phantom.py", "--output_dir", RAW, *counts, cwd=folder))
-    expect_success(run_process(REPOSITORY / "datasets/brats_preprocess.py", cwd=folder))
+
+    def write_cohort(folder: Path) -> None:
+        expect_success(run_process(REPOSITORY / "datasets/phantom.py", "--output_dir", "raw", *counts, cwd=folder))
+        (folder / RAW).parent.mkdir()
+        (folder / RAW).symlink_to("../raw")
+        expect_success(run_process(REPOSITORY / "datasets/brats_preprocess.py", cwd=folder))
+
+    cohort, folder = make_once(tmp_path_factory, "cohort", write_cohort), tmp_path_factory.mktemp("workspace")
+    shutil.copytree(cohort / SLICES, folder / SLICES)
+    (folder / RAW).symlink_to(cohort / "raw")
     return folder
 
 
 @pytest.fixture(scope="session")
 def no_flags(workspace: Path) -> dict[str, Done]:
     """The chain with no flags, at the paper's size, but for one iteration and one slice a batch."""
-    train, test = (REPOSITORY / f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
+    train, test = (f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
     one = ("--config.score_model.training.iterations=1", "--config.score_model.training.batch_size=1")
     return {
-        "forward": expect_success(run_process(train, *one, cwd=workspace)),
-        "backward": expect_success(run_process(train, "--training_process=backward", *one, cwd=workspace)),
-        "test": expect_success(run_process(test, cwd=workspace)),
+        "forward": expect_success(run_here(train, *one, cwd=workspace)),
+        "backward": expect_success(run_here(train, "--training_process=backward", *one, cwd=workspace)),
+        "test": expect_success(run_process(REPOSITORY / test, cwd=workspace)),
     }
 
 
 @pytest.fixture(scope="session")
-def chain(workspace: Path) -> dict[str, Done]:
+def chain(tmp_path_factory, workspace: Path) -> dict[str, Done]:
     """Both methods trained and tested with a tiny network; the diffusion has a name of its own, `masked`."""
-    train, test = (REPOSITORY / f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
+    train, test = (f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
     masked = ("--model_name=diffusion", "--experiment_name=masked")
     mmccd = ("--model_name=diffusion", "--experiment_name_forward=masked", "--timestep_respacing=5")
     data = ("--dataset=phantom", f"--data_dir={SLICES}")
-    commands = {
-        "forward": (train, *TINY, *SHORT),
-        "backward": (train, *TINY, *SHORT, "--training_process=backward"),
-        "masked": (train, *TINY, *SHORT, *masked),
-        "cyclic_unet": (test, *data),
-        "mmccd": (test, *data, "--config.score_model.sampling.stride=8", *mmccd),
-    }
-    return {name: expect_success(run_process(*command, cwd=workspace)) for name, command in commands.items()}
+
+    def run_chain(folder: Path) -> None:
+        (folder / "datasets").symlink_to(workspace / "datasets")
+        ends = {
+            "forward": run_process(REPOSITORY / train, *TINY, *SHORT, cwd=folder),
+            "backward": run_here(train, *TINY, *SHORT, "--training_process=backward", cwd=folder),
+            "masked": run_here(train, *TINY, *SHORT, *masked, cwd=folder),
+            "cyclic_unet": run_process(REPOSITORY / test, *data, cwd=folder),
+            "mmccd": run_here(test, *data, "--config.score_model.sampling.stride=8", *mmccd, cwd=folder),
+        }
+        (folder / "ends.json").write_text(json.dumps({name: expect_success(end) for name, end in ends.items()}))
+
+    folder = make_once(tmp_path_factory, "chain", run_chain)
+    shutil.copytree(folder / "experiments", workspace / "experiments", dirs_exist_ok=True)
+    return {name: Done(*end) for name, end in json.loads((folder / "ends.json").read_text()).items()}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.scripts.conftest import write_random_slices
+from tests.scripts.conftest import expect_refusal, write_random_slices
 
 pytestmark = pytest.mark.xdist_group("bad input")  # one process, so that the experiments are trained once
 
@@ -17,7 +17,8 @@ DATA = ("--dataset=phantom", "--data_dir=datasets/data")
 DIFFUSION = ("--model_name=diffusion",)
 SCORE_MODEL = "--config.score_model"
 
-# Arguments, and what the sentence must hold. Training gets the flags of a tiny network before these.
+# Arguments, and what the sentence must hold; other values that config refuses are in test_config.py.
+# Training gets the flags of a tiny network before these.
 TRAINING = {
     "modality not preprocessed": (["--trans=t1ce"], ["t1ce", "flair", "t2", "preprocess"]),
     "modality mistyped": (["--input=flar"], ["'flar'", "did you mean 'flair'?"]),
@@ -31,44 +32,19 @@ TRAINING = {
         [f"{SCORE_MODEL}.sampling.clip_denoised=True"],
         ["unknown config key 'score_model.sampling.clip_denoised'"],
     ),
-    "config section": ([f"{SCORE_MODEL}.training=5"], ["'score_model.training'"]),
     "config value of another type": ([f"{SCORE_MODEL}.training.iterations=many"], ["iterations=many", "int"]),
-    "config value with a point": ([f"{SCORE_MODEL}.training.iterations=1.5"], ["iterations=1.5", "int"]),
-    "config value no truth": ([f"{SCORE_MODEL}.sampling.use_ddim=perhaps"], ["use_ddim=perhaps", "bool"]),
-    "config value no tuple": ([f"{SCORE_MODEL}.model.channel_mult=wide"], ["channel_mult", "wide"]),
-    "config key without value": ([f"{SCORE_MODEL}.training.iterations"], ["iterations needs a value"]),
     "config value after a space": ([f"{SCORE_MODEL}.training.iterations", "5"], ["'5'"]),
-    "image cannot be halved": (["--config.data.image_size=33"], ["image_size=33", "multiple of 2"]),
-    "norm groups": ([f"{SCORE_MODEL}.model.norm_groups=7"], ["norm_groups=7", "16 channels"]),
-    "no norm groups": ([f"{SCORE_MODEL}.model.norm_groups=0"], ["norm_groups=0"]),
-    "no heads": ([f"{SCORE_MODEL}.model.num_heads=0"], ["num_heads=0"]),
     "heads": ([f"{SCORE_MODEL}.model.num_heads=3"], ["num_heads=3"]),
-    "no width": ([f"{SCORE_MODEL}.model.model_channels=0"], ["model_channels=0"]),
-    "no levels": ([f"{SCORE_MODEL}.model.channel_mult=()"], ["channel_mult"]),
-    "dropout": ([f"{SCORE_MODEL}.model.dropout=1.5"], ["dropout", "1.5"]),
-    "noise schedule": (
-        [*DIFFUSION, f"{SCORE_MODEL}.diffusion.noise_schedule=square"],
-        ["'square'", "linear"],
-    ),
-    "schedule sampler": (
-        [*DIFFUSION, f"{SCORE_MODEL}.training.schedule_sampler=normal"],
-        ["'normal'", "uniform"],
-    ),
+    "noise schedule": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.noise_schedule=square"], ["'square'", "linear"]),
+    "schedule sampler": ([*DIFFUSION, f"{SCORE_MODEL}.training.schedule_sampler=normal"], ["'normal'", "uniform"]),
     "mean type": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.model_mean_type=X"], ["'X'", "START_X"]),
     "variance type": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.model_var_type=X"], ["'X'", "FIXED_LARGE"]),
-    "no diffusion steps": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=0"], ["steps=0"]),
-    "too few steps for the schedule": (
-        [*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=5"],
-        ["steps=5", "linear"],
-    ),
+    "too few steps for the schedule": ([*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=5"], ["steps=5", "linear"]),
     "fewer steps than the preview samples": (
         [*DIFFUSION, f"{SCORE_MODEL}.diffusion.steps=20", f"{SCORE_MODEL}.sampling.timestep_respacing=30"],
         ["30", "20 timesteps"],
     ),
-    "sampling steps of the preview": (
-        [*DIFFUSION, f"{SCORE_MODEL}.sampling.timestep_respacing=abc"],
-        ["'abc'"],
-    ),
+    "sampling steps of the preview": ([*DIFFUSION, f"{SCORE_MODEL}.sampling.timestep_respacing=abc"], ["'abc'"]),
     "diffusion backward": ([*DIFFUSION, "--training_process=backward"], ["--model_name unet", "backward"]),
     "one modality": (["--trans=flair"], ["--input", "--trans", "'flair'"]),
     "flag mistyped": (["--trainnig_process=backward"], ["did you mean '--training_process'?"]),
@@ -77,24 +53,10 @@ TRAINING = {
     "seed": (["--seed=first"], ["--seed", "first"]),
     "seed too large": ([f"--seed={10**30}"], ["seed"]),
     "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
-    "negative batch": ([f"{SCORE_MODEL}.training.batch_size=-1"], ["batch_size=-1", "at least 1"]),
     "a batch that no memory holds": ([f"{SCORE_MODEL}.training.batch_size={10**7}"], ["GB", "training.batch_size"]),
-    "no rate of attention": ([f"{SCORE_MODEL}.model.attention_resolutions=(0,)"], ["attention_resolutions holds 0"]),
-    "an odd rate of attention": (
-        [f"{SCORE_MODEL}.model.attention_resolutions=(3,)"],
-        ["holds 3", "1, 2, 4"],
-    ),
-    "dropout that is no number": ([f"{SCORE_MODEL}.model.dropout=nan"], ["dropout=nan", "0 … 1"]),
     "a name that no system takes": ([f"--experiment_name={'x' * 300}"], ["xxx", "name too long"]),
     "a path that no system takes": ([f"--data_dir={'x' * 300}"], ["xxx", "name too long"]),
     "no iterations": ([f"{SCORE_MODEL}.training.iterations=0"], ["iterations=0", "at least 1"]),
-    "negative learning rate": ([f"{SCORE_MODEL}.training.lr=-1"], ["lr=-1"]),
-    "negative weight decay": ([f"{SCORE_MODEL}.training.weight_decay=-1"], ["weight_decay=-1"]),
-    "averaging rate": ([f"{SCORE_MODEL}.training.ema_rate=2"], ["ema_rate=2"]),
-    "no band": ([f"{SCORE_MODEL}.mask.width=0"], ["mask.width=0"]),
-    "band beyond the image": ([f"{SCORE_MODEL}.mask.width=64"], ["mask.width=64", "32"]),
-    "bands with gaps": ([f"{SCORE_MODEL}.mask.stride=9"], ["mask.stride=9", "width"]),
-    "no stride": ([f"{SCORE_MODEL}.mask.stride=0"], ["mask.stride=0"]),
     "experiments in a file": (["--logdir=datasets/note.txt"], ["note.txt", "--logdir"]),
     "broken slices": (["--data_dir=datasets/broken"], ["datasets/broken/train", "S1_flair_80.npy"]),
     "slices of two shapes": (
@@ -112,22 +74,15 @@ TRAINING = {
         f"experiment called {name!r}": ([f"--experiment_name={name}"], ["--experiment_name", "plain name"])
         for name in ("results", ".lock", "~", "a\nb", "a\udc80b", ".hidden")
     },
-    "experiment outside": (
-        ["--experiment_name=../outside"],
-        ["--experiment_name '../outside'", "plain name"],
-    ),
+    "experiment outside": (["--experiment_name=../outside"], ["--experiment_name '../outside'", "plain name"]),
     "experiment below": (["--experiment_name=a/b"], ["--experiment_name 'a/b'", "plain name"]),
-    "experiment at the root": (
-        ["--experiment_name=/outside"],
-        ["--experiment_name '/outside'", "plain name"],
-    ),
+    "experiment at the root": (["--experiment_name=/outside"], ["--experiment_name '/outside'", "plain name"]),
     "experiment that is logdir": (["--experiment_name=."], ["--experiment_name '.'", "plain name"]),
     "experiment above logdir": (["--experiment_name=.."], ["--experiment_name '..'", "plain name"]),
     "experiment outside to overwrite": (["--experiment_name=..", "--overwrite"], ["--experiment_name '..'"]),
     "input outside": (["--input=../flair"], ["--input '../flair'", "plain name"]),
     "trans outside": (["--trans=../../x/t2"], ["--trans '../../x/t2'", "plain name"]),
     "config's input outside": (["--config.data.input=../flair"], ["--input '../flair'", "plain name"]),
-    "negative number of checkpoints": ([f"{SCORE_MODEL}.training.keep_last=-1"], ["keep_last=-1"]),
 }
 
 # Testing gets the phantom's config and the slices before these.
@@ -141,10 +96,6 @@ TESTING = {
     "data set is a modality": (["--dataset=t2"], ["'t2' is a modality", "--input t2"]),
     "data set mistyped": (["--dataset=fantom"], ["did you mean 'phantom'?"]),
     "config key mistyped": (["--config.scor_model.mask.width=8"], ["did you mean 'score_model.mask.width'?"]),
-    "config key of the public library": (
-        [*DIFFUSION, f"{SCORE_MODEL}.sampling.clip_denoised=True"],
-        ["unknown config key 'score_model.sampling.clip_denoised'"],
-    ),
     "config value of another type": (["--config.score_model.sampling.eta=some"], ["eta=some", "float"]),
     "flag mistyped": (["--experiment_name_foward=x"], ["did you mean '--experiment_name_forward'?"]),
     "device": (["--gpu_id=-1"], ["--gpu_id", "'-1'"]),
@@ -170,10 +121,7 @@ TESTING = {
     "input outside": (["--input=../flair"], ["../flair'", "plain name"]),
     "input outside with a checkpoint": ([*BARE, "@tiny", "--input=../flair"], ["--input '../flair'"]),
     "experiments elsewhere": (["--logdir=elsewhere"], ["elsewhere", FORWARD]),
-    "checkpoint not there": (
-        ["--checkpoint_forward=gone.pt"],
-        ["no checkpoint at gone.pt", "--checkpoint_forward"],
-    ),
+    "checkpoint not there": (["--checkpoint_forward=gone.pt"], ["no checkpoint at gone.pt", "--checkpoint_forward"]),
     "checkpoint is text": (["--checkpoint_forward=bare/text.pt", "@tiny"], ["bare/text.pt"]),
     "checkpoint is a list": (["--checkpoint_backward=bare/list.pt", "@tiny"], ["bare/list.pt"]),
     "checkpoint is a whole module": (["--checkpoint_forward=bare/module.pt", "@tiny"], ["bare/module.pt"]),
@@ -227,9 +175,7 @@ TESTING = {
     "negative sampling steps": ([*RESPACING, "-5"], ["-5"]),
     "sampling steps in words": ([*RESPACING, "abc"], ["'abc'", "ddim"]),
     "impossible stride": ([*RESPACING, "ddim999"], ["999"]),
-    "negative eta": ([*DIFFUSION, "--config.score_model.sampling.eta=-1"], ["eta=-1"]),
     "negative batch": (["--config.score_model.sampling.batch_size=-1"], ["batch_size=-1", "at least 1"]),
-    "bands with gaps": ([*DIFFUSION, "--config.score_model.mask.stride=9"], ["mask.stride=9"]),
     "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
     "no test slices": (["--data_dir=datasets/no_test"], ["datasets/no_test/test"]),
     "results in a file": (["--logdir=datasets/note.txt", *BARE, "@tiny"], ["note.txt", "--logdir"]),
@@ -312,22 +258,12 @@ def listing(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def expect_refusal(done, script: str, phrases: list[str]) -> None:
-    assert done.code == 2, done.stdout + done.stderr
-    # What is found only in reading the slices or in writing the scores comes after a progress bar.
-    lines = [line for line in done.stderr.removesuffix("\n").split("\n") if not line.startswith("\r")]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith(f"{script}: error: ")
-    for phrase in phrases:
-        assert phrase in lines[0]
-
-
 @pytest.mark.parametrize("mistake", TRAINING)
 def test_training_refuses(place, in_process, tiny, short, mistake):
     args, phrases = TRAINING[mistake]
     before = listing(place)
     done = in_process(TRAIN, *tiny, *short, "--experiment_name=new", *args, cwd=place)
-    expect_refusal(done, TRAIN, phrases)
+    expect_refusal(done, f"{TRAIN}: ", *phrases)
     assert listing(place) == before
 
 
@@ -338,13 +274,13 @@ def test_testing_refuses(place, in_process, tiny, mistake):
     network = [flag for flag in tiny if flag not in DATA] if "@tiny" in args else []
     before = listing(place)
     done = in_process(TEST, *DATA, *network, *(arg for arg in args if arg != "@tiny"), cwd=place)
-    expect_refusal(done, TEST, phrases)
+    expect_refusal(done, f"{TEST}: ", *phrases)
     assert listing(place) == before
 
 
 def test_the_experiments_of_these_tests_are_sound(place, in_process):
     """Without a mistake the command works: it is the mistake that is refused."""
-    for flags in ((), DIFFUSION):
+    for flags in ((), (*RESPACING, "5")):
         done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=place)
         assert done.code == 0, done.stderr
     shutil.rmtree(place / "experiments/results")
@@ -359,7 +295,7 @@ def test_the_experiments_of_these_tests_are_sound(place, in_process):
 )
 def test_a_process_ends_with_code_2_and_one_line(place, as_subprocess, repository, script, args, phrases):
     before = listing(place)
-    expect_refusal(as_subprocess(repository / script, *args, cwd=place), script, phrases)
+    expect_refusal(as_subprocess(repository / script, *args, cwd=place), f"{script}: ", *phrases)
     assert listing(place) == before
 
 
@@ -376,4 +312,4 @@ def test_a_training_of_days_says_so_before_its_first_step(place, in_process, tin
         done = in_process(TRAIN, *flags, *long, "--experiment_name=long", cwd=place)
     shutil.rmtree(place / "experiments/long")
     assert done.code == 0, done.stderr
-    assert "hours on this CPU: take a GPU, or give --preset small" in done.stdout
+    assert "hours on this CPU: use a GPU or --preset small" in done.stdout

@@ -105,7 +105,7 @@ def test_training_leaves_the_files_of_an_experiment(workspace, chain, run, name,
     for text in (log, chain[run].stdout):  # the whole configuration, before anything runs
         assert direction in text
         assert text.index("image_size: 32") < text.index("saved ema_0.5_000002.pt") < text.index("000004.pt")
-    assert "no CUDA device" in chain[run].stdout
+    assert "no CUDA device" in chain["forward"].stdout
 
     rows = read_rows(folder / "progress.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
@@ -122,55 +122,6 @@ def test_training_leaves_the_files_of_an_experiment(workspace, chain, run, name,
     assert [event.step for event in accumulator.Images(preview)] == [2, 4]
     picture = accumulator.Images(preview)[-1]
     assert (picture.height, picture.width) == (IMAGE_SIZE, 3 * IMAGE_SIZE)
-
-
-def test_the_same_command_again_finds_training_finished(workspace, chain, in_process, tiny, short):
-    folder = workspace / "experiments/unet_forward_phantom_t2_flair"
-    kept = ("progress.csv", "model000004.pt", "ema_0.5_000004.pt", "opt000004.pt")
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    before = {name: (folder / name).read_bytes() for name in kept}
-    done = in_process(TRAIN, *tiny, *short, cwd=workspace)
-    assert done.code == 0, done.stderr
-    assert "finished already: 4 of 4 steps" in done.stdout
-    assert "saved" not in done.stdout
-    assert {name: (folder / name).read_bytes() for name in kept} == before
-    again = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert {key: again[key] for key in record if key != "run"} == {key: record[key] for key in record if key != "run"}
-
-
-def test_interrupted_training_ends_where_uninterrupted_training_does(workspace, chain, in_process, tiny, short):
-    flags = (*tiny, *short, "--model_name=diffusion", "--experiment_name=interrupted")
-    for iterations in (2, 4):
-        override = f"--config.score_model.training.iterations={iterations}"
-        done = in_process(TRAIN, *flags, override, cwd=workspace)
-        assert done.code == 0, done.stderr
-    assert "going on from opt000002.pt" in done.stdout
-    one, other = (
-        torch.load(workspace / "experiments" / name / "ema_0.5_000004.pt", weights_only=True)
-        for name in ("masked", "interrupted")
-    )
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_training_that_diverges_says_what_to_try(workspace, in_process, tiny, short):
-    flags = (*tiny, *short, "--experiment_name=diverging", "--config.score_model.training.lr=1e30")
-    done = in_process(TRAIN, *flags, cwd=workspace)
-    assert done.code == 2
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert re.search(r"error: the loss is (nan|inf) after \d steps: try a lower \S+training\.lr, or .*float16$", last)
-
-
-def test_training_refuses_to_go_on_with_other_settings(workspace, chain, in_process, tiny, short):
-    folder = workspace / "experiments/unet_forward_phantom_t2_flair"
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    for override in ("model.num_res_blocks=2", "training.ema_rate=0.9", "training.lr=0.001"):
-        done = in_process(TRAIN, *tiny, *short, f"--config.score_model.{override}", cwd=workspace)
-        assert done.code == 2, done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert override.partition("=")[0] in done.stderr
-        assert "--experiment_name" in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -464,12 +415,7 @@ def test_the_chain_with_no_flags_is_the_paper(workspace, no_flags):
     for process in ("forward", "backward"):
         folder = workspace / "experiments" / f"unet_{process}_brats_t2_flair"
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        assert config["data"] == {
-            "data_dir": "./datasets/data",
-            "image_size": 128,
-            "input": "flair",
-            "trans": "t2",
-        }
+        assert config["data"] == {"data_dir": "./datasets/data", "image_size": 128, "input": "flair", "trans": "t2"}
         assert config["score_model"]["model"]["channel_mult"] == [1, 1, 2, 3, 4]
         state = torch.load(folder / "ema_0.9999_000001.pt", weights_only=True)
         assert state["input_blocks.0.0.weight"].shape == (32, 1, 3, 3)

@@ -41,10 +41,7 @@ DIFFUSION = (
     "--config.score_model.diffusion.steps=20",
     "--config.score_model.sampling.timestep_respacing=3",
 )
-EXPERIMENTS = {
-    "unet_forward_phantom_t2_flair": (),
-    "diffusion_forward_phantom_t2_flair": DIFFUSION,
-}
+EXPERIMENTS = {"unet_forward_phantom_t2_flair": (), "diffusion_forward_phantom_t2_flair": DIFFUSION}
 BACKWARD = "--training_process=backward"  # which scoring needs, too
 SCORING = {
     "cyclic_unet": ("--model_name=unet",),
@@ -74,18 +71,10 @@ def launch(launcher: str, processes: int, *command: object, cwd: Path) -> subpro
     binary = str(Path(sys.executable).with_name(launcher))
     how = ["--standalone", f"--nproc-per-node={processes}"] if launcher == "torchrun" else ["-n", str(processes)]
     python = [] if launcher == "torchrun" else [sys.executable]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "-1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(REPOSITORY)}
     with (cwd / "stdout").open("w") as stdout, (cwd / "stderr").open("w") as stderr:
         return subprocess.Popen(
-            [binary, *how, *python, *map(str, command)],
-            cwd=cwd,
-            env=environment,
-            stdout=stdout,
-            stderr=stderr,
+            [binary, *how, *python, *map(str, command)], cwd=cwd, env=environment, stdout=stdout, stderr=stderr
         )
 
 
@@ -133,11 +122,7 @@ def trainings(tiny) -> list[tuple[str, ...]]:
 def alone(tmp_path_factory, data, trainings, in_process) -> Path:
     """All trained and scored by one process."""
     folder = new_folder(tmp_path_factory.mktemp("alone") / "here", data)
-    for command in [
-        *trainings,
-        (*trainings[0], BACKWARD),
-        *((TEST, *DATA, *flags) for flags in SCORING.values()),
-    ]:
+    for command in [*trainings, (*trainings[0], BACKWARD), *((TEST, *DATA, *flags) for flags in SCORING.values())]:
         done = in_process(*command, cwd=folder)
         assert done.code == 0, done.stderr
     return folder
@@ -310,13 +295,13 @@ def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path, data, tiny, i
     (saved,) = experiment.glob("opt*.pt")
     step = int(saved.stem.removeprefix("opt"))
     log = (experiment / "log.txt").read_text(encoding="utf-8")
-    assert log.count("stopped by SIGTERM: the same command goes on from here") == 1
+    assert log.count("stopped by SIGTERM: run the same command again to resume") == 1
     assert log.count("saved ") == 1
     assert (folder / "stdout").read_text().count("stopped by SIGTERM") == 1
     longer = f"--config.score_model.training.iterations={step + 3}"
     done = in_process(*command, longer, cwd=folder)  # by one process
     assert done.code == 0, done.stderr
-    assert f"going on from opt{step:06d}.pt" in done.stdout
+    assert f"resuming from opt{step:06d}.pt" in done.stdout
     assert list(losses_of(experiment)) == list(range(1, step + 4))
 
 
@@ -377,7 +362,7 @@ def test_tasks_that_believe_themselves_alone_are_refused(tmp_path, data, in_proc
     done = in_process(script, *DATA, cwd=folder)
     assert done.code == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "each believes itself alone: start them by torchrun" in done.stderr
+    assert "they cannot find each other: start them with torchrun" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["data"]
 
 

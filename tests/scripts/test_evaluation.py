@@ -1,6 +1,7 @@
 """What modality_cyclic_test.py does without a model: `--rescore` error maps, `--compare` two runs."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluation.metrics import evaluate
 from evaluation.results import MAPS, chosen_score, write_maps
 from evaluation.scores import anomaly_map, intensity_maps
+from tests.scripts.conftest import expect_refusal
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
 
@@ -76,6 +78,16 @@ def runs(tmp_path_factory, in_process):
     return folder
 
 
+@pytest.fixture(scope="module")
+def again(runs, in_process):
+    """What scoring `good` once more has printed; its file of error maps stands for its folder."""
+    before = {name: (runs / "good" / name).read_bytes() for name in ("metrics.json", "per_slice.csv")}
+    done = in_process(TEST, "--rescore", "good/error_maps.npz", cwd=runs)
+    assert done.code == 0, done.stderr
+    assert {name: (runs / "good" / name).read_bytes() for name in before} == before
+    return done
+
+
 def read_metrics(folder) -> dict:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
@@ -89,22 +101,16 @@ def read_column(folder, column: str) -> np.ndarray:
 # Scoring again
 
 
-def test_rescoring_leaves_everything_but_the_model(runs, in_process):
+def test_rescoring_leaves_everything_but_the_model(runs, again):
     files = {path.name for path in (runs / "good").iterdir() if not path.name.startswith("events")}
     assert files == {"error_maps.npz", "figures", "metrics.json", "per_slice.csv"}
     metrics = read_metrics(runs / "good")
     assert {key: metrics[key] for key in RUN} == RUN
     assert metrics["n_slices"] == N_TEST
-
-    written = {name: (runs / "good" / name).read_bytes() for name in ("metrics.json", "per_slice.csv")}
-    done = in_process(TEST, "--rescore", "good/error_maps.npz", cwd=runs)  # the file stands for its folder
-    assert done.code == 0, done.stderr
-    assert "Cyclic UNet" in done.stdout
-    assert {name: (runs / "good" / name).read_bytes() for name in written} == written
+    assert "Cyclic UNet" in again.stdout
 
 
-def test_the_table_by_lesion_size(runs, in_process):
-    done = in_process(TEST, "--rescore", "good", cwd=runs)
+def test_the_table_by_lesion_size(runs, again):
     area, metrics = read_column(runs / "good", "lesion_area"), read_metrics(runs / "good")
     order = np.argsort(area)
     assert len(set(area)) == N_TEST
@@ -115,7 +121,7 @@ def test_the_table_by_lesion_size(runs, in_process):
         assert [block["auprc"], block["oracle_dice"]] == pytest.approx(values, rel=1e-4)
         bounds = f"{area[third].min():.0f} … {area[third].max():.0f} px"
         for method, shown in (("Cyclic UNet", block), ("intensity", third_of_baseline(metrics, size))):
-            (row,) = [line for line in done.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
+            (row,) = [line for line in again.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
             assert bounds in row
             assert int(row.split("px")[1].split()[0]) == len(third)
             cells = [f"{shown[key]:.3f}" for key in ("auprc", "oracle_dice", "validation_dice")]
@@ -130,8 +136,8 @@ def third_of_baseline(metrics: dict, size: str) -> dict:
     return metrics["baseline_intensity"]["by_lesion_size"][size]
 
 
-def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, in_process):
-    in_process(TEST, "--rescore", "good", cwd=runs)  # again: nothing may be there twice
+def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, again):
+    """And nothing twice, though the run was scored twice."""
     accumulator = EventAccumulator(str(runs / "good"))
     accumulator.Reload()
     tags = accumulator.Tags()
@@ -147,22 +153,22 @@ def contents(folder) -> dict:
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("limit", [0, 1_000, 4_000, 12_000, 30_000])
-def test_where_no_file_can_grow_further_the_earlier_results_stay(runs, in_process, tmp_path, limit):
+def test_where_no_file_can_grow_further_the_earlier_results_stay(in_process, tmp_path):
     """As on a disk that is full, wherever in the run it is met."""
-    shutil.copytree(runs / "good", tmp_path / "run")
-    before = contents(tmp_path)
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-    try:
-        done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert done.code == 2, done.stderr
-    assert done.stderr.endswith("run cannot be written to (File too large): check --rescore\n")
-    assert contents(tmp_path) == before
-    done = in_process(TEST, "--rescore", tmp_path / "run", cwd=tmp_path)
-    assert done.code == 0, done.stderr
+    write_run(tmp_path / "run")
+    rescore = functools.partial(in_process, TEST, "--rescore", tmp_path / "run", cwd=tmp_path, pictures=True)
+    assert rescore().code == 0
+    before, unlimited = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 1_000, 4_000, 12_000, 30_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            done = rescore()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert done.code == 2, done.stderr
+        assert done.stderr.endswith("run cannot be written to (File too large): check --rescore\n")
+        assert contents(tmp_path) == before
+    assert rescore().code == 0
     kept = [name for name in before if "tfevents" not in name.name]
     assert {name: contents(tmp_path)[name] for name in kept} == {name: before[name] for name in kept}
 
@@ -192,9 +198,7 @@ def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(runs, in_pro
     write_maps(tmp_path / "error_maps.npz", run, maps)
     before = contents(tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
-    assert done.code == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert "error_maps.npz" in line
+    expect_refusal(done, "error_maps.npz")
     assert contents(tmp_path) == before
 
 
@@ -202,15 +206,15 @@ def test_scores_that_are_not_finite_are_counted_and_placed(in_process, tmp_path)
     maps = make_maps(N_TEST, 2.0, 0)
     maps["scores"][2, 10, 10:13], maps["scores"][5, 11, 11], maps["scores"][5, 0, 0] = np.nan, np.inf, np.nan
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
-    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
-    assert "warning: 4 scores of 2 test slices are not finite, first S_02_80\n" in done.stdout
+    assert "warning: 4 scores in 2 test slices are not finite, first in S_02_80\n" in done.stdout
 
 
 @pytest.mark.parametrize("n_test", [1, 2])
 def test_of_one_or_two_slices_there_are_no_thirds(in_process, tmp_path, n_test):
     write_run(tmp_path, n_test=n_test)
-    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert "large" not in done.stdout
     assert ("bootstrap interval" in done.stdout) == (n_test == 2)
@@ -221,10 +225,10 @@ def test_slices_without_any_lesion_are_scored(in_process, tmp_path):
     maps = make_maps(N_TEST, 2.0, 0)
     maps["truth"][:] = False
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
-    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert read_metrics(tmp_path)["lost_lesion_share"] is None
-    assert "; no lesion\n" in done.stdout
+    assert "; no lesions\n" in done.stdout
 
 
 def test_a_terminal_that_knows_ascii_only(repository, tmp_path):
@@ -238,7 +242,7 @@ def test_a_terminal_that_knows_ascii_only(repository, tmp_path):
 
 def test_without_validation_slices(in_process, tmp_path):
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(3, 2.0, 0)})
-    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert read_metrics(tmp_path)["validation"] is None
     assert len(re.findall("no val slices", done.stdout)) == 2 + 2 * 3  # in both tables, for both methods
@@ -279,17 +283,13 @@ def test_error_maps_that_cannot_be_scored_are_refused(in_process, tmp_path, spoi
     spoil(tmp_path / "error_maps.npz")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
-    expect_refusal(done, "error_maps.npz")
+    expect_silent_refusal(done, "error_maps.npz")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
-def expect_refusal(done, *phrases: str) -> None:
-    assert done.code == 2, done.stdout + done.stderr
+def expect_silent_refusal(done, *phrases: str) -> None:
+    expect_refusal(done, f"{TEST}: error: ", *phrases)
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"{TEST}: error: ")
-    for phrase in phrases:
-        assert phrase in line
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -344,17 +344,17 @@ def test_what_cannot_be_compared_is_refused(runs, in_process, tmp_path, spoil, p
         (tmp_path / name).mkdir()
         (tmp_path / name / "per_slice.csv").write_bytes((runs / "good/per_slice.csv").read_bytes())
     spoil(tmp_path / "spoilt/per_slice.csv")
-    expect_refusal(in_process(TEST, "--compare", "good", "spoilt", cwd=tmp_path), phrase)
+    expect_silent_refusal(in_process(TEST, "--compare", "good", "spoilt", cwd=tmp_path), phrase)
 
 
 def test_runs_of_different_slices_are_not_compared(runs, in_process):
     done = in_process(TEST, "--compare", "good", "fewer", cwd=runs)
-    expect_refusal(done, "good and fewer", "different slices", "1 of 7", "0 of 6")
+    expect_silent_refusal(done, "good and fewer", "different slices", "1 of 7", "0 of 6")
 
 
 def test_one_thing_at_a_time(runs, in_process):
     done = in_process(TEST, "--compare", "good", "poor", "--rescore", "good", cwd=runs)
-    expect_refusal(done, "--rescore", "--compare")
+    expect_silent_refusal(done, "--rescore", "--compare")
 
 
 def test_comparing_does_not_wait_for_torch(runs, repository):
@@ -376,8 +376,8 @@ def test_comparing_does_not_wait_for_torch(runs, repository):
 BLOCK = {"auprc", "auprc_interval", "oracle", "validation", "settings", "constants", "selection"}
 
 
-def test_a_score_is_chosen_beside_the_published_one(runs, in_process):
-    done, metrics = in_process(TEST, "--rescore", "good", cwd=runs), read_metrics(runs / "good")
+def test_a_score_is_chosen_beside_the_published_one(runs, again):
+    metrics = read_metrics(runs / "good")
     baseline = metrics["baseline_intensity"]
     for block in (metrics["chosen"], baseline["chosen"]):
         assert block.keys() >= BLOCK
@@ -386,7 +386,7 @@ def test_a_score_is_chosen_beside_the_published_one(runs, in_process):
     published = evaluate(maps["scores"], maps["truth"], maps["brainmask"]).summary
     del published["validation"]
     assert {key: metrics[key] for key in published} == published
-    rows = [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
+    rows = [line.split("  ")[0] for line in again.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
     assert rows[:4] == ["intensity (flair)", "intensity (flair), chosen", "Cyclic UNet", "Cyclic UNet, chosen"]
     columns = (read_column(runs / "good", f"{prefix}auprc") for prefix in ("", "chosen_"))
     for values, block in zip(columns, (metrics, metrics["chosen"]), strict=True):
@@ -412,15 +412,15 @@ def test_what_the_user_fixes_is_not_chosen(in_process, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sign": "up"}, "score_model.scoring.sign='up' is not known: choose of bright, dark, both"),
-        ({"rim": "0,many"}, "score_model.scoring.rim='many' is no number in 0 … 32"),
+        ({"sign": "up"}, "score_model.scoring.sign='up' is unknown: choose one of bright, dark, both"),
+        ({"rim": "0,many"}, "score_model.scoring.rim='many' is not a number from 0 to 32"),
         ({"sgin": "both"}, "did you mean 'score_model.scoring.sign'?"),
     ],
 )
 def test_a_score_that_nobody_knows_is_refused_before_anything(in_process, tmp_path, options, said):
     write_run(tmp_path)
     before = contents(tmp_path)
-    expect_refusal(in_process(TEST, "--rescore", tmp_path, *fixed(**options), cwd=tmp_path), said)
+    expect_silent_refusal(in_process(TEST, "--rescore", tmp_path, *fixed(**options), cwd=tmp_path), said)
     assert contents(tmp_path) == before
 
 
@@ -453,7 +453,7 @@ def test_validation_slices_that_say_little(in_process, tmp_path, how):
         assert chosen["selection"] is None
         assert chosen["settings"]["sign"] == "bright"
         assert chosen["validation"] is read_metrics(tmp_path)["validation"] is None
-        assert "no lesion in the val slices: the score is not chosen but the robust one" in done.stdout
+        assert "no lesions in the val slices: using the robust score" in done.stdout
     elif how == "of one subject":
         assert chosen["selection"]["resampled"] == "slices"
     assert 0 <= chosen["auprc"] <= 1
@@ -593,6 +593,16 @@ def other(what: str, folder) -> None:
     write_maps(folder / "error_maps.npz", run, maps)
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, in_process):
+    """A folder with two runs, of which `first` is scored and `unscored` is not; tests only look at it."""
+    folder = tmp_path_factory.mktemp("combine")
+    for name in ("first", "unscored"):
+        write_run(folder / name)
+    assert in_process(TEST, "--rescore", "first", *fixed(rim="0"), cwd=folder).code == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -603,13 +613,11 @@ def other(what: str, folder) -> None:
         ("splits", "has val slices"),
     ],
 )
-def test_runs_of_other_pixels_are_not_combined(in_process, tmp_path, what, said):
-    write_run(tmp_path / "first")
+def test_runs_of_other_pixels_are_not_combined(first, in_process, tmp_path, what, said):
     other(what, tmp_path / "other")
-    for name in ("first", "other"):
-        assert in_process(TEST, "--rescore", tmp_path / name, *fixed(rim="0"), cwd=tmp_path).code == 0
+    assert in_process(TEST, "--rescore", tmp_path / "other", *fixed(rim="0"), cwd=tmp_path).code == 0
     before = contents(tmp_path)
-    expect_refusal(in_process(TEST, "--combine", tmp_path / "first", tmp_path / "other", cwd=tmp_path), said)
+    expect_silent_refusal(in_process(TEST, "--combine", first / "first", tmp_path / "other", cwd=tmp_path), said)
     assert contents(tmp_path) == before
 
 
@@ -623,8 +631,6 @@ def test_runs_of_other_pixels_are_not_combined(in_process, tmp_path, what, said)
         (["first", "unscored"], "no metrics.json in unscored"),
     ],
 )
-def test_what_cannot_be_combined_is_said(in_process, tmp_path, runs_given, said):
-    for name in ("first", "unscored"):
-        write_run(tmp_path / name)
-    assert in_process(TEST, "--rescore", "first", *fixed(rim="0"), cwd=tmp_path).code == 0
-    expect_refusal(in_process(TEST, "--combine", *runs_given, cwd=tmp_path), said)
+def test_what_cannot_be_combined_is_said(first, in_process, runs_given, said):
+    expect_silent_refusal(in_process(TEST, "--combine", *runs_given, cwd=first), said)
+    assert {path.name for path in first.iterdir()} == {"first", "unscored"}

@@ -18,7 +18,7 @@ import torch
 
 from utils.storage import Mirror, StorageError
 
-pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the cohort is made once
+pytestmark = pytest.mark.xdist_group("predict")  # one process, so that the cohort is made once
 
 TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
 FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
@@ -68,15 +68,7 @@ def port(tmp_path_factory) -> Iterator[int]:
     azurite = os.environ.get("AZURITE") or shutil.which("azurite-blob")
     if not azurite or not shutil.which("node"):
         pytest.skip("no Azurite: `make azurite` installs it, and AZURITE says where it is")
-    command = [
-        azurite,
-        "--blobHost",
-        "127.0.0.1",
-        "--blobPort",
-        "0",
-        "--inMemoryPersistence",
-        "--disableTelemetry",
-    ]
+    command = [azurite, "--blobHost", "127.0.0.1", "--blobPort", "0", "--inMemoryPersistence", "--disableTelemetry"]
     folder = tmp_path_factory.mktemp("azurite")
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -147,21 +139,21 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     remote = (repository / TRAIN, *flags, f"--logdir={logdir}")
     killed = interrupted(as_subprocess, port, 9, "/ema_0.5_000010.pt", *remote, cwd=workspace)
     assert killed.code == -9
-    assert f"there are no locks on {logdir}" in killed.stdout
+    assert f"{logdir} has no locks" in killed.stdout
     sets = {f"{kind}000005.pt" for kind in ("model", "ema_0.5_", "opt")}
     there = names(logdir, FORWARD)
     assert there == {*sets, "config.json", "log.txt", "progress.csv"}, killed.stderr  # nothing of the second set
 
     stopped = interrupted(as_subprocess, port, 15, "/model000010.pt", *remote, cwd=workspace)
     assert stopped.code == 143, stopped.stderr
-    assert "going on from opt000005.pt" in stopped.stdout
+    assert "resuming from opt000005.pt" in stopped.stdout
     assert {"opt000010.pt", "opt000011.pt"} < names(logdir, FORWARD)
     assert "opt000005.pt" not in names(logdir, FORWARD)
 
     asked.clear()
     done = in_process(*remote, cwd=workspace)
     assert done.code == 0, done.stderr
-    assert "going on from opt000011.pt" in done.stdout
+    assert "resuming from opt000011.pt" in done.stdout
     assert f"done, all in {logdir}/{FORWARD}" in done.stdout
     assert [path[-12:] for method, path in asked if method == "PUT" and "/opt" in path] == [
         *["opt000015.pt"] * 2,
@@ -177,7 +169,7 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     progress = fetch(f"{logdir}/{FORWARD}/progress.csv", tmp_path / "progress.csv")
     assert read_losses(progress) == read_losses(local / FORWARD / "progress.csv")
     log = fetch(f"{logdir}/{FORWARD}/log.txt", tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert log.count("going on from opt") == 2
+    assert log.count("resuming from opt") == 2
     assert "stopped by SIGTERM" in log
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.scripts.conftest import expect_refusal
+
 pytestmark = pytest.mark.xdist_group("scripts")  # with test_chain.py, whose runs are reported
 
 UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
@@ -32,28 +34,19 @@ def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subpr
         assert str(folder / "figures") in done.stdout
 
 
-def test_results_of_an_earlier_version_are_to_be_made_again(workspace, chain, as_subprocess, repository, tmp_path):
+def test_results_of_an_earlier_version_are_to_be_made_again(workspace, chain, in_process, tmp_path):
     """Which said nothing of smoothing, or of what error is usual; its error maps lack the variance."""
     metrics = json.loads((workspace / "experiments/results" / UNETS / "metrics.json").read_text(encoding="utf-8"))
     for key in ("score", "usual_error", "unsmoothed"):
         del metrics[key]
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"sampling_settings": None}), encoding="utf-8")
-    done = as_subprocess("-m", "evaluation.tables", tmp_path, cwd=repository)
-    assert done.code == 2
+    done = in_process("evaluation.tables", tmp_path, cwd=tmp_path)
+    expect_refusal(done, f"{tmp_path / 'metrics.json'} is damaged", "run modality_cyclic_test.py")
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert f"{tmp_path / 'metrics.json'} is damaged" in line
-    assert "run modality_cyclic_test.py" in line
 
 
-@pytest.mark.parametrize("state", ["no such folder", "no metrics.json"])
-def test_a_folder_without_results_is_refused(as_subprocess, repository, tmp_path, state):
-    folder = tmp_path / "run"
-    if state == "no metrics.json":
-        folder.mkdir()
-    done = as_subprocess("-m", "evaluation.tables", folder, cwd=repository)
-    assert done.code == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert f"no metrics.json in {folder}" in line
-    assert "modality_cyclic_test.py" in line
+def test_a_folder_without_results_is_refused(in_process, tmp_path):
+    for folder in (tmp_path / "not there", tmp_path):
+        done = in_process("evaluation.tables", folder, cwd=tmp_path)
+        expect_refusal(done, f"no metrics.json in {folder}", "modality_cyclic_test.py")
+        assert done.stdout == ""

@@ -6,14 +6,14 @@ import threading
 
 import pytest
 
-from utils.cli import SPINS, WAITING, UserError, run
+from utils.cli import SPIN_COUNT, SPIN_VARIABLES, UserError, run
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     """Nobody has said how threads wait, whatever the environment of these tests says; afterwards all is as before."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    for name in WAITING:
+    for name in SPIN_VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -27,14 +27,14 @@ def ended(main) -> int:
 def test_threads_wait_within_bounds():
     found = []
     assert ended(lambda: found.append(os.environ["GOMP_SPINCOUNT"])) == 0
-    assert found == [SPINS]
+    assert found == [SPIN_COUNT]
 
 
-@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize("name", SPIN_VARIABLES)
 def test_what_the_user_says_of_waiting_holds(monkeypatch, name):
     monkeypatch.setenv(name, "7")
     found = []
-    ended(lambda: found.append({name: os.environ[name] for name in WAITING if name in os.environ}))
+    ended(lambda: found.append({name: os.environ[name] for name in SPIN_VARIABLES if name in os.environ}))
     assert found == [{name: "7"}]
 
 

@@ -12,12 +12,12 @@ import torch
 from guided_diffusion.unet import UNetModel
 from utils.cli import UserError
 from utils.device import (
-    WORTH_COMPILING,
-    DrawnAhead,
+    MIN_COMPILE_CALLS,
+    Prefetcher,
     autocast,
     available_memory,
-    compile_if_it_pays,
     in_batches,
+    maybe_compile,
     pick_device,
     pick_precision,
     speed_up,
@@ -143,7 +143,7 @@ def test_items_are_done_in_order_and_once():
 
 def test_a_batch_that_does_not_fit_is_halved_and_tried_again():
     work = Recorder(capacity=3)
-    with pytest.warns(UserWarning, match="does not fit.*going on with") as warned:
+    with pytest.warns(UserWarning, match="does not fit.*continuing with") as warned:
         work.run(11, batch_size=8)
     assert [str(warning.message).split()[3] for warning in warned] == ["8", "4"]
     assert work.done == list(range(11))
@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_tried_again():
 
 
 def test_a_single_item_that_does_not_fit_is_a_plain_error():
-    with pytest.warns(UserWarning, match="going on with 1"), pytest.raises(UserError, match="batch of 1"):
+    with pytest.warns(UserWarning, match="continuing with 1"), pytest.raises(UserError, match="batch of 1"):
         Recorder(capacity=0).run(5, batch_size=2)
 
 
@@ -208,7 +208,7 @@ def shapes(draws) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(("ahead", "steps"), [(1, [4, 5, 6]), (-1, [2, 1, 0])])
 def test_a_second_thread_draws_the_next_step_for_another_device(ahead, steps):
     draws = Draws()
-    drawn_ahead = DrawnAhead(draws, torch.device("meta"), ahead)
+    drawn_ahead = Prefetcher(draws, torch.device("meta"), ahead)
     for step in steps:
         found = drawn_ahead(step)
         assert shapes(found) == [(step,), (2, step)]
@@ -223,7 +223,7 @@ def test_a_second_thread_draws_the_next_step_for_another_device(ahead, steps):
 @pytest.mark.parametrize(("device", "ahead"), [("cpu", 1), ("meta", 0)])
 def test_draws_are_made_when_asked_for_on_a_cpu_or_where_one_depends_on_the_other(device, ahead):
     draws = Draws()
-    drawn_ahead = DrawnAhead(draws, torch.device(device), ahead)
+    drawn_ahead = Prefetcher(draws, torch.device(device), ahead)
     assert [shapes(drawn_ahead(step)) for step in (3, 4)] == [[(3,), (2, 3)], [(4,), (2, 4)]]
     assert draws.asked == [(3, True), (4, True)]
 
@@ -251,7 +251,7 @@ def test_the_device_asked_for_is_the_current_one_in_true_float32(two_gpus):
     assert two_gpus == [torch.device("cuda", 1)]
     assert torch.backends.cudnn.allow_tf32 is False
     assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(UserError, match=r"--gpu_id 2 is not there: the devices are 0 … 1"):
+    with pytest.raises(UserError, match=r"--gpu_id 2 does not exist: the devices are 0 … 1"):
         pick_device("2")
 
 
@@ -271,10 +271,10 @@ def test_the_cpu_opens_no_gpu(two_gpus):
 @pytest.mark.parametrize(
     ("device", "calls", "there", "compiled"),
     [
-        (GPU, WORTH_COMPILING, True, True),
-        (GPU, WORTH_COMPILING - 1, True, False),
-        (GPU, WORTH_COMPILING, False, False),
-        (CPU, WORTH_COMPILING, True, False),
+        (GPU, MIN_COMPILE_CALLS, True, True),
+        (GPU, MIN_COMPILE_CALLS - 1, True, False),
+        (GPU, MIN_COMPILE_CALLS, False, False),
+        (CPU, MIN_COMPILE_CALLS, True, False),
     ],
 )
 def test_a_network_is_compiled_where_it_pays_and_can_be(monkeypatch, capsys, device, calls, there, compiled):
@@ -283,6 +283,6 @@ def test_a_network_is_compiled_where_it_pays_and_can_be(monkeypatch, capsys, dev
     monkeypatch.setattr(network, "compile", lambda: done.append(True))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/cc")
-    compile_if_it_pays(network, device, calls)
+    maybe_compile(network, device, calls)
     assert bool(done) == compiled
-    assert ("not compiled" in capsys.readouterr().out) == (device == GPU and calls == WORTH_COMPILING and not there)
+    assert ("not compiled" in capsys.readouterr().out) == (device == GPU and calls == MIN_COMPILE_CALLS and not there)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from utils.cli import UserError
-from utils.experiment import refuse_other_settings
+from utils.experiment import require_same_settings
 
 
 @pytest.mark.parametrize(
@@ -27,24 +27,20 @@ def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, befor
     (tmp_path / "config.json").write_text(json.dumps(kind | {"data": before}))
     if refused:
         with pytest.raises(UserError, match=r"data\.grid\.axcodes=LPS, not RAS"):
-            refuse_other_settings(tmp_path, {"data": now})
+            require_same_settings(tmp_path, {"data": now})
     else:
-        refuse_other_settings(tmp_path, {"data": now})
+        require_same_settings(tmp_path, {"data": now})
 
 
 @pytest.mark.parametrize("unused", [(), ("config.score_model.mask.",)])
 def test_training_is_not_held_to_settings_that_it_has_no_use_for(tmp_path, unused):
     def record(width: int) -> dict:
         score_model = {"mask": {"width": width}}
-        return {
-            "model_name": "unet",
-            "training_process": "forward",
-            "config": {"data": {}, "score_model": score_model},
-        }
+        return {"model_name": "unet", "training_process": "forward", "config": {"data": {}, "score_model": score_model}}
 
     (tmp_path / "config.json").write_text(json.dumps(record(8)))
     if unused:
-        refuse_other_settings(tmp_path, record(4), unused)
+        require_same_settings(tmp_path, record(4), unused)
     else:
         with pytest.raises(UserError, match=r"mask\.width=8, not 4"):
-            refuse_other_settings(tmp_path, record(4))
+            require_same_settings(tmp_path, record(4))

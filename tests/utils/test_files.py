@@ -89,8 +89,7 @@ def test_a_file_system_without_locks_is_not_another_process(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"),
-    [(errno.ENOSPC, "make room, and give the same command again"), (errno.EROFS, "check --logdir")],
+    ("number", "remedy"), [(errno.ENOSPC, "make room and run the same command again"), (errno.EROFS, "check --logdir")]
 )
 def test_files_are_replaced_together_or_not_at_all(tmp_path, number, remedy):
     folder = tmp_path / "run"

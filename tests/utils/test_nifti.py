@@ -14,17 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets.cohorts import read_brats
-from datasets.records import find_whole, store
-from datasets.subject import Settings, cut_subject, normalise
+from datasets.records import find_complete, store
+from datasets.subject import Settings, normalise, slice_subject
 from utils.cli import UserError
-from utils.nifti import (
-    MAX_BYTES,
-    checksum,
-    plain_errors,
-    read_header,
-    read_volume,
-    write_like,
-)
+from utils.nifti import MAX_BYTES, checksum, explain_errors, read_header, read_volume, write_like
 
 SHAPE = (6, 5, 4)
 MEMORY = 8 * 2**20  # bytes, what reading a volume of some hundred bytes may take: some chunks
@@ -61,17 +54,7 @@ def numbers(dtype: np.dtype) -> st.SearchStrategy:
 def spoil_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
     """Set some fields, or elements of fields, of the header."""
     header = HEADERS[version](data[: HEADERS[version].sizeof_hdr], check=False)
-    known = [
-        "dim",
-        "datatype",
-        "vox_offset",
-        "scl_slope",
-        "scl_inter",
-        "pixdim",
-        "srow_x",
-        "sform_code",
-        "magic",
-    ]
+    known = ["dim", "datatype", "vox_offset", "scl_slope", "scl_inter", "pixdim", "srow_x", "sform_code", "magic"]
     for name in draw(st.lists(st.sampled_from(known + list(header.keys())), min_size=1, max_size=3)):
         field = header.structarr[name]
         if field.dtype.kind == "S":
@@ -124,7 +107,7 @@ def raw(tmp_path_factory) -> Path:
     return folder / "raw"
 
 
-CUT = Settings(Path("out"), ("flair",), 0.1, 0.9, 0, 3, highest_label=4, on_one_grid=True)
+SETTINGS = Settings(Path("out"), ("flair",), 0.1, 0.9, 0, 3, max_label=4, shared_grid=True)
 
 
 outcomes = {"read": 0, "refused": 0, "made": 0}
@@ -171,7 +154,7 @@ def expect_volume(path: Path) -> np.ndarray | None:
 def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
     """The subject is refused by the name of a file, or its slices are those of the volume, in full."""
     try:
-        (made_with, slices, *_), refusal = cut_subject(CUT, "train", read_brats(raw).subjects["A"]), ""
+        (made_with, slices, *_), refusal = slice_subject(SETTINGS, "train", read_brats(raw).subjects["A"]), ""
     except UserError as error:
         refusal = str(error)
     if refusal:
@@ -214,12 +197,12 @@ def claiming(dim: tuple[int, ...], data: bytes = b"", **fields: object) -> bytes
 CLAIMS = {
     "more than any scan has": (claiming((30000, 30000, 30000)), "30000 × 30000 × 30000"),
     "more by overflow": (claiming((32767, 32767, 4)), "32767 × 32767 × 4"),
-    "as much as is allowed": (claiming((512, 512, 512)), "cut off"),
+    "as much as is allowed": (claiming((512, 512, 512)), "is truncated"),
     "voxels far behind": (claiming((6, 5, 4), vox_offset=1e12), "too many"),
-    "voxels behind much": (claiming((6, 5, 4), bytes(2**20), vox_offset=2**29), "cut off"),
-    "less than there is": (claiming((6, 5, 4), bytes(2**27)), "goes on"),
-    "a little less": (claiming((2, 2, 2), bytes(17)), "goes on"),
-    "long extension": (claiming((6, 5, 4), vox_offset=2**29)[:348] + b"\1\0\0\0\xf0\xff\xff\x7f", "cut off"),
+    "voxels behind much": (claiming((6, 5, 4), bytes(2**20), vox_offset=2**29), "is truncated"),
+    "less than there is": (claiming((6, 5, 4), bytes(2**27)), "data after"),
+    "a little less": (claiming((2, 2, 2), bytes(17)), "data after"),
+    "long extension": (claiming((6, 5, 4), vox_offset=2**29)[:348] + b"\1\0\0\0\xf0\xff\xff\x7f", "is truncated"),
 }
 
 
@@ -251,7 +234,7 @@ def test_no_more_is_decompressed_than_the_header_claims(tmp_path, monkeypatch):
         return data
 
     monkeypatch.setattr(gzip.GzipFile, "read", count)
-    with pytest.raises(UserError, match="goes on"):
+    with pytest.raises(UserError, match="data after"):
         read_volume(path)
     assert sum(reads) <= 2**20
 
@@ -325,7 +308,7 @@ def test_a_volume_like_another_lies_where_that_one_does(tmp_path, version, dtype
 
 
 def test_an_error_of_several_lines_becomes_one():
-    with pytest.raises(UserError) as refusal, plain_errors(Path("A.nii")):
+    with pytest.raises(UserError) as refusal, explain_errors(Path("A.nii")):
         raise OSError("Expected 8 bytes,\n  got 4")
     assert str(refusal.value) == "A.nii cannot be read (OSError, Expected 8 bytes, got 4)"
 
@@ -336,12 +319,12 @@ def test_subjects_of_any_size_with_voxels_below_0_are_made(tmp_path):
     voxels = np.random.default_rng(2).integers(-50, 90, (3, 17, 5))
     for kind, volume in {"flair": voxels, "seg": 0 * voxels}.items():
         (tmp_path / f"raw/B/B_{kind}.nii").write_bytes(volume_bytes("nifti1", np.int16, volume))
-    made_with, slices, *_ = cut_subject(CUT, "train", read_brats(tmp_path / "raw").subjects["B"])
-    for kind in CUT.kinds:
+    made_with, slices, *_ = slice_subject(SETTINGS, "train", read_brats(tmp_path / "raw").subjects["B"])
+    for kind in SETTINGS.kinds:
         (tmp_path / "out/train" / kind).mkdir(parents=True)
     (tmp_path / "out/subjects").mkdir()
     record = store(tmp_path / "out", "train", "B", made_with, slices)
-    assert find_whole(tmp_path / "out") == {"B": record}
+    assert find_complete(tmp_path / "out") == {"B": record}
     image = normalise(voxels, 0.1, 0.9)
     for z in range(3):
         np.testing.assert_array_equal(np.load(tmp_path / f"out/train/flair/B_flair_{z}.npy"), image[:, :, z])

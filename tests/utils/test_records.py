@@ -7,7 +7,7 @@ from utils.records import parse
 
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "-1e999", "1" + "0" * 400, "9" * 5_000])
 def test_numbers_that_are_none_or_infinite_are_refused(text):
-    with pytest.raises(ValueError, match="is no finite number"):
+    with pytest.raises(ValueError, match="is not a finite number"):
         parse(text, {})
 
 

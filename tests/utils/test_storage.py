@@ -8,7 +8,7 @@ from pathlib import Path
 import blobfile
 import pytest
 
-from guided_diffusion.checkpoint import WRITTEN, needed_to_resume
+from guided_diffusion.checkpoint import TRAINING_FILES, needed_to_resume
 from scoring.chain import newest_ema
 from utils import storage
 from utils.cli import UserError
@@ -94,7 +94,7 @@ def test_a_local_folder_is_itself_and_needs_no_blobfile(tmp_path):
         "import sys; from pathlib import Path; from utils.storage import open_folder\n"
         "with open_folder('./somewhere') as folder:\n"
         "    folder.pull('a', '*'); folder.push(); folder.remove('a', '*')\n"
-        "print(folder.local, folder.remote, folder.names('a'), folder.address(folder.local / 'a'))\n"
+        "print(folder.local, folder.remote, folder.list_files('a'), folder.address(folder.local / 'a'))\n"
         "print(sorted({'blobfile', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -152,7 +152,7 @@ def test_what_was_never_pulled_is_left_alone(blobs):
     write(blobs.folder, "run/events.out.1", "run/log.txt", "other/log.txt")
     with Mirror(REMOTE) as mirror:
         mirror.pull("run", "log.txt")
-        assert sorted(mirror.names("run")) == ["events.out.1", "log.txt"]
+        assert sorted(mirror.list_files("run")) == ["events.out.1", "log.txt"]
     assert there(blobs.folder) == {"run/events.out.1", "run/log.txt", "other/log.txt"}
     assert {verb for verb, _ in blobs.taken()} == {"list", "pull"}
 
@@ -160,7 +160,7 @@ def test_what_was_never_pulled_is_left_alone(blobs):
 def test_only_one_process_writes(blobs):
     write(blobs.folder, "run/log.txt")
     with Mirror(REMOTE) as mirror:
-        mirror.writes = False
+        mirror.writable = False
         mirror.pull("run", "*")
         write(mirror.local, "run/log.txt", "run/config.json", text="mine")
         mirror.remove("run", "*")
@@ -174,16 +174,10 @@ def test_only_one_process_writes(blobs):
 
 
 def test_going_on_pulls_the_figures_and_the_newest_two_sets(blobs):
-    names = [
-        *checkpoints(5, 999_990, 999_995, 1_000_000),
-        "model1000005.pt",
-        "config.json",
-        "log.txt",
-        "progress.csv",
-    ]
+    names = [*checkpoints(5, 999_990, 999_995, 1_000_000), "model1000005.pt", "config.json", "log.txt", "progress.csv"]
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.names("run"), keep_last=0))
+        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.list_files("run"), keep_last=0))
         expected = {*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"}
         assert there(mirror.local / "run") == expected
 
@@ -192,7 +186,7 @@ def test_where_old_sets_are_removed_all_are_pulled(blobs):
     names = {*checkpoints(5, 10, 15), "model000020.pt"}
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.names("run"), keep_last=1))
+        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.list_files("run"), keep_last=1))
         assert there(mirror.local / "run") == names
 
 
@@ -205,10 +199,7 @@ def test_testing_pulls_a_config_and_the_newest_average(blobs):
 
 
 def test_an_experiment_that_is_not_there_is_missed_by_its_address(blobs):
-    with (
-        pytest.raises(UserError, match=f"no experiment 'run' in {REMOTE}; train it first"),
-        Mirror(REMOTE) as mirror,
-    ):
+    with pytest.raises(UserError, match=f"no experiment 'run' in {REMOTE}; train it first"), Mirror(REMOTE) as mirror:
         newest_ema(mirror, "run")
 
 
@@ -216,7 +207,7 @@ def test_overwriting_removes_what_training_wrote_and_nothing_else(blobs):
     written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.tfevents.1"]
     write(blobs.folder, *(f"run/{name}" for name in (*written, "notes.txt")), "other/log.txt")
     with Mirror(REMOTE) as mirror:
-        mirror.remove("run", *WRITTEN, "config.json")
+        mirror.remove("run", *TRAINING_FILES, "config.json")
         removed = [name for verb, name in blobs.taken() if verb == "remove"]
         assert removed[0] == "run/opt000005.pt"
     assert there(blobs.folder) == {"run/notes.txt", "other/log.txt"}
@@ -264,7 +255,7 @@ def test_storage_that_cannot_be_read_is_a_plain_error(blobs, scratch):
     blobs.fails = "run"
     expected = rf"^{REMOTE} cannot be read \(unexpected status 503\): check [^\n]+$"
     with pytest.raises(StorageError, match=expected), Mirror(REMOTE) as mirror:
-        mirror.names("run")
+        mirror.list_files("run")
     assert not list(scratch.iterdir())
 
 
@@ -293,10 +284,7 @@ def test_what_a_failed_push_left_out_follows_with_the_next(blobs):
 
 def test_a_last_push_that_fails_loses_nothing(blobs, scratch):
     blobs.fails = "log.txt"
-    with (
-        pytest.raises(StorageError, match="what is missing there lies in") as error,
-        Mirror(REMOTE) as mirror,
-    ):
+    with pytest.raises(StorageError, match="files not yet uploaded are in") as error, Mirror(REMOTE) as mirror:
         write(mirror.local, "run/log.txt")
     assert str(mirror.local) in str(error.value)
     assert there(mirror.local) == {"run/log.txt"}
@@ -312,7 +300,7 @@ def test_errors_and_addresses_name_the_storage_and_not_the_local_folder(blobs):
 @pytest.mark.parametrize("address", ["s3://bucket/a", "https://example.com/a", "gs://"])
 def test_addresses_of_nothing_are_refused(address):
     with pytest.raises(StorageError, match="cannot be read"), open_folder(address) as folder:
-        folder.names("run")
+        folder.list_files("run")
 
 
 def test_no_key_is_left_in_the_home_folder_and_no_try_lasts_for_ever(monkeypatch):
