@@ -250,7 +250,7 @@ def test_the_table_on_the_terminal(chain, results, method, label):
         cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in ("oracle", "validation"))]
         assert re.findall(r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]", row) == cells
     assert "4 + 4" in row  # the steps each translator was trained for
-    assert re.search(rf"chance {metrics['chance']:.3f}", printed)
+    assert re.search(rf"chance-level AUPRC {metrics['chance']:.3f}", printed)
     assert "lesion pixels outside the scored region" in printed
     assert "95 %" in printed
     assert str(Path("experiments/results") / RESULTS[method]) in printed
