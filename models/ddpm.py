@@ -124,7 +124,7 @@ class AnoDDPM(Method):
         return sampling_settings(config) | {"noise_timestep": config.score_model.baselines.noise_timestep}
 
     def results_suffix(self, config: ConfigDict) -> str:
-        """Name what differs from the paper, `ddim100`, `noise400`, …, and the filter."""
+        """Name the differences from the paper, `ddim100`, `noise400`, …, and the filter."""
         sampling, last = config.score_model.sampling, config.score_model.baselines.noise_timestep
         kind = "ddim" if sampling.use_ddim else "ancestral"
         respaced = sampling.use_ddim or sampling.timestep_respacing

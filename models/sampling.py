@@ -58,7 +58,11 @@ def _member(kind: type[Enum], name: str) -> Enum:
 
 
 def diffusion_objective(config: ConfigDict, share: slice, draw: Callable, losses: Callable) -> Objective:
-    """Return the training objective of a diffusion from its draws and losses; errors as from `create_diffusion`."""
+    """Return the training objective of a diffusion from its draws and losses.
+
+    Raises:
+        ValueError: as from `create_diffusion`, or for an unknown schedule sampler.
+    """
     training, diffusion = config.score_model.training, create_diffusion(config.score_model.diffusion)
     schedule_sampler = create_named_schedule_sampler(training.schedule_sampler, diffusion)
     drawn = {"seed": config.seed, "batch_size": training.batch_size, "image_size": config.data.image_size}

@@ -1,9 +1,9 @@
-"""What all tests share: one thread a process, and small things to try the code on."""
+"""Setup and fixtures for all tests: one thread per process, small diffusions, networks and images."""
 
 import os
 import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the scripts that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the scripts that tests start
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +22,18 @@ from guided_diffusion.gaussian_diffusion import (
 )
 from guided_diffusion.respace import SpacedDiffusion
 
-torch.set_num_threads(1)  # pytest-xdist runs as many processes as there are cores
+torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _heed_interrupts() -> None:
-    """A shell that begins a command in the background has it ignore SIGINT, and whatever that command starts."""
+def _restore_sigint() -> None:
+    """Restore the SIGINT handler: a shell makes background commands and their children ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def make_diffusion() -> Callable[..., GaussianDiffusion]:
-    """A process with linear β, by default that of the paper: `steps`, and which are kept if not all."""
+    """Make a diffusion with linear β, by default the paper's; `use_timesteps` respaces it."""
 
     def make(
         steps: int = 1000,
@@ -42,7 +42,7 @@ def make_diffusion() -> Callable[..., GaussianDiffusion]:
         use_timesteps: list[int] | None = None,
         rescale_timesteps: bool = False,
     ) -> GaussianDiffusion:
-        process = {
+        settings = {
             "betas": get_named_beta_schedule("linear", steps),
             "model_mean_type": mean_type,
             "model_var_type": var_type,
@@ -50,23 +50,23 @@ def make_diffusion() -> Callable[..., GaussianDiffusion]:
             "rescale_timesteps": rescale_timesteps,
         }
         if use_timesteps is None:
-            return GaussianDiffusion(**process)
-        return SpacedDiffusion(use_timesteps, **process)
+            return GaussianDiffusion(**settings)
+        return SpacedDiffusion(use_timesteps, **settings)
 
     return make
 
 
 @pytest.fixture
 def randomise() -> Callable[[nn.Module], nn.Module]:
-    """Draw all weights of a network anew, those that start out as zeros too: a UNet's output depends on all."""
+    """Randomise all weights, including zero-initialised ones, so that a UNet's output depends on every one."""
 
     def draw(network: nn.Module, seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                scale_of_a_norm = parameter.ndim == 1 and name.endswith("weight")
-                parameter.copy_(0.1 * noise + scale_of_a_norm)
+                is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
+                parameter.copy_(0.1 * noise + is_norm_weight)
         return network.eval()
 
     return draw
@@ -74,7 +74,7 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
 @pytest.fixture
 def small_brains() -> torch.Tensor:
-    """A large brain, one that many bands miss, and one at the border: bool [3, 1, 16, 16]."""
+    """Masks of a large brain, one that few bands cross, and one at the border: bool [3, 1, 16, 16]."""
     mask = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
     mask[0, :, 2:14, 3:13] = True
     mask[1, :, 6:9, 10:12] = True

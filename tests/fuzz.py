@@ -1,9 +1,9 @@
-"""Spoil the files that the scripts read, and see that each ends in one sentence or works, and spoils nothing itself.
+"""Fuzz the files that the scripts read: each script must work or end with a one-line error, and damage no file.
 
     python tests/fuzz.py --minutes 10
 
-The suite has hypothesis choose a few cases of each kind, in test_fuzz.py. A kind of file is a path, a way to spoil what
-lies there, and the commands that read it.
+In the test suite, hypothesis draws a few cases per kind of file (test_fuzz.py). A kind is a path, a function that
+corrupts the file, and the commands that read it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RESULTS = f"experiments/results/{FORWARD}__{BACKWARD}"
 COMBINED = "experiments/results/combined__cyclic_unet+intensity__1f5382"
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 
-# What takes the place of a value somewhere in JSON.
+# Replacements for a value in a JSON file.
 ODD: list[Any] = [
     *(
         None,
@@ -62,7 +62,7 @@ ODD: list[Any] = [
 
 
 def make_place(folder: Path) -> None:
-    """A working directory with random slices, a trained and tested Cyclic UNet, a scan, and a preprocessed cohort."""
+    """Fill a working directory: random slices, a trained and tested Cyclic UNet, a scan, and a preprocessed cohort."""
     rng = np.random.default_rng(0)
     write_random_slices(folder / "datasets/data", {"train": 2, "val": 1, "test": 2}, ("flair", "t2"), rng)
     once = (*TINY, *SHORT, "--config.score_model.training.iterations=1")
@@ -92,7 +92,7 @@ def make_place(folder: Path) -> None:
 
 
 def spoil_json(text: str, rng: random.Random) -> str:
-    """Put something odd in the place of a value, or take one away, or cut the text off, or nest it deeply."""
+    """Replace, delete or add values, truncate the text, or nest it deeply."""
     how = rng.random()
     if how < 0.05:
         return text[: rng.randrange(len(text))]
@@ -100,40 +100,40 @@ def spoil_json(text: str, rng: random.Random) -> str:
         return rng.choice(["[" * 100_000, "null", "7", '"x"', "[]", "{}", "", "\x00", text + text])
     tree = json.loads(text)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        holder = tree
+        parent = tree
         while True:
-            keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
             key = rng.choice(keys) if keys else None
             if key is None:
                 break
-            if isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.85:
-                holder = holder[key]
+            if isinstance(parent[key], dict | list) and parent[key] and rng.random() < 0.85:
+                parent = parent[key]
                 continue
-            if isinstance(holder, dict) and rng.random() < 0.15:
-                del holder[key]
-            elif isinstance(holder, dict) and rng.random() < 0.1:
-                holder[rng.choice(["x", "", "y.z"])] = copy.deepcopy(rng.choice(ODD))
+            if isinstance(parent, dict) and rng.random() < 0.15:
+                del parent[key]
+            elif isinstance(parent, dict) and rng.random() < 0.1:
+                parent[rng.choice(["x", "", "y.z"])] = copy.deepcopy(rng.choice(ODD))
             else:
-                holder[key] = copy.deepcopy(rng.choice(ODD))
+                parent[key] = copy.deepcopy(rng.choice(ODD))
             break
     return json.dumps(tree)
 
 
 def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flip bytes, cut off, repeat or insert."""
+    """Truncate, insert bytes or overwrite some."""
     data = bytearray(data)
     how = rng.random()
     if how < 0.2:
         return bytes(data[: rng.randrange(len(data) + 1)])
     if how < 0.3:
-        place = rng.randrange(len(data))
-        return bytes(data[:place] + rng.randbytes(rng.randrange(1, 40)) + data[place:])
-    # Most of what a reader goes by lies at the beginning and at the end.
+        position = rng.randrange(len(data))
+        return bytes(data[:position] + rng.randbytes(rng.randrange(1, 40)) + data[position:])
+    # Headers and indices are at the beginning and the end of a file.
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
-        place = rng.choice(
+        position = rng.choice(
             [rng.randrange(len(data)), rng.randrange(min(400, len(data))), -1 - rng.randrange(min(400, len(data)))]
         )
-        data[place] = rng.randrange(256)
+        data[position] = rng.randrange(256)
     return bytes(data)
 
 
@@ -146,14 +146,14 @@ def spoil_file(path: Path, rng: random.Random) -> None:
 
 
 def spoil_nifti(path: Path, rng: random.Random) -> None:
-    """Mostly what is compressed, since its checksum gives away all that happens to the rest."""
+    """Corrupt mostly the uncompressed data: gzip's checksum detects any change to the compressed bytes."""
     data = path.read_bytes()
     compressed = rng.random() < 0.8
     path.write_bytes(gzip.compress(spoil_bytes(gzip.decompress(data), rng)) if compressed else spoil_bytes(data, rng))
 
 
 def spoil_array(array: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Another type, shape or range, or values that are none."""
+    """Change the type, shape or range, or set all values to NaN."""
     ways: list[Callable[[np.ndarray], np.ndarray]] = [
         *(lambda a, kind=kind: a.astype(kind) for kind in ("i1", "c8", "S3", "U3", "f2", "f8", "?", "O", "M8[s]")),
         lambda a: a[..., :-1] if a.ndim else a,
@@ -256,7 +256,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Read every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -271,14 +271,14 @@ def restore(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def complaint(done: Done, before: dict[str, bytes], after: dict[str, bytes]) -> str:
-    """What is wrong with how a command ended; nothing where it worked, or refused in one sentence."""
+    """Return a description of the failure, or "" if the command worked or refused with one error line."""
     lines = [line for line in done.stderr.split("\n") if line and not line.startswith("\r")]
     errors = [line for line in lines if ": error: " in line]
-    if done.code not in (0, 1, 2) or "Traceback" in done.stderr:  # 1: a subject was left out, and the others made
+    if done.code not in (0, 1, 2) or "Traceback" in done.stderr:  # 1: a subject was skipped, the others were processed
         return f"exit code {done.code}: {done.stderr[-2000:]}"
     if done.code and len(errors) != 1:
         return f"not one sentence: {lines}"
-    logs = ("log.txt", "events.out.tfevents")  # which tell of failures, too
+    logs = ("log.txt", "events.out.tfevents")  # failures are logged, too
     changed = [name for name in before | after if of_a_run(name, before) != of_a_run(name, after)]
     changed = [name for name in changed if not Path(name).name.startswith(logs)]
     if done.code == 2 and changed:
@@ -287,7 +287,7 @@ def complaint(done: Done, before: dict[str, bytes], after: dict[str, bytes]) -> 
 
 
 def of_a_run(name: str, files: dict[str, bytes]) -> Any:
-    """What a file says besides who ran what and when."""
+    """Return a file's content without the "run" record of command, machine and time."""
     data = files.get(name)
     try:
         record = json.loads(data or b"")
@@ -296,18 +296,18 @@ def of_a_run(name: str, files: dict[str, bytes]) -> Any:
     return {key: value for key, value in record.items() if key != "run"} if isinstance(record, dict) else data
 
 
-def fuzz(kind: str, place: Path, rng: random.Random) -> tuple[Done, str]:
-    """Spoil a kind of file at random, run what reads it, and put everything back."""
-    path, spoil, commands = KINDS[kind]
-    whole = contents(place)
+def fuzz(kind: str, workdir: Path, rng: random.Random) -> tuple[Done, str]:
+    """Corrupt a file of this kind at random, run a command that reads it, and restore all files."""
+    path, corrupt, commands = KINDS[kind]
+    original = contents(workdir)
     try:
-        spoil(place / path, rng)
-        before = contents(place)
-        pictures = kind in ("error_maps.npz", "scan.nii.gz")  # whose contents are drawn
-        done = run_here(*rng.choice(commands), cwd=place, pictures=pictures)
-        return done, complaint(done, before, contents(place))
+        corrupt(workdir / path, rng)
+        before = contents(workdir)
+        pictures = kind in ("error_maps.npz", "scan.nii.gz")  # kinds that figures are drawn from
+        done = run_here(*rng.choice(commands), cwd=workdir, pictures=pictures)
+        return done, complaint(done, before, contents(workdir))
     finally:
-        restore(place, whole)
+        restore(workdir, original)
 
 
 def main() -> None:

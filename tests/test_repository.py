@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: its command lines' help, its rooms, its requirements, its style."""
+"""Repository-wide checks: the scripts' help, imports between rooms, requirements and style."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Every command line, and the flags it is documented with.
+# The flags that each script documents.
 SHARED = ("gpu_id", "dataset", "preset", "data_dir", "input", "trans", "logdir", "seed", "config.KEY", "model_name")
 CHAIN = (
     "score",
@@ -60,7 +60,7 @@ FLAGS = {
     "datasets/split_traintest.py": ("data_dir", "output_dir", "seed"),
 }
 
-# Which rooms a room may import, beside itself.
+# The rooms that each room may import besides itself.
 MAY_IMPORT = {
     "utils": set(),
     "guided_diffusion": {"utils"},
@@ -72,14 +72,14 @@ MAY_IMPORT = {
 }
 ROOMS = set(MAY_IMPORT)
 
-# What a package is imported as, where it is not its own name.
+# Import names of packages, where they differ from the package's name.
 IMPORTED_AS = {
     "absl-py": "absl",
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "tensorboard": "torch.utils.tensorboard",
 }
-# What no line imports, and the package that is of no use without it.
+# Packages that no line imports, and the imported package that needs them.
 NEEDED_BY = {"mpich": "mpi4py"}  # its MPI library, and mpiexec
 
 
@@ -90,7 +90,7 @@ def run_python(*args: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProces
 # ----------------------------------------------------------------------------------------------------------
 # Help
 
-# Runs a script as Python would, and says at the end which of the slow packages it has imported.
+# Runs `script --help` as Python would, and prints the exit code and the slow packages it imported.
 SHOW_HELP = """
 import json, runpy, sys
 sys.argv = [sys.argv[1], "--help"]
@@ -115,7 +115,7 @@ def test_help_explains_every_flag_and_imports_nothing_slow(tmp_path, script):
     entries = re.split(r"\n  (?=-)", text[text.index("\noptions:") :])[1:]
     explained = {}
     for entry in entries:
-        # "--flag VALUE", two spaces or a new line, what it is
+        # "--flag VALUE", two spaces or a new line, then the explanation
         names, explanation = re.split(r"\s{2,}", entry.strip(), maxsplit=1)
         for name in re.findall(r"--([\w.]+)", names):
             explained[name] = explanation
@@ -125,7 +125,7 @@ def test_help_explains_every_flag_and_imports_nothing_slow(tmp_path, script):
     assert "None" not in text
 
 
-def test_help_is_the_same_as_a_process():
+def test_help_works_in_a_process_of_its_own():
     done = run_python("modality_cyclic_train.py", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: modality_cyclic_train.py")
@@ -136,12 +136,12 @@ def test_help_is_the_same_as_a_process():
 
 
 def sources(*folders: str) -> list[Path]:
-    """The Python files of some rooms."""
+    """Return the Python files of these rooms."""
     return [path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py"))]
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """The absolute dotted names that a file imports, wherever it does so."""
+    """Yield the absolute dotted names that a file imports, at any level of nesting."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -154,7 +154,7 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
-def test_imports_run_one_way(room):
+def test_rooms_import_only_the_rooms_they_may(room):
     files = sources(room)
     assert files
     for path in files:
@@ -164,8 +164,8 @@ def test_imports_run_one_way(room):
         assert not scripts, path
 
 
-def test_imports_make_no_circle():
-    """Between files, those inside functions included."""
+def test_imports_have_no_cycle():
+    """Between files, including imports inside functions."""
     modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in sources(*ROOMS)}
     graph = {}
     for module, path in modules.items():
@@ -178,15 +178,15 @@ def test_imports_make_no_circle():
         }
         graph[module] = ({*imported_names(path)} | relative) & modules.keys() - {module}
     assert graph["evaluation.report"] >= {"evaluation.metrics", "evaluation.tables"}
-    list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
+    list(TopologicalSorter(graph).static_order())  # a CycleError names the cycle
 
 
 @pytest.mark.parametrize("room", ["models", "guided_diffusion"])
 def test_the_method_handles_no_files(room):
-    """Apart from what logs and saves training, the idea is met without files, arguments or progress bars."""
-    apart = {"checkpoint.py", "dist_util.py", "logger.py", "train_util.py"}
+    """Except for the modules that log and save training: no files, arguments or progress bars."""
+    exceptions = {"checkpoint.py", "dist_util.py", "logger.py", "train_util.py"}
     for path in sources(room):
-        if path.name not in apart:
+        if path.name not in exceptions:
             names = {name.partition(".")[0] for name in imported_names(path)}
             assert not names & {"argparse", "json", "os", "pathlib", "sys", "tqdm"}, path
 
@@ -196,7 +196,7 @@ def test_the_method_handles_no_files(room):
 
 
 def read_requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Version by package: those of the code, and those of the tests, which stand below a comment that says so."""
+    """Return version by package, of the code and of the tests, whose section begins with a comment."""
     code, tests = {}, {}
     section = code
     for line in (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines():
@@ -227,16 +227,16 @@ def test_every_requirement_is_used_and_every_import_required():
 
 
 def imported_or_parents(names: set[str]) -> set[str]:
-    """ "a.b.c" counts as an import of a and of a.b too."""
+    """Return the names and their parent packages: a.b.c also imports a and a.b."""
     return {".".join(parts[:i]) for name in names for parts in [name.split(".")] for i in range(1, len(parts) + 1)}
 
 
-def test_the_versions_required_are_those_installed():
+def test_installed_versions_equal_the_required_ones():
     from importlib.metadata import version
 
     for packages in read_requirements():
         for package, required in packages.items():
-            # a build for one kind of device has its name behind a plus sign
+            # builds for one kind of device append it, as in 2.0+cpu
             assert version(package).partition("+")[0] == required, package
 
 
@@ -252,8 +252,7 @@ def test_conda_environment():
 # Style
 
 
-def test_no_file_knows_a_machine():
-    """No absolute path of the machine that a file was written on."""
+def test_no_file_contains_an_absolute_path():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=False)
     if listed.returncode:
         pytest.skip("not a git repository")
@@ -272,13 +271,13 @@ def test_no_file_knows_a_machine():
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
-def test_ruff_has_nothing_to_say(command):
+def test_ruff_passes(command):
     done = run_python("-m", "ruff", *command, ".")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_test_files_have_names_of_their_own():
-    """Without packages under tests/, pytest tells modules apart by their base names."""
+def test_test_files_have_unique_names():
+    """Without packages under tests/, pytest identifies modules by their base names."""
     assert "testpaths" in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))

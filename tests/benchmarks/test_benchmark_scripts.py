@@ -1,4 +1,4 @@
-"""The command lines of the benchmarks, at the size of the demo; times are not judged."""
+"""The benchmark scripts at the demo's size: output and equivalence of both sides, not times."""
 
 import csv
 import re
@@ -34,7 +34,7 @@ RATIOS = {"scoring": ["plain / optimised", "plain / paper", "plain / fast"], "tr
 
 
 @pytest.mark.parametrize(("name", "ratios"), RATIOS.items())
-def test_a_run_prints_its_ratios(name, ratios):
+def test_benchmarks_print_their_ratios(name, ratios):
     done = run_benchmark(name, *TINY)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -42,7 +42,7 @@ def test_a_run_prints_its_ratios(name, ratios):
     assert len(re.findall(r"[1-9]\d* MiB$", done.stdout, re.MULTILINE)) == (5 if name == "scoring" else 2)
 
 
-def test_limits_of_waiting_are_timed_on_an_idle_and_a_busy_machine():
+def test_neighbours_times_both_spin_limits_idle_and_busy():
     done = run_benchmark("neighbours", "--repeats=1", "--steps=1", "--neighbours=1", "--batch_size=1")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+, \w+) +([\d.]+) +[\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE)
@@ -72,7 +72,7 @@ def slices(write_slices, tmp_path) -> Path:
     return tmp_path / "slices"
 
 
-def test_a_learning_curve_is_drawn_once(slices, tmp_path):
+def test_a_second_learning_curve_run_reuses_the_first(slices, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'curve'}", "--workers=2", "--saves=2"]
     flags += [f"--csv={tmp_path / 'curve.csv'}", f"--figure={tmp_path / 'curve.png'}", "--seeds", "1"]
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_a_learning_curve_is_drawn_once(slices, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_gain_of_the_chosen_score_is_printed(slices, tmp_path):
+def test_scores_prints_the_gain_of_the_chosen_score(slices, tmp_path):
     flags = (f"--data_dir={slices}", "--test", str(slices), "--gpu_id=cpu", "--seeds", "1", "--iterations=1")
     flags += ("--methods", "dae", "cyclic_unet", "--cycles", "flair:t2", "--workers=2", "--draws=0")
     flags += (f"--logdir={tmp_path / 'all'}", f"--maps={tmp_path / 'maps'}")
@@ -110,7 +110,7 @@ def test_the_gain_of_the_chosen_score_is_printed(slices, tmp_path):
     assert "pass/s" not in done.stderr  # the second run reads the maps of the first
 
 
-def test_all_methods_are_compared_once(slices, tmp_path):
+def test_a_second_comparison_reuses_the_first(slices, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'all'}", "--seeds", "1", "--iterations=1"]
     flags += [f"--csv={tmp_path / 'all.csv'}", f"--figure={tmp_path / 'all.png'}", "--workers=2"]
     flags += ["--cycles", "flair:t2", "t2:flair"]
@@ -120,7 +120,7 @@ def test_all_methods_are_compared_once(slices, tmp_path):
         assert done.code == 0, done.stderr
         rows = read_rows(tmp_path / "all.csv")
         settings = {(row["input"], row["method"], row["smooth"]) for row in rows}
-        assert len(rows) == len(settings) == 2 * 3 * (len(methods) + 1)  # inputs, scores; and the intensity
+        assert len(rows) == len(settings) == 2 * 3 * (len(methods) + 1)  # 2 inputs, 3 scores, and the intensity
         assert {row["method"] for row in rows} == {*methods, "intensity"}
         assert all(0 < float(row["auprc"]) <= 1 for row in rows)
         assert len(read_rows(tmp_path / "all_slices.csv")) == len(rows)  # one test slice each
@@ -131,9 +131,9 @@ def test_all_methods_are_compared_once(slices, tmp_path):
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_explained_variance_is_that_of_a_closed_form():
+def test_explained_variance_equals_the_closed_form():
     a, noise = np.random.default_rng(0).standard_normal((2, 100_000))
-    assert phantom_fidelity.explained(a, np.cos(a)) == pytest.approx(1, abs=0.02)  # of any function
+    assert phantom_fidelity.explained(a, np.cos(a)) == pytest.approx(1, abs=0.02)  # for any function of a
     assert phantom_fidelity.explained(a, noise) == pytest.approx(0, abs=0.002)
     for share in (0.2, 0.7):
         b = np.sqrt(share) * a + np.sqrt(1 - share) * noise
@@ -150,7 +150,7 @@ def test_the_phantom_is_compared_with_patients(tmp_path):
         assert float(patients) == phantom_fidelity.PATIENTS[name][0]
         assert -1 <= float(ours) <= 1 or name.startswith("sd")
     by_name = {name: float(ours) for name, ours, _ in rows}
-    assert by_name["R2(t2|flair)"] < 0.6  # 0.77 if all modalities recolour one map
+    assert by_name["R2(t2|flair)"] < 0.6  # 0.77 if all modalities were recolourings of one map
     (tmp_path / "BraTS2021_00000/BraTS2021_00000_t2.nii.gz").unlink()
     done = run_here("benchmarks/phantom_fidelity.py", tmp_path, cwd=tmp_path)
     assert done.code == 2
@@ -166,7 +166,7 @@ def test_the_phantom_is_compared_with_patients(tmp_path):
         ("scoring", "--gpu_id=first", "neither a number nor cpu"),
     ],
 )
-def test_a_mistake_is_one_sentence(name, flag, said):
+def test_invalid_flags_give_a_one_line_error(name, flag, said):
     done = run_benchmark(name, flag)
     assert done.returncode == 2
     assert said in done.stderr
@@ -189,15 +189,14 @@ def test_help_imports_nothing_slow(script):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Both sides do the same work
-
+# Both sides compute the same
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def exact_config():
-    """The demo's config in float32, without dropout, and with 2 heads."""
+    """The demo's config, which has no dropout, in float32 with 2 attention heads."""
     config = configs.get_config("phantom")
     config.precision = "float32"
     config.score_model.model.num_heads = 2
@@ -223,7 +222,7 @@ def test_both_sides_score_the_same_slice(exact_config, preset):
     torch.testing.assert_close(plain, optimised, rtol=1e-4, atol=1e-4)
 
 
-def test_both_sides_train_alike(exact_config):
+def test_both_sides_have_the_same_training_losses(exact_config):
     exact_config.score_model.training.batch_size = 2
     plain, optimised = (
         prepare(exact_config, 2, CPU) for prepare in (training.prepare_plain_step, work.prepare_optimised_step)

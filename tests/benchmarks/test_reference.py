@@ -1,4 +1,4 @@
-"""The plain reference of the benchmarks computes the same as the project's own code."""
+"""The benchmarks' plain reference computes the same as the project's own code."""
 
 import copy
 import itertools
@@ -45,13 +45,13 @@ def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).detach().abs().max())
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
 def denoiser(randomise) -> nn.Module:
-    """A network in the memory layout of scoring."""
+    """A network in the memory layout used for scoring."""
     return randomise(MaskedConditionalUNet(**MODEL), seed=1).to(memory_format=torch.channels_last)
 
 
@@ -63,15 +63,15 @@ def backward(randomise) -> nn.Module:
 @pytest.fixture
 def make_translator(make_diffusion):
     def make(network: nn.Module) -> MaskedDiffusionTranslator:
-        diffusion, how = make_diffusion(40, use_timesteps=STEPS), {"seed": 0, "use_ddim": True, "eta": 0.0}
-        return MaskedDiffusionTranslator(network, diffusion, image_size=SIZE, band_width=WIDTH, **how)
+        diffusion, sampling = make_diffusion(40, use_timesteps=STEPS), {"seed": 0, "use_ddim": True, "eta": 0.0}
+        return MaskedDiffusionTranslator(network, diffusion, image_size=SIZE, band_width=WIDTH, **sampling)
 
     return make
 
 
 @pytest.fixture
 def brainmask(small_brains) -> torch.Tensor:
-    """Three small brains, and a fourth slice without any."""
+    """Masks of three small brains, and a fourth slice without brain."""
     return torch.cat([small_brains, torch.zeros_like(small_brains[:1])])
 
 
@@ -80,7 +80,7 @@ def brainmask(small_brains) -> torch.Tensor:
 
 
 def network_inputs() -> tuple:
-    x_t, image, noise = drawn(3, 5, 1, SIZE, SIZE)
+    x_t, image, noise = normal(3, 5, 1, SIZE, SIZE)
     mask = torch.zeros(5, 1, SIZE, SIZE, dtype=torch.bool)
     mask[:, :, 4:8] = True
     return x_t, torch.tensor([0, 1, 20, 500, 999]), masked_condition(image, mask, noise)
@@ -88,13 +88,13 @@ def network_inputs() -> tuple:
 
 @torch.no_grad()
 def test_the_plain_network_is_the_same_function(denoiser, backward):
-    for network, inputs in ((denoiser, network_inputs()), (backward, (drawn(5, 1, SIZE, SIZE),))):
+    for network, inputs in ((denoiser, network_inputs()), (backward, (normal(5, 1, SIZE, SIZE),))):
         want = network(*inputs)
         assert want.std() > 0.1  # not constant
         assert largest_difference(plain_network(network)(*inputs), want) < 1e-5
 
 
-def test_the_plain_network_is_computed_as_published(denoiser, monkeypatch):
+def test_the_plain_network_uses_no_optimised_modules(denoiser, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a fused kernel")
 
@@ -124,8 +124,8 @@ def test_plain_dropout_has_the_same_probability(randomise):
 # Scoring
 
 
-def test_the_plain_scores_are_those_of_the_cycle(denoiser, backward, make_translator, brainmask):
-    image = drawn(4, 1, SIZE, SIZE, seed=3)
+def test_plain_scores_equal_those_of_mmccd(denoiser, backward, make_translator, brainmask):
+    image = normal(4, 1, SIZE, SIZE, seed=3)
     translator = make_translator(denoiser)
     want = mmccd(image, brainmask, translator, backward, bands=BANDS, batch_size=7).error
     got = plain_mmccd(image, brainmask, make_translator(plain_network(denoiser)), plain_network(backward), BANDS)
@@ -134,23 +134,23 @@ def test_the_plain_scores_are_those_of_the_cycle(denoiser, backward, make_transl
     assert (want[1] == 0).any()  # pixels that no band covered
 
 
-def test_plain_scoring_makes_as_many_passes(denoiser, backward, make_translator, brainmask):
+def test_plain_scoring_needs_the_same_number_of_passes(denoiser, backward, make_translator, brainmask):
     batches = {"forward": [], "backward": []}
     forward = make_translator(plain_network(denoiser))
     forward.model.register_forward_pre_hook(lambda model, inputs: batches["forward"].append(len(inputs[0])))
     backward = plain_network(backward)
     backward.register_forward_pre_hook(lambda model, inputs: batches["backward"].append(len(inputs[0])))
-    plain_mmccd(drawn(4, 1, SIZE, SIZE), brainmask, forward, backward, BANDS)
+    plain_mmccd(normal(4, 1, SIZE, SIZE), brainmask, forward, backward, BANDS)
     samples = len(slices_and_bands(brainmask, forward, BANDS))
     assert samples < 3 * len(BANDS)  # some bands are skipped
     assert sum(batches["forward"]) == samples * len(STEPS)
     assert sum(batches["backward"]) == samples
-    assert max(batches["backward"]) > 1  # slices pass through a band together
+    assert max(batches["backward"]) > 1  # a band is translated for several slices in one batch
 
 
-def test_the_plain_translation_is_that_of_the_translator(denoiser, make_translator):
+def test_the_plain_translation_equals_the_translators(denoiser, make_translator):
     translator = make_translator(denoiser)
-    image, band = drawn(1, 1, SIZE, SIZE), BANDS[3]
+    image, band = normal(1, 1, SIZE, SIZE), BANDS[3]
     x_T, noise = (translator._noise(band, use)[None] for use in ("x_T", "condition"))
     condition = masked_condition(image, translator.mask([band]), noise)
     steps = plain_ddim(plain_network(denoiser), translator.diffusion, x_T, condition)
@@ -165,22 +165,22 @@ def test_the_plain_translation_is_that_of_the_translator(denoiser, make_translat
 # Training
 
 
-def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
+def test_plain_training_steps_equal_those_of_the_loop(make_diffusion, tmp_path):
     diffusion = make_diffusion(40)
-    batch = drawn(2, 3, 1, SIZE, SIZE)
+    batch = normal(2, 3, 1, SIZE, SIZE)
 
     process = {"schedule_sampler": create_named_schedule_sampler("uniform", diffusion)}
-    where = {"image_size": SIZE, "band_width": WIDTH, "band_stride": 2}
+    band = {"image_size": SIZE, "band_width": WIDTH, "band_stride": 2}
 
     def compute_losses(model, batch, step):
-        draws = draw_masked_diffusion(step, seed=0, batch_size=3, **where, **process)
+        draws = draw_masked_diffusion(step, seed=0, batch_size=3, **band, **process)
         return masked_diffusion_losses(model, *batch, draws, diffusion=diffusion, **process)
 
     torch.manual_seed(0)
     network = MaskedConditionalUNet(**MODEL)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # a layer at 0 would hide those before it
+            parameter.add_(0.1 * torch.randn_like(parameter))  # a zero layer would hide the layers before it
     training = {"lr": 1e-2, "weight_decay": 0.1}  # large enough to matter in one step
     ema_rate = 0.15
     model = plain_network(network).train()
@@ -202,16 +202,16 @@ def test_plain_training_steps_are_those_of_the_loop(make_diffusion, tmp_path):
         loss = plain_training_step(model, ema_model, optimizer, compute_losses, batch, step, ema_rate)
         assert loss.item() == pytest.approx(loop._train_step(batch).item(), abs=1e-5)
         for plain, own, start in ((model, loop.model, before), (ema_model, loop.ema_model, before)):
-            for (name, got), (_, want), (_, was) in zip(
+            for (name, got), (_, want), (_, initial) in zip(
                 plain.named_parameters(), own.named_parameters(), start.named_parameters(), strict=True
             ):
-                assert largest_difference(was, want) > 2e-3, name  # it was trained
+                assert largest_difference(initial, want) > 2e-3, name  # the parameter was trained
                 # A key's bias does not affect attention: its gradient is a rounding error, which AdamW scales up.
                 if not name.endswith("qkv.bias"):
                     assert largest_difference(got, want) < 1e-4, name
 
 
-def test_the_plain_optimizer_goes_one_by_one_and_leaves_frozen_parameters(backward):
+def test_the_plain_optimizer_is_not_fused_and_skips_frozen_parameters(backward):
     optimizer = plain_optimizer(plain_network(backward), 1e-4, 0.0)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"] is False

@@ -1,4 +1,4 @@
-"""The settings: the paper's numbers spelt out, what can be overridden, what is refused, and that no key is dead."""
+"""Settings: the paper's values, overrides, validation, and no unused keys."""
 
 import contextlib
 import inspect
@@ -63,7 +63,7 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.sampling.use_ddim": True,
     "score_model.sampling.eta": 0.0,
     "score_model.sampling.timestep_respacing": "100",
-    # ours: what validation slices choose from, beside the paper's score
+    # ours: alternatives to the paper's score, chosen on validation slices
     "score_model.scoring.sign": "bright,dark,both",
     "score_model.scoring.norm": "absolute,squared,standardised",
     "score_model.scoring.calibration": "reconstruction,none",
@@ -85,11 +85,11 @@ def brats() -> ConfigDict:
 # The configs
 
 
-def test_brats_is_the_paper(brats):
+def test_brats_config_has_the_settings_of_the_paper(brats):
     assert dict(flatten(brats)) == PAPER
 
 
-def test_phantom_has_the_keys_and_the_method_of_the_paper(brats):
+def test_phantom_config_has_the_same_keys_and_smaller_sizes(brats):
     phantom = get_config("phantom")
     assert dict(flatten(phantom)).keys() == dict(flatten(brats)).keys()
     assert phantom.score_model.diffusion.to_dict() == brats.score_model.diffusion.to_dict()
@@ -99,7 +99,7 @@ def test_phantom_has_the_keys_and_the_method_of_the_paper(brats):
 
 
 @pytest.mark.parametrize("dataset", ["brats", "phantom"])
-def test_configs_are_locked_and_sound(dataset):
+def test_configs_are_locked_and_valid(dataset):
     config = get_config(dataset)
     check(config)
     for section in (config, config.data, config.score_model, config.score_model.training):
@@ -109,12 +109,12 @@ def test_configs_are_locked_and_sound(dataset):
         config.data.image_size = "128"
 
 
-def test_configs_are_made_anew(brats):
+def test_get_config_returns_a_new_config(brats):
     brats.data.image_size = 64
     assert get_config("brats").data.image_size == 128
 
 
-def test_a_modality_is_no_dataset():
+def test_modality_as_dataset_is_refused():
     with pytest.raises(UserError, match=r"'flair' is a modality, use --input flair with --dataset brats\|phantom"):
         get_config("flair")
 
@@ -153,7 +153,7 @@ def test_override(brats, key, text, value):
     }
 
 
-def test_overrides_follow_each_other(brats):
+def test_later_overrides_win(brats):
     assert override(brats, ["--config.seed=1", "--config.data.input=t1", "--config.seed=2"]) == [
         "seed",
         "data.input",
@@ -172,7 +172,7 @@ def test_overrides_follow_each_other(brats):
         ("score_model.model", "score_model.model."),  # a section has no value
     ],
 )
-def test_an_unknown_key_names_the_nearest(brats, key, nearest):
+def test_unknown_key_suggests_the_nearest(brats, key, nearest):
     with pytest.raises(UserError, match=f"unknown config key '{key}', did you mean '{nearest}"):
         override(brats, [f"--config.{key}=1"])
     assert dict(flatten(brats)) == PAPER
@@ -188,19 +188,19 @@ def test_an_unknown_key_names_the_nearest(brats, key, nearest):
         ("score_model.model.channel_mult", "(1, 2", "tuple"),
     ],
 )
-def test_a_value_of_the_wrong_type(brats, key, text, kind):
+def test_value_of_the_wrong_type(brats, key, text, kind):
     with pytest.raises(UserError) as error:
         override(brats, [f"--config.{key}={text}"])
     assert str(error.value) == f"--config.{key}={text} is not of type {kind}"
     assert dict(flatten(brats)) == PAPER
 
 
-def test_an_override_without_a_value(brats):
+def test_override_without_a_value(brats):
     with pytest.raises(UserError, match="needs a value: write --config"):
         override(brats, ["--config.seed"])
 
 
-def test_flags_go_before_overrides():
+def test_overrides_win_over_flags():
     flags = {"data.input": "t1", "data.trans": None, "seed": 3}
     config, given = resolve("brats", flags, ["--config.seed=4", "--config.data.image_size=64"])
     assert (config.data.input, config.data.trans, config.seed, config.data.image_size) == ("t1", "t2", 4, 64)
@@ -209,7 +209,7 @@ def test_flags_go_before_overrides():
 
 
 @pytest.mark.parametrize(("preset", "like"), [("small", "phantom"), ("paper", "brats"), (None, "brats")])
-def test_a_preset_is_the_size_of_anothers_config(preset, like):
+def test_preset_uses_the_sizes_of_another_config(preset, like):
     config, given = resolve("brats", {"seed": 3}, ["--config.data.input=t1"], preset=preset)
     expected = dict(flatten(get_config(like))) | {"data.data_dir": get_config("brats").data.data_dir}
     assert dict(flatten(config)) == expected | {"seed": 3, "data.input": "t1"}
@@ -218,7 +218,7 @@ def test_a_preset_is_the_size_of_anothers_config(preset, like):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Refusals
+# Invalid values
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_preset_is_the_size_of_anothers_config(preset, like):
         ("score_model.sampling.score=scores", "score='scores' must be one of errors, reconstructions, standardised"),
     ],
 )
-def test_values_that_no_run_can_work_with(brats, setting, message):
+def test_invalid_values_are_refused(brats, setting, message):
     override(brats, [f"--config.{setting}"])
     with pytest.raises(UserError, match=message):
         check(brats)
@@ -277,16 +277,16 @@ def test_values_that_no_run_can_work_with(brats, setting, message):
         ["data.image_size=50", "score_model.model.channel_mult=(1,2)"],
     ],
 )
-def test_values_at_the_border_of_what_works(brats, settings):
+def test_values_at_the_limits_are_accepted(brats, settings):
     override(brats, [f"--config.{setting}" for setting in settings])
     check(brats)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Presets of sampling
+# Sampling presets
 
 
-def test_the_preset_paper_is_the_default(brats):
+def test_paper_preset_is_the_default(brats):
     settings = dict(flatten(brats))
     assert sampling_keys(*SAMPLING["paper"], brats.score_model.mask.width).items() <= settings.items()
 
@@ -294,13 +294,13 @@ def test_the_preset_paper_is_the_default(brats):
 @pytest.mark.parametrize(
     ("width", "paper_stride", "fast_stride"), [(16, 2, 8), (8, 1, 4), (4, 1, 2), (12, 1, 6), (3, 1, 1), (1, 1, 1)]
 )
-def test_presets_scale_with_the_band(width, paper_stride, fast_stride):
+def test_preset_strides_scale_with_the_band_width(width, paper_stride, fast_stride):
     for name, stride in (("paper", paper_stride), ("fast", fast_stride)):
         assert sampling_keys(*SAMPLING[name], width)["score_model.sampling.stride"] == stride
 
 
 # ----------------------------------------------------------------------------------------------------------
-# No key is dead
+# Unused keys
 
 SIZE = 16
 OVERRIDES = (
@@ -316,8 +316,8 @@ OVERRIDES = (
     "--config.score_model.training.save_interval=2",
     "--config.score_model.sampling.timestep_respacing=2",
 )
-# Reads that see every key alike, or only judge or change values: they do not keep a key alive.
-WHOLE_CONFIG = (
+# These read all keys, or only validate or change values, so they do not count as using a key.
+UNCOUNTED_METHODS = (
     "__init__",
     "__str__",
     "__repr__",
@@ -333,13 +333,13 @@ WHOLE_CONFIG = (
     "update",
     "update_from_flattened_dict",
 )
-UPKEEP = ("check", "override", "resolve", "get_config", "flatten")
+UNCOUNTED_FUNCTIONS = ("check", "override", "resolve", "get_config", "flatten")
 
 
-class Reads:
-    """The dotted keys of `config` that were read one by one, from whatever copy of it.
+class KeyReads:
+    """Records the dotted keys that are read from `config` or a copy of it.
 
-    A copy's section is recognised by the keys that it has: no two sections of a config have the same.
+    A section of a copy is recognised by its set of keys, which is unique within a config.
     """
 
     def __init__(self, config: ConfigDict):
@@ -382,15 +382,15 @@ class Reads:
             return original(section, key)
 
         monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
-        for name in WHOLE_CONFIG:
+        for name in UNCOUNTED_METHODS:
             monkeypatch.setattr(ConfigDict, name, self.without_counting(getattr(ConfigDict, name)))
-        for name in UPKEEP:
+        for name in UNCOUNTED_FUNCTIONS:
             monkeypatch.setattr(configs, name, self.without_counting(getattr(configs, name)))
 
 
 @pytest.fixture
 def slices(tmp_path, write_slices):
-    """Two slices a split: a brain with a bright lesion in it."""
+    """Write two slices per split, each of a brain with a bright lesion."""
     rng = np.random.default_rng(0)
     brain = np.zeros((SIZE, SIZE), np.uint8)
     brain[3:13, 2:14] = 1
@@ -410,7 +410,7 @@ def slices(tmp_path, write_slices):
 
 @pytest.fixture
 def run_everything(slices, tmp_path, monkeypatch):
-    """Train and test the methods in this process, a few steps of each."""
+    """Train and test every method for a few steps, in this process."""
 
     def call(main, *args):
         shared = ("--gpu_id=cpu", f"--data_dir={slices}", f"--logdir={tmp_path / 'experiments'}", *OVERRIDES)
@@ -432,7 +432,7 @@ def run_everything(slices, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dead", [(), ("dead", "data.dead", "score_model.training.dead", "score_model.mask.dead")])
 def test_every_key_is_read_by_training_or_testing(run_everything, monkeypatch, capsys, dead):
-    """With keys that nothing reads, it is those which are found: the test can fail."""
+    """The second case adds unused keys, which must be found."""
 
     def variant():
         config = brats_config.get_config()
@@ -442,7 +442,7 @@ def test_every_key_is_read_by_training_or_testing(run_everything, monkeypatch, c
         return config
 
     monkeypatch.setitem(configs.CONFIGS, "brats", variant)
-    reads = Reads(variant())
+    reads = KeyReads(variant())
     expected = {key for key, _ in flatten(variant())}
     reads.patch(monkeypatch)
     run_everything()
@@ -450,8 +450,8 @@ def test_every_key_is_read_by_training_or_testing(run_everything, monkeypatch, c
     assert "results:" in capsys.readouterr().out
 
 
-def test_a_dead_key_of_the_network_is_refused_by_it(brats):
-    """The network is given its section as a whole, which counts as reading it."""
+def test_network_refuses_an_unused_key(brats):
+    """Unpacking the section reads all of its keys, so the test above cannot find unused ones there."""
     with brats.unlocked():
         brats.score_model.model.dead = 1
     with pytest.raises(TypeError, match="dead"):

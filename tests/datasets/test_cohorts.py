@@ -1,4 +1,4 @@
-"""Raw data sets: both namings of BraTS, tables of any other data set, and what preprocessing makes of them."""
+"""Raw data sets and their preprocessing: both naming schemes of BraTS, and tables of other data sets."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def run_script(*args: object, cwd: Path = REPOSITORY) -> Done:
 
 
 def preprocess(*args: object) -> str:
-    """What a run that must succeed says."""
+    """Run the script, which must succeed, and return its output."""
     done = run_script(*args, "--workers", 1)
     assert (done.code, done.stderr) == (0, "")
     return done.stdout
@@ -42,13 +42,13 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Both namings of BraTS
+# Both naming schemes of BraTS
 
 SMALL = (24, 20, 12)
 
 
 def make_brats(data_dir: Path, number: int, named_2023: bool, label: int = 3) -> str:
-    """A small subject whose voxels depend on its number only; its name."""
+    """Write a small subject whose voxels depend only on its number; return its name."""
     rng = np.random.default_rng(number)
     name = f"BraTS-GLI-{number:05d}-000" if named_2023 else f"BraTS2021_{number:05d}"
     for kind in NAMED_2023:
@@ -57,12 +57,12 @@ def make_brats(data_dir: Path, number: int, named_2023: bool, label: int = 3) ->
         if kind == "seg":
             volume = np.zeros(SMALL, np.uint8)
             volume[8:12, 8:12, 5] = label
-        word = f"-{NAMED_2023[kind]}" if named_2023 else f"_{kind}"
-        save(data_dir / name / f"{name}{word}.nii.gz", volume)
+        suffix = f"-{NAMED_2023[kind]}" if named_2023 else f"_{kind}"
+        save(data_dir / name / f"{name}{suffix}.nii.gz", volume)
     return name
 
 
-def test_both_namings_give_the_same_bytes(tmp_path):
+def test_both_naming_schemes_give_the_same_bytes(tmp_path):
     slices = {}
     for named_2023 in (False, True):
         data_dir, out = tmp_path / f"raw{named_2023}", tmp_path / f"out{named_2023}"
@@ -82,7 +82,7 @@ def test_both_namings_give_the_same_bytes(tmp_path):
     assert len(slices[True]) == 6 * (2 + 1 + 1)
 
 
-def test_both_namings_may_lie_side_by_side_and_be_split(tmp_path):
+def test_both_naming_schemes_can_be_mixed_and_split(tmp_path):
     names = [make_brats(tmp_path / "raw", number, number % 2 == 1) for number in range(4)]
     cohort = read_brats(tmp_path / "raw")
     assert list(cohort.subjects) == sorted(names)
@@ -94,7 +94,7 @@ def test_both_namings_may_lie_side_by_side_and_be_split(tmp_path):
     assert listed == split_subjects(names)
 
 
-def test_a_missing_volume_is_named_as_the_others_of_its_subject(tmp_path):
+def test_missing_volume_is_reported_in_the_naming_scheme_of_its_subject(tmp_path):
     names = [make_brats(tmp_path / "raw", number, named_2023=True) for number in range(3)]
     path = tmp_path / "raw" / names[1] / f"{names[1]}-t1n.nii.gz"
     path.unlink()
@@ -102,7 +102,7 @@ def test_a_missing_volume_is_named_as_the_others_of_its_subject(tmp_path):
     expect_refusal(done, f"{path} is missing")
 
 
-def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
+def test_modality_named_as_in_2023_gets_a_hint(tmp_path):
     make_brats(tmp_path / "raw", 0, named_2023=True)
     done = run_script("--data_dir", tmp_path / "raw", "--modality", "t2f", cwd=tmp_path)
     expect_refusal(done, "unknown modality 't2f'", "the t2f of BraTS 2023 is called flair here")
@@ -113,20 +113,20 @@ def test_a_modality_by_its_name_of_2023_is_explained(tmp_path):
     [
         ("t2f", ["flair", "t2"], ", the t2f of BraTS 2023 is called flair here"),
         ("t1c", ["t1ce"], ", the t1c of BraTS 2023 is called t1ce here"),
-        ("t2f", ["T1", "t2w"], ", did you mean 't2w'?"),  # nothing is called flair
+        ("t2f", ["T1", "t2w"], ", did you mean 't2w'?"),  # no modality is called flair
         ("pet", ["flair", "t2"], ""),
     ],
 )
-def test_what_is_meant_by_an_unknown_modality(tmp_path, word, known, clause):
+def test_unknown_modality_gets_a_suggestion(tmp_path, word, known, clause):
     assert suggest_modality(word, known) == clause
     for kind in known:
         (tmp_path / kind).mkdir()
-    with pytest.raises(UserError) as refused:  # as training and testing say it
+    with pytest.raises(UserError) as refused:  # the message that training and testing print
         find_slices(tmp_path, [word])
     assert f"no modality '{word}' in {tmp_path}{clause} (available: " in str(refused.value)
 
 
-def test_a_folder_without_either_naming_is_refused(tmp_path):
+def test_folder_in_neither_naming_scheme_is_refused(tmp_path):
     save(tmp_path / "raw/A/A+flair.nii.gz", np.ones((2, 2, 2), np.uint8))
     with pytest.raises(UserError, match=r"NAME_flair\.nii\.gz or NAME-t2f\.nii\.gz"):
         read_brats(tmp_path / "raw")
@@ -137,7 +137,7 @@ def test_a_folder_without_either_naming_is_refused(tmp_path):
 
 
 def write_table(folder: Path, text: str | bytes, volumes: tuple[str, ...] = ()) -> Path:
-    """A table, and empty files at some paths beside it."""
+    """Write a table, and empty files next to it; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "cohort.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -146,7 +146,7 @@ def write_table(folder: Path, text: str | bytes, volumes: tuple[str, ...] = ()) 
     return path
 
 
-def test_a_table_says_all_there_is_to_know(tmp_path):
+def test_table_with_all_columns(tmp_path):
     rows = (
         "\ufeffsubject, T1-post ,FLAIR,Seg,healthy,split,brainmask",
         "b.2,p/b1.nii,/abs/b2.nii,b.nii,no,Train,",
@@ -169,7 +169,7 @@ def test_a_table_says_all_there_is_to_know(tmp_path):
     assert cohort.list_folders == ()
 
 
-BAD_TABLES = {  # the text, what is said
+BAD_TABLES = {  # the text, parts of the message
     "no text": (b"subject,a\n\xff\xfe,x", "cannot be read", "save it as UTF-8"),
     "no CSV": ('subject,a,seg\n"A"x,a,s', "cannot be read"),
     "empty": ("\n,,\n", "is empty"),
@@ -247,46 +247,45 @@ def test_flags_that_do_not_fit_a_table_are_refused(tmp_path, args, fragments):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Tables, preprocessed
+# Preprocessing tables
 
-RADII = (60, 70, 50)  # mm, half the brain's axes, towards the left, the back and the top
-LESION = (20, -15, 10)  # mm, its middle from the brain's
-LPS = np.diag([-1.0, -1, 1, 1])  # from mm towards left, back and top, to nibabel's towards right, front and top
+RADII = (60, 70, 50)  # mm, the brain's semi-axes towards left, back and top
+LESION = (20, -15, 10)  # mm, its centre relative to the brain's
+LPS = np.diag([-1.0, -1, 1, 1])  # from LPS to nibabel's RAS, in mm
 
 
 def head(affine: np.ndarray, shape: tuple, middle: tuple, kind: str) -> np.ndarray:
-    """A brain that is an ellipsoid around `middle`, mm as nibabel counts them, [*shape].
+    """Return one kind of volume of an ellipsoidal brain around `middle` (RAS, mm), [*shape].
 
-    Intensities are linear in space, so that linear interpolation is exact; a lesion is a ball of 12 mm.
+    Intensities are linear in space, so that linear interpolation is exact; the lesion is a ball of radius 12 mm.
     """
     indices = np.moveaxis(np.indices(shape), 0, -1)
-    towards = nibabel.affines.apply_affine(LPS @ affine, indices) - LPS[:3, :3] @ middle
-    brain = ((towards / RADII) ** 2).sum(-1) < 1
-    lesion = ((towards - LESION) ** 2).sum(-1) < 12**2
+    offset = nibabel.affines.apply_affine(LPS @ affine, indices) - LPS[:3, :3] @ middle
+    brain = ((offset / RADII) ** 2).sum(-1) < 1
+    lesion = ((offset - LESION) ** 2).sum(-1) < 12**2
     slopes = {"FLAIR": (1, 0, 2), "T2-w": (0, -1, -2)}
     if kind in slopes:
-        return np.where(brain, 500 + towards @ slopes[kind], 0).astype(np.float32)
+        return np.where(brain, 500 + offset @ slopes[kind], 0).astype(np.float32)
     return (lesion * 7 if kind == "seg" else brain).astype(np.uint8)
 
 
 KINDS = ("FLAIR", "T2-w", "seg")
-# A scan's affine, shape, and where the middle of the brain is in mm.
+# Affine and shape of each scan, and the centre of its brain in mm.
 ROTATED = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(x=0.2) * 4, (-100, -120, -90))
 GEOMETRIES = {
     "coarse": (nibabel.affines.from_matvec(np.diag([4, 4, 4]), (-100, -90, 10)), (52, 52, 40), (5, 12, 90)),
-    "thick": (  # sagittal: axes to the back, the top, the left
+    "thick": (  # sagittal: the axes point back, up and left
         nibabel.affines.from_matvec([[0, 0, -5], [-3, 0, 0], [0, 3, 0]], (80, 100, -50)),
         (60, 50, 32),
         (3, 11, 20),
     ),
     "oblique": (ROTATED, (52, 60, 48), (0, 0, 0)),
 }
-INSIDE = (100, 120, 85)  # a voxel that is in every brain, on the grid
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> Path:
-    """A folder with a table of subjects in many geometries, some of them bad."""
+    """Write a table of subjects in several geometries, some of them invalid."""
     folder = tmp_path_factory.mktemp("scans")
     rows = ["subject,FLAIR,T2-w,seg,healthy,brainmask,split"]
 
@@ -296,16 +295,16 @@ def scans(tmp_path_factory) -> Path:
         geometry: str = "coarse",
         healthy: str = "",
         kinds: tuple = KINDS,
-        damage: tuple | None = None,  # a kind, and what becomes of its voxels
-        misplace: tuple | None = None,  # a kind, and what its affine is multiplied by
+        damage: tuple | None = None,  # a kind, and a function of its voxels
+        misplace: tuple | None = None,  # a kind, and a factor for its affine
     ) -> None:
         affine, shape, middle = GEOMETRIES[geometry]
         for kind in kinds:
             volume = head(affine, shape, middle, kind)
             if damage and damage[0] == kind:
                 volume = damage[1](volume)
-            wrong = misplace[1] if misplace and misplace[0] == kind else np.eye(4)
-            save(folder / name / f"{kind}.nii", volume, wrong @ affine)
+            factor = misplace[1] if misplace and misplace[0] == kind else np.eye(4)
+            save(folder / name / f"{kind}.nii", volume, factor @ affine)
         cells = {kind: f"{name}/{kind}.nii" if kind in kinds else "" for kind in (*KINDS, "brainmask")}
         rows.append(f"{name},{cells['FLAIR']},{cells['T2-w']},{cells['seg']},{healthy},{cells['brainmask']},{part}")
 
@@ -328,30 +327,30 @@ def scans(tmp_path_factory) -> Path:
 
 
 def low_slice(volume: np.ndarray) -> np.ndarray:
-    """1 in a slice below the brain."""
+    """Return 1 in one slice below the brain, 0 elsewhere."""
     return np.broadcast_to(np.arange(volume.shape[2]) == 2, volume.shape).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def sliced(scans, tmp_path_factory) -> tuple[Path, Done]:
-    """The slices of these subjects, and what the run said."""
+    """Preprocess these subjects; return the output folder and the finished run."""
     out = tmp_path_factory.mktemp("sliced")
     return out, run_script("--csv", scans / "cohort.csv", "--output_dir", out)
 
 
 def load(out: Path, part: str, kind: str, subject: str) -> tuple[np.ndarray, int]:
-    """A test subject's one slice, and its number."""
+    """Return a subject's only slice, and its number."""
     [path] = (out / part / kind).glob(f"{subject}_{kind}_*.npy")
     return np.load(path), int(path.stem.rpartition("_")[2])
 
 
 @pytest.mark.parametrize("name", [*GEOMETRIES, "masked"])
-def test_every_geometry_comes_to_the_same_place(sliced, name):
-    """The brain's middle lies in the middle of 240 × 240 × 155, left, back and up run as in BraTS."""
+def test_every_geometry_is_resampled_onto_the_brats_grid(sliced, name):
+    """The brain is centred in 240 × 240 × 155 voxels, and the axes point left, back and up."""
     out, _ = sliced
     seg, z = load(out, "test", "seg", name)
     brain, _ = load(out, "test", "brainmask", name)
-    voxel = 5 if name == "thick" else 4  # mm, which is how exactly the brain's border and so its middle is known
+    voxel = 5 if name == "thick" else 4  # mm, the precision of the brain's border and so of its centre
     middle = np.argwhere(seg).mean(axis=0)
     assert z - (DEPTH - 1) / 2 == pytest.approx(LESION[2], abs=voxel)
     np.testing.assert_allclose(middle - 119.5, LESION[:2], atol=voxel)
@@ -363,21 +362,21 @@ def test_every_geometry_comes_to_the_same_place(sliced, name):
     t2, _ = load(out, "test", "T2-w", name)
     inner = (slice(90, 150), slice(90, 150))
     slopes = [np.gradient(image[inner], axis=axis) for image in (flair, t2) for axis in (0, 1)]
-    along_x, none, _, along_y = (np.median(slope) for slope in slopes)
+    along_x, flat, _, along_y = (np.median(slope) for slope in slopes)
     assert along_x > 0.01
-    assert none == pytest.approx(0, abs=1e-5)
+    assert flat == pytest.approx(0, abs=1e-5)
     assert along_y < -0.01
     np.testing.assert_allclose(slopes[0], along_x, rtol=0.05)
 
 
-def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out(scans, sliced):
+def test_healthy_subjects_are_tumour_free_and_unlabelled_ones_left_out(scans, sliced):
     out, done = sliced
     numbers = {
         name: sorted(int(path.stem.rpartition("_")[2]) for path in (out / "train/seg").glob(f"{name}_seg_*"))
         for name in ("well", "thick-train", "unclear")
     }
     assert numbers["well"] == list(range(70, 90))
-    assert numbers["thick-train"] == list(range(70, 76))  # the lesion reaches from 77 + 10 - 12 upwards
+    assert numbers["thick-train"] == list(range(70, 76))  # the lesion begins at 77 + 10 - 12
     assert numbers["unclear"] == []
     assert not any(np.load(path).any() for path in (out / "train/seg").glob("well_*"))
     assert "left out, neither a seg nor healthy=yes: 1 (unclear)\n" in done.stdout
@@ -386,9 +385,9 @@ def test_healthy_subjects_count_as_free_of_lesions_and_unclear_ones_are_left_out
     assert not list(out.glob("*.txt"))
 
 
-def test_a_brain_mask_says_what_is_brain(sliced):
+def test_brain_mask_defines_the_brain(sliced):
     out, _ = sliced
-    flair, _ = load(out, "test", "FLAIR", "masked")  # which is 50 brighter everywhere, background too
+    flair, _ = load(out, "test", "FLAIR", "masked")  # brighter by 50 everywhere, including the background
     brain, _ = load(out, "test", "brainmask", "masked")
     same, _ = load(out, "test", "FLAIR", "coarse")
     assert (flair[brain == 0] == -3).all()
@@ -396,7 +395,7 @@ def test_a_brain_mask_says_what_is_brain(sliced):
     np.testing.assert_allclose(flair[100:140, 100:140], same[100:140, 100:140], atol=0.02)
 
 
-def test_bad_subjects_are_left_out_and_the_others_made(sliced):
+def test_bad_subjects_are_left_out_and_the_others_written(sliced):
     out, done = sliced
     assert done.code == 1
     sentences = {
@@ -416,7 +415,7 @@ def test_bad_subjects_are_left_out_and_the_others_made(sliced):
         assert not [path for path in out.rglob("*") if name in path.name]
 
 
-def test_the_grid_is_recorded_for_every_subject(sliced):
+def test_grid_is_recorded_for_every_subject(sliced):
     out, _ = sliced
     assert read_preprocessing(out)["grid"] == BRATS_GRID
     record = json.loads((out / RECORDS / "well.json").read_text())
@@ -428,12 +427,12 @@ def test_the_grid_is_recorded_for_every_subject(sliced):
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (lambda made_with: made_with.pop("grid"), None),  # as earlier versions left it
+        (lambda made_with: made_with.pop("grid"), None),  # as in records of earlier versions
         (lambda made_with: made_with.update(grid=BRATS_GRID | {"shape": [200, 200]}), None),
         (lambda made_with: made_with.update(modality="T1"), BRATS_GRID),
     ],
 )
-def test_the_grid_of_a_folder_is_known_where_all_subjects_agree(tmp_path, edit, expected):
+def test_folder_has_a_grid_only_if_all_subjects_agree(tmp_path, edit, expected):
     (tmp_path / RECORDS).mkdir()
     assert read_preprocessing(tmp_path)["grid"] is None
     for name in "AB":
@@ -444,7 +443,7 @@ def test_the_grid_of_a_folder_is_known_where_all_subjects_agree(tmp_path, edit, 
     assert read_preprocessing(tmp_path)["grid"] == expected
 
 
-def test_run_again_makes_nothing_and_another_table_is_refused(scans, sliced, tmp_path):
+def test_second_run_writes_nothing_and_a_changed_table_is_refused(scans, sliced, tmp_path):
     out, _ = sliced
     text = (scans / "cohort.csv").read_text()
     good = [line for line in text.splitlines() if line.startswith(("subject", "well,", "masked"))]
@@ -462,14 +461,14 @@ def test_run_again_makes_nothing_and_another_table_is_refused(scans, sliced, tmp
 
 
 # ----------------------------------------------------------------------------------------------------------
-# BraTS by way of a table
+# BraTS scans in a table
 
 
-def test_a_scan_of_brats_is_cut_as_it_is_whatever_its_orientation(tmp_path):
-    """Not a voxel is interpolated or shifted, by a table or not, and turned as tools for atlases leave it."""
+def test_brats_scan_is_sliced_unchanged_in_any_orientation(tmp_path):
+    """No voxel is interpolated or shifted, with or without a table, whether the axes are LPS or RAS."""
     rng = np.random.default_rng(0)
     volume = np.zeros((240, 240, 155), np.int16)
-    brain = (slice(60, 190), slice(40, 200), slice(20, 150))  # not in the middle
+    brain = (slice(60, 190), slice(40, 200), slice(20, 150))  # off centre
     volume[brain] = rng.integers(1, 900, volume[brain].shape)
     seg = np.zeros(volume.shape, np.uint8)
     seg[90:100, 90:120, 84] = 4
@@ -497,7 +496,7 @@ def test_a_scan_of_brats_is_cut_as_it_is_whatever_its_orientation(tmp_path):
     assert written(outs["brats"]) == written(outs["as_is"]) == written(outs["turned"])
 
 
-def test_a_subject_may_be_called_like_a_modality(tmp_path):
+def test_subject_name_may_contain_a_modality(tmp_path):
     for kind in ("T1", "T2"):
         (tmp_path / kind).mkdir()
         np.save(tmp_path / kind / f"A_T1_B_{kind}_7.npy", np.zeros((2, 2)))

@@ -1,4 +1,4 @@
-"""Preprocessed slices as a dataset, and the batches that training and testing make of them."""
+"""The dataset of preprocessed slices, and the batches for training and testing."""
 
 import math
 import os
@@ -23,7 +23,7 @@ NAMES = ["BraTS2021_00002_80", "BraTS2021_00007_70", "BraTS2021_00007_71"]  # so
 
 @pytest.fixture
 def arrays() -> dict[str, dict[tuple[str, int], np.ndarray]]:
-    """Images that depend on where one looks, seg with all its labels, a brain that leaves the border free."""
+    """Return noise images, a seg with all labels, and a brain that does not touch the border."""
     rng = np.random.default_rng(0)
     brain = np.zeros((SIZE, SIZE), np.uint8)
     brain[5:41, 9:37] = 1
@@ -46,7 +46,7 @@ def data_dir(tmp_path, arrays, write_slices):
 # The dataset
 
 
-def test_what_a_slice_is(data_dir):
+def test_items_have_the_expected_keys_dtypes_and_shapes(data_dir):
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16)
     assert len(dataset) == 3
     for i, name in enumerate(NAMES):
@@ -61,11 +61,11 @@ def test_what_a_slice_is(data_dir):
         }
 
 
-def test_only_the_kinds_that_are_asked_for(data_dir):
+def test_only_requested_kinds_are_loaded(data_dir):
     assert set(BraTS2021Dataset(data_dir, "train", ["t2"], 16)[0]) == {"t2", "name"}
 
 
-def test_at_its_own_size_nothing_changes(data_dir, arrays):
+def test_slices_at_their_own_size_are_unchanged(data_dir, arrays):
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, SIZE)
     for i, which in enumerate(sorted(SLICES)):
         np.testing.assert_allclose(dataset[i]["flair"][0], arrays["flair"][which], atol=1e-6)
@@ -74,8 +74,8 @@ def test_at_its_own_size_nothing_changes(data_dir, arrays):
 
 
 @pytest.mark.parametrize("size", [16, 20, 47, 64])
-def test_images_are_resized_antialiased(data_dir, arrays, size):
-    """Against Pillow, whose bilinear filter widens with the scale."""
+def test_images_are_resized_with_antialiasing(data_dir, arrays, size):
+    """Compare with Pillow, whose bilinear filter widens with the scale."""
     dataset = BraTS2021Dataset(data_dir, "train", ["flair"], size)
     for i, which in enumerate(sorted(SLICES)):
         expected = Image.fromarray(arrays["flair"][which]).resize((size, size), Image.Resampling.BILINEAR)
@@ -83,7 +83,7 @@ def test_images_are_resized_antialiased(data_dir, arrays, size):
 
 
 @pytest.mark.parametrize("size", [16, 20, 47, 64])
-def test_masks_are_those_of_the_nearest_pixel(data_dir, arrays, size):
+def test_masks_are_resized_to_the_nearest_pixel(data_dir, arrays, size):
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, size)
     nearest = [math.floor((i + 0.5) * SIZE / size) for i in range(size)]
     for i, which in enumerate(sorted(SLICES)):
@@ -93,7 +93,7 @@ def test_masks_are_those_of_the_nearest_pixel(data_dir, arrays, size):
 
 
 @pytest.mark.parametrize("size", [16, 20, 64])
-def test_background_stays_background_up_to_the_border(tmp_path, write_slices, size):
+def test_background_stays_constant_up_to_the_border(tmp_path, write_slices, size):
     write_slices(tmp_path, "test", {"flair": {("A", 1): np.full((SIZE, SIZE), -3, np.float32)}})
     image = BraTS2021Dataset(tmp_path, "test", ["flair"], size)[0]["flair"]
     torch.testing.assert_close(image, torch.full((1, size, size), -3.0))
@@ -108,7 +108,7 @@ def test_axes_are_not_swapped(tmp_path, write_slices):
     assert small[15, 0] == small[0, 0] == small[15, 15] == pytest.approx(0, abs=1e-5)
 
 
-def test_modalities_whose_names_begin_alike(tmp_path, write_slices):
+def test_modalities_with_a_common_prefix(tmp_path, write_slices):
     values = {"t1": 1.0, "t1ce": 2.0}
     for kind, value in values.items():
         write_slices(tmp_path, "test", {kind: {("A", 1): np.full((SIZE, SIZE), value, np.float32)}})
@@ -116,8 +116,8 @@ def test_modalities_whose_names_begin_alike(tmp_path, write_slices):
     assert {kind: item[kind].mean().item() for kind in values} == pytest.approx(values)
 
 
-def test_slices_are_kept_as_they_come_out(data_dir, monkeypatch):
-    """Nothing is read or resized again, however often a slice is asked for."""
+def test_slices_are_cached_after_resizing(data_dir, monkeypatch):
+    """A slice is read and resized only once."""
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16)
     first = [dataset[i] for i in range(3)]
     shutil.rmtree(data_dir)
@@ -127,7 +127,7 @@ def test_slices_are_kept_as_they_come_out(data_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(SIZE, SIZE + 1), (SIZE, SIZE, 1), (SIZE,)])
-def test_kinds_of_other_shapes(data_dir, shape):
+def test_kinds_of_different_shapes(data_dir, shape):
     np.save(data_dir / "train" / "seg" / "BraTS2021_00007_seg_70.npy", np.zeros(shape, np.uint8))
     with pytest.raises(UserError, match=r"slice BraTS2021_00007_70 has shapes flair \(48, 48\), .*seg \(48"):
         BraTS2021Dataset(data_dir, "train", KINDS, 16)
@@ -138,42 +138,42 @@ def test_data_dir_may_be_a_string(data_dir):
     assert len(BraTS2021Dataset(str(data_dir), "train", ["t2"], 16)) == 3
 
 
-def test_no_such_split(data_dir):
+def test_missing_split(data_dir):
     with pytest.raises(UserError, match=r"no slices in .*val: run datasets/brats_preprocess.py first"):
         BraTS2021Dataset(data_dir, "val", KINDS, 16)
 
 
-def test_no_such_modality(data_dir):
+def test_unknown_modality(data_dir):
     with pytest.raises(UserError, match=r"no modality 'flare' in .*train, did you mean 'flair'\?.*brainmask"):
         BraTS2021Dataset(data_dir, "train", ["t2", "flare"], 16)
 
 
-def test_a_slice_that_one_kind_lacks(data_dir):
+def test_slice_missing_from_one_kind(data_dir):
     (data_dir / "train" / "t2" / "BraTS2021_00007_t2_70.npy").unlink()
     with pytest.raises(UserError, match=r"slice BraTS2021_00007_70 in .*train has no t2"):
         BraTS2021Dataset(data_dir, "train", KINDS, 16)
     assert len(BraTS2021Dataset(data_dir, "train", ["flair"], 16)) == 3
 
 
-def test_a_split_without_slices(tmp_path, write_slices):
+def test_split_without_slices(tmp_path, write_slices):
     write_slices(tmp_path, "test", {"flair": {}})
     with pytest.raises(UserError, match=r"no slices in .*test: preprocess again"):
         BraTS2021Dataset(tmp_path, "test", ["flair"], 16)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# In memory, or read as they are needed
+# In memory, or read on demand
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Set how many bytes are available."""
+    """Set the available memory, in bytes."""
     return lambda n: monkeypatch.setattr("datasets.brats2021.available_memory", lambda: n)
 
 
 @pytest.fixture
 def both(data_dir, memory) -> tuple[BraTS2021Dataset, BraTS2021Dataset]:
-    """The same slices in memory and on disk."""
+    """Return the same slices in memory and on disk."""
     in_memory = BraTS2021Dataset(data_dir, "train", KINDS, 16)
     memory(0)
     return in_memory, BraTS2021Dataset(data_dir, "train", KINDS, 16)
@@ -184,11 +184,11 @@ NEEDED = 3 * 16 * 16 * (4 + 4 + 1 + 1)  # bytes of the slices above: two images 
 
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("lacking", [0, 1])
-def test_what_fits_into_half_of_the_memory_is_kept(data_dir, memory, capsys, processes, lacking):
+def test_slices_that_fit_into_half_of_the_memory_are_kept(data_dir, memory, capsys, processes, lacking):
     memory(2 * processes * NEEDED - lacking)
     dataset = BraTS2021Dataset(data_dir, "train", KINDS, 16, processes=processes, progress=False)
-    said = "read from disk on demand" if lacking else "kept in memory"
-    assert f"train: 3 slices, {said}" in capsys.readouterr().out
+    message = "read from disk on demand" if lacking else "kept in memory"
+    assert f"train: 3 slices, {message}" in capsys.readouterr().out
     assert (dataset.workers > 0) == bool(lacking)
     before = dataset[0]["flair"].clone()
     for path in (data_dir / "train/flair").iterdir():
@@ -206,7 +206,7 @@ def test_items_are_the_same_in_memory_and_on_disk(both):
             assert torch.equal(read[kind], image)
 
 
-def test_workers_bring_the_same_batches_in_order(both):
+def test_workers_yield_the_same_batches_in_order(both):
     kept, read = (
         list(islice(training_batches(dataset, 2, 0, 3, workers=workers), 7))
         for dataset, workers in zip(both, (0, 2), strict=True)
@@ -216,7 +216,7 @@ def test_workers_bring_the_same_batches_in_order(both):
         assert torch.equal(one["flair"], other["flair"])
 
 
-def test_shares_make_up_the_batch(both):
+def test_shares_concatenate_to_the_batch(both):
     whole, *shares = (
         next(training_batches(both[0], 5, 0, 2, share=share)) for share in (slice(None), slice(0, 2), slice(2, 5))
     )
@@ -224,8 +224,8 @@ def test_shares_make_up_the_batch(both):
     assert torch.equal(torch.cat([share["t2"] for share in shares]), whole["t2"])
 
 
-class OnlySignalled(torch.utils.data.Dataset):
-    """A dataset whose reader sends itself what Ctrl-C and Slurm send to all processes."""
+class SignalledDataset(torch.utils.data.Dataset):
+    """A dataset whose worker receives SIGINT and SIGTERM, as Ctrl-C and Slurm send them to all processes."""
 
     def __len__(self):
         return 4
@@ -236,13 +236,13 @@ class OnlySignalled(torch.utils.data.Dataset):
         return torch.tensor(index)
 
 
-def test_workers_read_on_when_training_is_asked_to_stop():
-    batches = training_batches(OnlySignalled(), 2, seed=0, first_step=0, workers=1)
+def test_workers_ignore_stop_signals():
+    batches = training_batches(SignalledDataset(), 2, seed=0, first_step=0, workers=1)
     assert sorted(torch.cat([next(batches), next(batches)]).tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "of another size"])
-def test_a_broken_file_on_disk_is_found_at_the_start(data_dir, memory, damage):
+def test_damaged_file_is_found_at_the_start(data_dir, memory, damage):
     path = data_dir / "train/t2/BraTS2021_00007_t2_70.npy"
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:-1])
@@ -262,7 +262,7 @@ def indices(n_batches, dataset_size=10, batch_size=4, seed=0, first_step=0):
 
 
 @pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 5), (10, 4), (10, 1), (3, 10), (1, 4), (7, 7)])
-def test_every_epoch_sees_every_slice_once(dataset_size, batch_size):
+def test_every_epoch_has_every_slice_once(dataset_size, batch_size):
     epochs = 6
     n_batches = math.ceil(epochs * dataset_size / batch_size)
     batches = indices(n_batches, dataset_size, batch_size)
@@ -272,7 +272,7 @@ def test_every_epoch_sees_every_slice_once(dataset_size, batch_size):
         assert sorted(flat[epoch * dataset_size :][:dataset_size]) == list(range(dataset_size))
 
 
-def test_epochs_have_orders_of_their_own():
+def test_every_epoch_has_its_own_order():
     orders = indices(4, dataset_size=20, batch_size=20)
     assert len({tuple(order) for order in orders}) == 4
     assert list(range(20)) not in orders
@@ -280,12 +280,12 @@ def test_epochs_have_orders_of_their_own():
 
 @pytest.mark.parametrize(("dataset_size", "batch_size"), [(10, 4), (10, 5), (3, 10)])
 @pytest.mark.parametrize("first_step", [1, 2, 5, 13])
-def test_going_on_from_any_step(dataset_size, batch_size, first_step):
+def test_resuming_from_any_step(dataset_size, batch_size, first_step):
     whole = indices(20, dataset_size, batch_size)
     assert indices(20 - first_step, dataset_size, batch_size, first_step=first_step) == whole[first_step:]
 
 
-def test_the_seed_decides():
+def test_order_depends_on_the_seed():
     assert indices(5, seed=3) == indices(5, seed=3)
     assert indices(5, seed=3) != indices(5, seed=4)
 
@@ -293,17 +293,17 @@ def test_the_seed_decides():
 def test_training_batches(data_dir):
     dataset = BraTS2021Dataset(data_dir, "train", ["flair", "t2"], 16)
     batches = list(islice(training_batches(dataset, 2, seed=0, first_step=0), 6))
-    for batch, places in zip(batches, indices(6, 3, 2), strict=True):
+    for batch, chosen in zip(batches, indices(6, 3, 2), strict=True):
         assert batch["flair"].shape == batch["t2"].shape == (2, 1, 16, 16)
-        assert batch["name"] == [NAMES[place] for place in places]
+        assert batch["name"] == [NAMES[i] for i in chosen]
         for kind in ("flair", "t2"):
-            assert torch.equal(batch[kind], torch.stack([dataset[place][kind] for place in places]))
+            assert torch.equal(batch[kind], torch.stack([dataset[i][kind] for i in chosen]))
     later = training_batches(dataset, 2, seed=0, first_step=4)
     assert torch.equal(next(later)["flair"], batches[4]["flair"])
     assert torch.equal(next(later)["flair"], batches[5]["flair"])
 
 
-def test_a_batch_larger_than_the_dataset(data_dir):
+def test_batch_larger_than_the_dataset(data_dir):
     dataset = BraTS2021Dataset(data_dir, "train", ["flair"], 16)
     batch = next(training_batches(dataset, 8, seed=0, first_step=0))
     assert batch["flair"].shape == (8, 1, 16, 16)

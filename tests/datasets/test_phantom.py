@@ -1,4 +1,4 @@
-"""The phantom cohort: its files, its contrasts, its tumours, its command line. One small cohort serves all tests."""
+"""The phantom cohort: files, contrasts, tumours and command line. All tests share one small cohort."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("phantom")  # one process, so that the coho
 
 COUNTS = {"train": 1, "val": 1, "test": 1}
 SPLITS = ("train", "val", "test")  # by subject number
-SEED = 4  # draws tumours that all have a core
+SEED = 4  # for which every tumour has a core
 KINDS = (*phantom.MODALITIES, "seg")
 
 
@@ -29,7 +29,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
-    """Made by the command line with two workers, with a figure beside it."""
+    """Make a cohort and its figure by the command line, with two workers."""
     folder = tmp_path_factory.mktemp("phantom")
     counts = [arg for split, count in COUNTS.items() for arg in (f"--{split}", count)]
     done = run_script(
@@ -47,11 +47,11 @@ def images(cohort) -> list[dict[str, nib.Nifti1Image]]:
 
 @pytest.fixture(scope="module")
 def truths() -> list[tuple]:
-    """(volumes, anatomy, tumour) of every subject of the cohort."""
+    """Return (volumes, anatomy, tumour) of each subject in the cohort."""
     return [phantom_head.make_subject(SEED, number, split) for number, split in enumerate(SPLITS)]
 
 
-def test_files_are_those_of_brats(cohort, images):
+def test_files_have_the_brats_layout(cohort, images):
     lists = {f"brats_split_{part}.txt" for part in ("training", "validation", "testing")}
     names = [f"BraTS2021_0000{number}" for number in range(3)]
     scans = {f"{name}/{name}_{kind}.nii.gz" for name in names for kind in ("flair", "t1", "t1ce", "t2", "seg")}
@@ -65,7 +65,7 @@ def test_files_are_those_of_brats(cohort, images):
             np.testing.assert_array_equal(image.affine[:3, 3], [0, 239, 0])
 
 
-def test_split_lists_have_exact_counts_and_share_no_subject(cohort):
+def test_split_lists_have_the_requested_counts_and_share_no_subject(cohort):
     lists = {split: (cohort / name).read_text().splitlines() for split, name in LIST_NAMES.items()}
     assert {split: len(names) for split, names in lists.items()} == COUNTS
     everyone = [name for names in lists.values() for name in names]
@@ -76,8 +76,8 @@ def test_figure_is_drawn(cohort):
     assert (cohort.parent / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_subject_depends_on_the_seed_and_its_number_alone(cohort, images, truths, tmp_path):
-    """Not on the workers, or on the subjects before it."""
+def test_subject_depends_only_on_seed_and_number(cohort, images, truths, tmp_path):
+    """It does not depend on the number of workers or on earlier subjects."""
     for subject, (volumes, _, _) in zip(images, truths, strict=True):
         for kind in KINDS:
             np.testing.assert_array_equal(np.asarray(subject[kind].dataobj), volumes[kind])
@@ -86,7 +86,7 @@ def test_a_subject_depends_on_the_seed_and_its_number_alone(cohort, images, trut
     assert files_of(tmp_path) == {file: data for file, data in files_of(cohort).items() if file.startswith(name)}
 
 
-def test_another_seed_or_subject_is_another_head(truths):
+def test_heads_differ_between_seeds_and_subjects(truths):
     other, _, _ = phantom_head.make_subject(SEED + 1, 0, "train")
     for volumes in (other, truths[1][0]):
         assert all((volumes[kind] != truths[0][0][kind]).any() for kind in KINDS)
@@ -96,7 +96,7 @@ def test_background_is_zero_and_the_brain_is_not(images, truths):
     for subject, (_, anatomy, _) in zip(images, truths, strict=True):
         brain = np.zeros(phantom_anatomy.SHAPE, bool)
         brain[tuple(anatomy.coords.T)] = True
-        assert 1.0e6 < brain.sum() < 1.7e6  # mm³, as grown-ups have
+        assert 1.0e6 < brain.sum() < 1.7e6  # mm³, an adult's brain
         assert not brain[[0, -1]].any()
         assert not brain[:, [0, -1]].any()
         for modality in phantom.MODALITIES:
@@ -104,7 +104,7 @@ def test_background_is_zero_and_the_brain_is_not(images, truths):
         assert not np.asarray(subject["seg"].dataobj)[~brain].any()
 
 
-def test_labels_are_nested_and_all_there(images):
+def test_all_labels_are_present_and_nested(images):
     for subject in images:
         seg = np.asarray(subject["seg"].dataobj)
         assert set(np.unique(seg)) == {0, 1, 2, 4}
@@ -113,7 +113,7 @@ def test_labels_are_nested_and_all_there(images):
 
 
 def healthy(anatomy: phantom_anatomy.Anatomy, tumour: phantom_tumour.Tumour) -> dict[str, np.ndarray]:
-    """[V] masks of the voxels that are nothing but one healthy tissue."""
+    """Return masks [V] of the voxels that contain only one healthy tissue."""
     unaffected = (tumour.shares[2] == 0) & (anatomy.wmh < 0.02) & (anatomy.vessels < 0.02)
     unaffected &= ~np.any([share > 0 for share in anatomy.nuclei.values()], axis=0)
     return {tissue: unaffected & (getattr(anatomy, tissue) > 0.95) for tissue in ("gm", "wm", "csf")}
@@ -128,7 +128,7 @@ def healthy(anatomy: phantom_anatomy.Anatomy, tumour: phantom_tumour.Tumour) -> 
         ("t2", ("csf", "gm", "wm")),
     ],
 )
-def test_tissue_contrast_is_that_of_the_modality(images, truths, modality, order):
+def test_tissue_intensities_are_ordered_as_in_the_modality(images, truths, modality, order):
     for subject, (_, anatomy, tumour) in zip(images, truths, strict=True):
         voxels = np.asarray(subject[modality].dataobj)[tuple(anatomy.coords.T)]
         medians = {tissue: np.median(voxels[mask]) for tissue, mask in healthy(anatomy, tumour).items()}
@@ -140,8 +140,8 @@ def test_tissue_contrast_is_that_of_the_modality(images, truths, modality, order
 
 @pytest.mark.parametrize("label", [1, 2, 4])
 @pytest.mark.parametrize("modality", phantom.MODALITIES)
-def test_tumour_contrast_is_that_of_the_table(images, truths, label, modality):
-    """Painted as drawn; in the scan, against the grey matter nearby, thick slices and shading still move a ratio."""
+def test_tumour_contrast_matches_the_table(images, truths, label, modality):
+    """Exactly as painted; in the scan, thick slices and shading alter the ratio to nearby grey matter."""
     low, high = phantom_tumour.TUMOUR_CONTRAST[label][modality]
     for subject, (_, anatomy, tumour) in zip(images, truths, strict=True):
         inner = sum(share for other, share in tumour.shares.items() if is_inside(other, label))
@@ -161,34 +161,34 @@ def test_tumour_contrast_is_that_of_the_table(images, truths, label, modality):
 
 
 def is_inside(label: int, other: int) -> bool:
-    """Whether compartment `label` lies within `other`: core in rim in oedema."""
+    """Return whether compartment `label` is inside `other`; the core is inside the rim, the rim inside the oedema."""
     order = (2, 4, 1)
     return order.index(label) > order.index(other)
 
 
-def test_contrasts_of_compartments_are_drawn_separately():
-    """So that a lesion that is obvious in one modality may be faint in another."""
+def test_contrasts_are_drawn_independently():
+    """A lesion that is obvious in one modality may be faint in another."""
     rng = np.random.default_rng(0)
     drawn = [phantom_tumour.draw_contrast(rng) for _ in range(200)]
     ratios = [(label, modality) for label in (1, 2, 4) for modality in phantom.MODALITIES]
     table = np.array([[contrast[label][modality] for label, modality in ratios] for contrast in drawn])
-    related = np.corrcoef(table.T) - np.eye(len(ratios))
-    assert np.abs(related).max() < 0.3
+    correlation = np.corrcoef(table.T) - np.eye(len(ratios))
+    assert np.abs(correlation).max() < 0.3
     for values, (label, modality) in zip(table.T, ratios, strict=True):
         low, high = phantom_tumour.TUMOUR_CONTRAST[label][modality]
         assert low <= values.min() < low + 0.1 * (high - low)
         assert high - 0.1 * (high - low) < values.max() <= high
 
 
-def test_a_tumour_displaces_what_is_around_it(truths):
-    """Outwards: tissue at its outline comes from nearer to its center, and far away nothing moves."""
+def test_tumour_displaces_surrounding_tissue(truths):
+    """Tissue at the outline moves outwards; far from the tumour nothing moves."""
     _, anatomy, _ = truths[0]
     center, radius = anatomy.coords.mean(0).round(), np.full(3, 15.0)
-    away = anatomy.coords[:, 0] - center[0]
-    ahead = (np.abs(anatomy.coords[:, 1:] - center[1:]) < 2).all(1)
-    marked = anatomy._replace(gm=(np.abs(away) < 8) * 1.0, wm=(np.abs(away) >= 8) * 1.0, csf=np.zeros(len(away)))
+    offset = anatomy.coords[:, 0] - center[0]
+    on_axis = (np.abs(anatomy.coords[:, 1:] - center[1:]) < 2).all(1)
+    marked = anatomy._replace(gm=(np.abs(offset) < 8) * 1.0, wm=(np.abs(offset) >= 8) * 1.0, csf=np.zeros(len(offset)))
     moved = phantom_tumour.apply_mass_effect(marked, center, radius, 0.3)
-    extent = [np.ptp(away[ahead & (one.gm > 0.5)]) for one in (marked, moved)]
+    extent = [np.ptp(offset[on_axis & (one.gm > 0.5)]) for one in (marked, moved)]
     assert extent[1] > extent[0] + 2
     far = np.linalg.norm(anatomy.coords - center, axis=1) > 80
     np.testing.assert_array_equal(moved.gm[far], marked.gm[far])
@@ -201,7 +201,7 @@ def anatomy(truths) -> phantom_anatomy.Anatomy:
 
 
 def test_most_shading_is_shared_between_modalities(anatomy):
-    """The ratio of two scans of a head with one tissue only is smoother than either."""
+    """The bias field of the coils outweighs those of the modalities."""
     rng = np.random.default_rng(0)
     coils = phantom_scan.bias_field(rng, anatomy, phantom_scan.BIAS_FIELD[1])
     own = [phantom_scan.bias_field(rng, anatomy, phantom_scan.OWN_BIAS_FIELD[1]) for _ in range(2)]
@@ -217,22 +217,22 @@ def test_slices_are_thick_along_their_axis_and_misregistered_by_less_than_a_voxe
     point = np.zeros(anatomy.brain.shape)
     point[center] = 1
     assert anatomy.brain[center]
-    seen = [
+    scans = [
         phantom_scan.acquire(np.random.default_rng(0), anatomy, (scale * point)[anatomy.brain], "t2")
         for scale in (1, 0)
     ]
-    volume = anatomy.unmask(seen[0] - seen[1], 0)  # what lies around the brain falls out
+    volume = anatomy.unmask(scans[0] - scans[1], 0)  # the surroundings of the brain cancel
     spread = [np.flatnonzero(volume.sum(tuple({0, 1, 2} - {other})) > 1e-6) for other in range(3)]
     assert [len(where) for where in spread] == [5 if other == axis else 2 for other in range(3)]
     assert volume.sum() == pytest.approx(1, abs=1e-4)
     middle = [np.average(np.arange(n), weights=volume.sum(tuple({0, 1, 2} - {i}))) for i, n in enumerate(volume.shape)]
-    off = np.abs(np.array(middle) - center)
-    assert (off <= phantom_scan.MAX_SHIFT + 0.5 * (np.arange(3) == axis)).all()  # four slices have no middle voxel
-    assert off.max() > 0.05
+    shift = np.abs(np.array(middle) - center)
+    assert (shift <= phantom_scan.MAX_SHIFT + 0.5 * (np.arange(3) == axis)).all()  # 4 slices have no middle one
+    assert shift.max() > 0.05
 
 
 @pytest.mark.parametrize("modality", phantom.MODALITIES)
-def test_a_tissue_varies_within_and_in_each_modality_by_itself(anatomy, modality):
+def test_tissue_texture_is_independent_between_modalities(anatomy, modality):
     others = {"flair": "t2", "t2": "t1", "t1": "t1ce", "t1ce": "flair"}
     rng = np.random.default_rng(0)
     wm = (anatomy.wm > 0.95) & (anatomy.wmh < 0.02) & ~np.any([n > 0 for n in anatomy.nuclei.values()], axis=0)
@@ -241,7 +241,7 @@ def test_a_tissue_varies_within_and_in_each_modality_by_itself(anatomy, modality
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.3
 
 
-def test_nuclei_vessels_and_fluid_are_seen_in_their_own_ways(anatomy):
+def test_contrast_of_nuclei_vessels_and_fluid(anatomy):
     """Iron darkens the pallidum on T2 and not on T1; gadolinium brightens vessels on T1ce and not on T1."""
     rng = np.random.default_rng(0)
     images = {modality: phantom_scan.contrast(rng, anatomy, modality) for modality in phantom.MODALITIES}
@@ -252,14 +252,14 @@ def test_nuclei_vessels_and_fluid_are_seen_in_their_own_ways(anatomy):
     assert medians["t2"][1] < 0.8 * medians["t2"][0]
     assert medians["t1"][1] > 1.05 * medians["t1"][0]
     assert medians["t1ce"][2] > 1.3 > 0.9 > medians["t1"][2]
-    for modality, visible in (("t2", np.greater), ("flair", np.less)):
+    for modality, compare in (("t2", np.greater), ("flair", np.less)):
         pure = np.median(images[modality][(anatomy.csf > 0.95) & (anatomy.vessels < 0.05)])
         share = (medians[modality][3] - medians[modality][0]) / (pure - medians[modality][0])
-        assert visible(share, 0.5)  # of the fluid in a voxel that is half fluid
+        assert compare(share, 0.5)  # the contrast of half a voxel of fluid, relative to a full one
 
 
 def window(anatomy: phantom_anatomy.Anatomy, tumour: phantom_tumour.Tumour) -> np.ndarray:
-    """[20] tumour voxels in each slice of [70, 90)."""
+    """Return the number of tumour voxels in each of slices 70 to 89, [20]."""
     slices = anatomy.coords[tumour.shares[2] > 0.5, 2]
     return np.bincount(slices, minlength=phantom_anatomy.SHAPE[2])[70:90]
 
@@ -281,10 +281,10 @@ def test_most_training_subjects_keep_healthy_slices_in_the_window(truths):
     grown = [phantom_tumour.grow_tumour(rng, anatomy, phantom_tumour.TUMOUR_SLICES["train"]) for _ in range(25)]
     slices = np.array([(window(*one) == 0).sum() for one in grown])
     assert (slices >= 3).mean() >= 0.7
-    assert (slices < 20).mean() >= 0.3  # and many have tumour there, as patients do
+    assert (slices < 20).mean() >= 0.3  # many have tumour there, as patients do
 
 
-def test_smooth_noise_is_smooth_and_of_unit_variance():
+def test_smooth_noise_is_smooth_and_has_unit_variance():
     noise = np.stack([phantom_anatomy.smooth_noise(np.random.default_rng(n), (20, 16, 12), 5) for n in range(200)])
     np.testing.assert_allclose(noise.std(0), 1, atol=0.25)
     assert np.abs(np.diff(noise, axis=1)).mean() < 0.2
@@ -304,7 +304,7 @@ def test_smooth_noise_is_smooth_and_of_unit_variance():
         (["--trian", "3"], "did you mean '--train'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, args, named):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(tmp_path, args, named):
     done = run_script("--output_dir", tmp_path / "raw", *args)
     assert done.code == 2
     assert named in done.stderr

@@ -1,4 +1,4 @@
-"""Preprocessing: its normalisation and choice of slices, and its command line on tiny volumes."""
+"""Preprocessing: normalisation, choice of slices, and the command line on tiny volumes."""
 
 import contextlib
 import fcntl
@@ -30,11 +30,11 @@ SCRIPT = "datasets/brats_preprocess.py"
 SHAPE = (24, 20, 12)
 KINDS = ("flair", "t1", "t2", "seg")
 
-# In the range of slices that the tests ask for, [4, 9): what each subject is there for.
-TUMOURS = {  # label and pixels by slice
+# The tests preprocess slices [4, 9), to which the comments refer.
+TUMOURS = {  # by slice: label and number of pixels
     "P_train": {2: (1, 9), 5: (4, 3)},  # healthy on 4, 6, 7, 8
     "P_sick": dict.fromkeys(range(12), (1, 1)),  # never healthy
-    "P_val": {4: (1, 2), 6: (4, 8), 7: (2, 8), 9: (1, 40)},  # largest on 6, first of two equals
+    "P_val": {4: (1, 2), 6: (4, 8), 7: (2, 8), 9: (1, 40)},  # largest on 6, the first of two equal slices
     "P_test": {8: (2, 5), 3: (1, 30)},  # largest on 8
     "P_well": {3: (1, 30), 9: (2, 30)},  # no tumour in the range
 }
@@ -52,7 +52,7 @@ def save(path: Path, volume: np.ndarray) -> None:
 
 
 def make_subject(data_dir: Path, name: str, tumour: dict, shape: tuple = SHAPE, seed: int = 0) -> None:
-    """int16 modalities with a brain box of their own each, some of it below 0, and a uint8 seg."""
+    """Write int16 modalities, each with its own brain box and some negative voxels, and a uint8 seg."""
     rng = np.random.default_rng(seed)
     for border, modality in enumerate(("flair", "t1", "t2"), start=2):
         volume = np.zeros(shape, np.int16)
@@ -61,7 +61,7 @@ def make_subject(data_dir: Path, name: str, tumour: dict, shape: tuple = SHAPE, 
         save(data_dir / name / f"{name}_{modality}.nii.gz", volume)
     seg = np.zeros(shape, np.uint8)
     for z, (label, n_pixels) in tumour.items():
-        seg[5:15, 5:15, z].flat[:n_pixels] = label  # a view of a basic slice: writes through
+        seg[5:15, 5:15, z].flat[:n_pixels] = label  # basic slicing gives a view, so this writes to seg
     save(data_dir / name / f"{name}_seg.nii.gz", seg)
 
 
@@ -73,7 +73,7 @@ def write_lists(folder: Path, splits: dict[str, list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
-    """The subjects of TUMOURS, with the lists of SPLITS beside them. Not to be changed: copy it."""
+    """Write the subjects of TUMOURS and the lists of SPLITS. Shared: copy the folder to change it."""
     data_dir = tmp_path_factory.mktemp("cohort")
     for seed, (name, tumour) in enumerate(TUMOURS.items()):
         make_subject(data_dir, name, tumour, seed=seed)
@@ -86,7 +86,7 @@ def run_script(*args: object, cwd: Path = REPOSITORY) -> Done:
 
 
 def preprocess(data_dir: Path, output_dir: Path, *args: object) -> Done:
-    """Run on slices [4, 9), unless the arguments say otherwise; it must succeed."""
+    """Run the script, which must succeed, by default on slices [4, 9)."""
     result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, *args, cwd=data_dir)
     assert (result.code, result.stderr) == (0, "")
     return result
@@ -107,13 +107,13 @@ def untouched(data_dir: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Normalisation
 
-# 101 brain voxels: the 0.02 and 0.9 quantiles are exactly the third and the 91st of them in order.
+# 101 brain voxels, so that the 0.02 and 0.9 quantiles are exactly the third and the 91st smallest.
 LADDER = np.concatenate([np.zeros(50), np.arange(1, 102)])
 LADDER_BELOW_0 = np.concatenate([np.arange(-50, 0), np.zeros(50), np.arange(1, 52)])
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, np.float64])
-def test_normalise_has_a_closed_form(dtype):
+def test_normalise_matches_its_closed_form(dtype):
     image = normalise(LADDER.astype(dtype).reshape(1, 151, 1), 0.02, 0.9)
     assert image.dtype == np.float32
     assert image.shape == (1, 151, 1)
@@ -123,19 +123,19 @@ def test_normalise_has_a_closed_form(dtype):
     assert value[91] == 3
     assert value[101] == pytest.approx(3 + 6 * 10 / 88)
     assert value[4] == pytest.approx(-3 + 6 / 88)
-    assert (np.diff(image.ravel()[52:]) > 0).all()  # strictly, from the lower quantile on
+    assert (np.diff(image.ravel()[52:]) > 0).all()  # strictly, above the lower quantile
 
 
-def test_normalise_counts_brain_voxels_below_0():
+def test_normalise_counts_negative_voxels_as_brain():
     value = dict(zip(LADDER_BELOW_0, normalise(LADDER_BELOW_0.astype(np.int16), 0.02, 0.9), strict=True))
     assert [value[-50], value[-49], value[-48]] == [-3, -3, -3]
     assert value[-47] == pytest.approx(-3 + 6 / 89)
     assert value[-1] == pytest.approx(-3 + 6 * 47 / 89)
-    assert value[0] == -3  # background, although brighter voxels than it are below
+    assert value[0] == -3  # background stays the minimum, although some voxels were below it
     assert value[41] == 3
 
 
-def test_normalise_ignores_how_much_background_there_is_and_the_scanners_unit():
+def test_normalise_ignores_the_amount_of_background_and_the_unit():
     rng = np.random.default_rng(0)
     brain = rng.uniform(1, 1000, 500)
     image = normalise(brain, 0.1, 0.8)
@@ -148,18 +148,18 @@ def test_normalise_ignores_how_much_background_there_is_and_the_scanners_unit():
     [
         ([0, 0], "every voxel is 0"),
         ([0, 5, 5], "both 5"),
-        ([0, 9.67e24, 9.67e24 * (1 + 1e-7)], "both 9.67"),  # as resampling rounds what is constant
+        ([0, 9.67e24, 9.67e24 * (1 + 1e-7)], "both 9.67"),  # a constant after the rounding of resampling
         ([1, np.nan], "not finite"),
         ([1, np.inf], "not finite"),
     ],
 )
-def test_normalise_refuses(volume, message):
+def test_normalise_refuses_invalid_volumes(volume, message):
     with pytest.raises(ValueError, match=message):
         normalise(np.array(volume, dtype=np.float64), 0.02, 0.9)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Which slices
+# Choice of slices
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_choose_slices(areas, brain, train, test):
 # The command line
 
 
-def test_command_line_writes_the_slices_it_should(cohort, tmp_path):
+def test_command_line_writes_the_expected_slices(cohort, tmp_path):
     result = preprocess(cohort, tmp_path / "out", "--modality", "flair,t2", "--percentage_lower", 0.1)
 
     expected = {}
@@ -218,7 +218,7 @@ def test_command_line_writes_the_slices_it_should(cohort, tmp_path):
     assert "warning: t2 is 0 in more than 10% of the brain: 5 (P_sick, P_test, P_train, P_val, P_well)" in result.stdout
 
 
-def test_what_may_be_wrong_with_volumes_that_can_be_read():
+def test_quality_warnings():
     full = np.zeros((8, 8, 9), bool)
     full[1:7, 1:7, 1:8] = True
     thinner, gaps = full.copy(), full.copy()
@@ -232,7 +232,7 @@ def test_what_may_be_wrong_with_volumes_that_can_be_read():
     assert quality_warnings({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
 
 
-def test_brain_mask_is_the_union_of_the_modalities_asked_for(cohort, tmp_path):
+def test_brain_mask_is_the_union_of_the_requested_modalities(cohort, tmp_path):
     preprocess(cohort, tmp_path / "two", "--modality", "t1,t2")
     preprocess(cohort, tmp_path / "one", "--modality", "t2")
     name = "val/brainmask/P_val_brainmask_6.npy"
@@ -242,7 +242,7 @@ def test_brain_mask_is_the_union_of_the_modalities_asked_for(cohort, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "one" / name), t2)
 
 
-def test_quantiles_are_of_the_whole_volume(tmp_path):
+def test_quantiles_are_computed_over_the_whole_volume(tmp_path):
     make_subject(tmp_path / "raw", "A", {})
     flair = raw(tmp_path / "raw", "A", "flair")
     flair[:, :, :4] *= 20  # brighter outside the range of slices
@@ -253,7 +253,7 @@ def test_quantiles_are_of_the_whole_volume(tmp_path):
     np.testing.assert_array_equal(image, normalise(flair, 0.02, 0.9)[:, :, 4])
 
 
-def test_scaled_and_uncompressed_volumes_are_understood(cohort, tmp_path):
+def test_scaled_and_uncompressed_volumes_are_read(cohort, tmp_path):
     data_dir = tmp_path / "raw"
     shutil.copytree(cohort, data_dir)
     plain = preprocess(data_dir, tmp_path / "plain").stdout
@@ -264,7 +264,7 @@ def test_scaled_and_uncompressed_volumes_are_understood(cohort, tmp_path):
         image = nibabel.Nifti1Image(volume, np.eye(4))
         image.header.set_slope_inter(slope, inter)
         nibabel.save(image, path.with_suffix(""))
-    # An intercept makes brain of the background, about which there are warnings.
+    # The intercept turns t1's background into brain, which causes warnings.
     scaled, _, warnings = preprocess(data_dir, tmp_path / "scaled").stdout.partition("warning: ")
     assert scaled == plain.partition("warning: ")[0].replace("plain", "scaled")
     assert "flair is 0 in more than 10% of the brain: 1 (P_val)" in warnings
@@ -287,17 +287,17 @@ def test_files_depend_neither_on_workers_nor_on_an_earlier_run(cohort, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Run again
+# Running again
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    """When each file and folder was last changed."""
+    """Return the modification time of each file and folder."""
     return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
 
 
 @pytest.fixture(scope="module")
 def finished(cohort, tmp_path_factory) -> Path:
-    """The cohort's slices. Not to be changed: copy it."""
+    """Preprocess the cohort. Shared: copy the folder to change it."""
     output_dir = tmp_path_factory.mktemp("finished")
     preprocess(cohort, output_dir)
     return output_dir
@@ -305,12 +305,12 @@ def finished(cohort, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def output_dir(finished, tmp_path) -> Path:
-    """A copy of the cohort's slices."""
+    """Return a copy of the preprocessed cohort."""
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("modalities", ["t2,flair,t1", "t1,t2,flair"])
-def test_run_again_changes_nothing(cohort, output_dir, modalities):
+def test_running_again_changes_nothing(cohort, output_dir, modalities):
     before = listing(output_dir)
     result = preprocess(cohort, output_dir, "--modality", modalities)
     assert listing(output_dir) == before
@@ -319,7 +319,7 @@ def test_run_again_changes_nothing(cohort, output_dir, modalities):
     assert "train: left out, no tumour-free slice in slices 4 to 8: 1 (P_sick)\n" in result.stdout
 
 
-def test_lists_made_here_are_not_written_again(unlisted, tmp_path):
+def test_generated_lists_are_not_rewritten(unlisted, tmp_path):
     preprocess(unlisted, tmp_path / "out", "--slices", 4, 6)
     before = listing(tmp_path / "out")
     preprocess(unlisted, tmp_path / "out", "--slices", 4, 6)
@@ -346,7 +346,7 @@ INCOMPLETE = {
 
 
 @pytest.mark.parametrize("case", INCOMPLETE)
-def test_what_is_not_whole_is_made_again_and_the_rest_is_left_alone(cohort, finished, output_dir, case):
+def test_incomplete_subjects_are_made_again_and_the_rest_left_alone(cohort, finished, output_dir, case):
     INCOMPLETE[case](output_dir)
     before = listing(output_dir)
     preprocess(cohort, output_dir)
@@ -361,7 +361,7 @@ def modality_changed(data_dir: Path) -> None:
     save(data_dir / "P_val" / "P_val_t1.nii.gz", raw(data_dir, "P_val", "t1") + 1)
 
 
-OTHERWISE = {
+CHANGES = {
     "fewer modalities": (untouched, SPLITS, ("--modality", "t2"), "--modality flair,t1,t2, not t2"),
     "quantile": (untouched, SPLITS, ("--percentage_upper", "0.7"), "--percentage_upper 0.9, not 0.7"),
     "other quantile": (untouched, SPLITS, ("--percentage_lower", "0"), "--percentage_lower 0.02, not 0"),
@@ -377,9 +377,9 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERWISE)
-def test_slices_made_otherwise_are_refused(cohort, output_dir, tmp_path, case):
-    edit, lists, args, difference = OTHERWISE[case]
+@pytest.mark.parametrize("case", CHANGES)
+def test_slices_of_a_different_run_are_refused(cohort, output_dir, tmp_path, case):
+    edit, lists, args, difference = CHANGES[case]
     data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
     edit(data_dir)
     write_lists(data_dir, lists)
@@ -389,7 +389,7 @@ def test_slices_made_otherwise_are_refused(cohort, output_dir, tmp_path, case):
     assert listing(output_dir) == before
 
 
-def test_overwrite_leaves_nothing_of_the_earlier_slices(cohort, output_dir, tmp_path):
+def test_overwrite_removes_the_earlier_slices(cohort, output_dir, tmp_path):
     data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
     write_lists(data_dir, {"train": ["P_train"], "val": [], "test": ["P_sick"]})
     args = ("--modality", "t1,t2", "--slices", 2, 7)
@@ -399,7 +399,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_slices(cohort, output_dir, tmp_
 
 
 @pytest.mark.parametrize("name", ["val/t1ce/P_val_t1ce_6.npy", "val/t1/P_train_t1_6.npy", "train/t1/note_t1_.npy"])
-def test_a_slice_that_no_record_explains_is_refused(cohort, output_dir, name):
+def test_slice_without_a_record_is_refused(cohort, output_dir, name):
     (output_dir / name).parent.mkdir(exist_ok=True)
     (output_dir / name).write_text("")
     before = listing(output_dir)
@@ -408,7 +408,7 @@ def test_a_slice_that_no_record_explains_is_refused(cohort, output_dir, name):
     assert listing(output_dir) == before
 
 
-def test_two_runs_at_a_time_are_refused(cohort, output_dir):
+def test_concurrent_runs_are_refused(cohort, output_dir):
     with (output_dir / ".lock").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         args = ("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
@@ -417,9 +417,9 @@ def test_two_runs_at_a_time_are_refused(cohort, output_dir):
 
 
 def run_killed(n: int, output_dir: Path, *args: object) -> int:
-    """Run the script in a fork, kill it just before its n-th step that changes the output folder, return its exit code.
+    """Run the script in a fork, kill it just before its n-th change to the output folder, and return its exit code.
 
-    The fork's workers hold the pipe, too, so that they have ended when it closes.
+    The fork's workers inherit the pipe, so it closes only when they have ended.
     """
     steps = itertools.count(1)
 
@@ -443,8 +443,8 @@ def run_killed(n: int, output_dir: Path, *args: object) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def whole_subjects(output_dir: Path, kinds: tuple[str, str]) -> set[frozenset[str]]:
-    """What the dataset makes of an output folder: the slices of each subject; no subjects where it refuses."""
+def loadable_subjects(output_dir: Path, kinds: tuple[str, str]) -> set[frozenset[str]]:
+    """Return the slices of each subject that the dataset finds in an output folder; none in a split that it refuses."""
     subjects = set()
     for part in LIST_NAMES:
         with contextlib.suppress(UserError):
@@ -455,7 +455,7 @@ def whole_subjects(output_dir: Path, kinds: tuple[str, str]) -> set[frozenset[st
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_moment_it_ends_up_with_the_same_files(cohort, finished, tmp_path, overwrite):
+def test_run_killed_at_any_moment_resumes_to_the_same_files(cohort, finished, tmp_path, overwrite):
     output_dir = tmp_path / "out"
     args = ["--data_dir", cohort, "--slices", 4, 9, "--workers", 2]
     earlier = tmp_path / "earlier"
@@ -464,23 +464,23 @@ def test_killed_at_any_moment_it_ends_up_with_the_same_files(cohort, finished, t
         shutil.copytree(earlier, output_dir)
         args.append("--overwrite")
     pairs = list(itertools.permutations(("flair", "t1", "t2", "seg", "brainmask"), 2))
-    wholes = {pair: whole_subjects(finished, pair) | whole_subjects(earlier, pair) for pair in pairs}
-    assert all(len(subjects) > 3 for subjects in wholes.values())
+    allowed = {pair: loadable_subjects(finished, pair) | loadable_subjects(earlier, pair) for pair in pairs}
+    assert all(len(subjects) > 3 for subjects in allowed.values())
     old, new = ({path.read_bytes() for path in folder.glob("*/flair/*")} for folder in (earlier, finished))
     assert not old & new
 
     for n in np.random.default_rng(0).integers(1, 70, 6):
         assert run_killed(n, output_dir, *args) == -signal.SIGKILL
-        there = {path.read_bytes() for path in output_dir.glob("*/flair/*")}
-        assert there <= old or there <= new
-        assert all(whole_subjects(output_dir, pair) <= whole for pair, whole in wholes.items())
+        present = {path.read_bytes() for path in output_dir.glob("*/flair/*")}
+        assert present <= old or present <= new
+        assert all(loadable_subjects(output_dir, pair) <= complete for pair, complete in allowed.items())
     assert run_killed(0, output_dir, *args) == 0
     assert contents(output_dir) == contents(finished)
 
 
 @pytest.mark.parametrize("n", range(1, 13))
-def test_no_part_of_a_subject_is_taken_for_the_whole(tmp_path, monkeypatch, n):
-    """As above, at each of the moves that put one subject in place."""
+def test_interrupted_store_leaves_no_partial_subject(tmp_path, monkeypatch, n):
+    """Interrupt each of the moves that put one subject in place."""
     kinds = ("flair", "t1", "seg")
     slices = {f"{kind}/A_{kind}_{z}.npy": np.zeros((2, 2)) for kind in kinds for z in (4, 5, 6, 7)}
     for kind in kinds:
@@ -497,14 +497,14 @@ def test_no_part_of_a_subject_is_taken_for_the_whole(tmp_path, monkeypatch, n):
     monkeypatch.setattr(Path, "replace", break_off)
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path, "train", "A", {}, slices)
-    whole = frozenset({"A_4", "A_5", "A_6", "A_7"})
+    complete = frozenset({"A_4", "A_5", "A_6", "A_7"})
     for pair in itertools.permutations(kinds, 2):
-        assert whole_subjects(tmp_path, pair) <= {whole}
+        assert loadable_subjects(tmp_path, pair) <= {complete}
     assert not find_complete(tmp_path)
 
 
-def test_a_slice_that_cannot_be_written_to_its_end_says_why(tmp_path):
-    """As on a disk that becomes full."""
+def test_failed_write_is_reported_and_leaves_no_file(tmp_path):
+    """A limit on the file size stands in for a full disk."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
     try:
@@ -516,12 +516,12 @@ def test_a_slice_that_cannot_be_written_to_its_end_says_why(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Which subjects
+# Choice of subjects
 
 
 @pytest.fixture(scope="module")
 def unlisted(tmp_path_factory) -> Path:
-    """Twelve subjects without split lists; on slice 5 each has a tumour."""
+    """Write twelve subjects without split lists, each with a tumour on slice 5."""
     data_dir = tmp_path_factory.mktemp("unlisted")
     for index in range(12):
         make_subject(data_dir, f"Q_{index:02d}", {5: (1, 3)}, shape=(16 + index, 12, 7), seed=index)
@@ -542,7 +542,7 @@ def test_without_lists_a_split_is_made_and_written(unlisted, tmp_path):
     assert {part: read_list(tmp_path / "out" / name) for part, name in LIST_NAMES.items()} == splits
 
 
-def test_without_a_validation_list_it_is_hashed_out_of_training(unlisted, tmp_path):
+def test_without_a_validation_list_it_is_split_off_training(unlisted, tmp_path):
     names = list(read_brats(unlisted).subjects)
     (tmp_path / "train.txt").write_text("\n".join(names[:9]))
     (tmp_path / "test.txt").write_text("\n".join(names[9:11]))
@@ -557,7 +557,7 @@ def test_without_a_validation_list_it_is_hashed_out_of_training(unlisted, tmp_pa
     assert "validation split off from training by hash" in result.stdout
 
 
-def test_lists_in_datasets_are_found_and_those_in_data_dir_go_first(unlisted, tmp_path):
+def test_lists_in_datasets_are_found_but_those_in_data_dir_take_precedence(unlisted, tmp_path):
     names = list(read_brats(unlisted).subjects)
     args = ("--data_dir", tmp_path / "raw", "--slices", 4, 6, "--output_dir")
     shutil.copytree(unlisted, tmp_path / "raw")
@@ -572,7 +572,7 @@ def test_lists_in_datasets_are_found_and_those_in_data_dir_go_first(unlisted, tm
     assert subjects_written(tmp_path / "second") == in_data_dir
 
 
-def test_a_single_test_subject_will_do(unlisted, tmp_path):
+def test_single_test_subject_is_enough(unlisted, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("Q_03\n")
     splits = [
@@ -661,12 +661,12 @@ def test_output_dir_that_is_a_file_is_refused(cohort, tmp_path):
 
 
 def content(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """Damage the uncompressed bytes of a volume; gzip is sound."""
+    """Damage the uncompressed bytes of a volume in a valid gzip file."""
     return lambda path: path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
 
 
 def header(**fields: object) -> Callable[[Path], None]:
-    """Damage the header of a volume; gzip is sound."""
+    """Damage the header of a volume in a valid gzip file."""
 
     def change(data: bytes) -> bytes:
         header = nibabel.Nifti1Header(data[:348], check=False)
@@ -678,19 +678,19 @@ def header(**fields: object) -> Callable[[Path], None]:
 
 
 def voxels(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    """Put other voxels into a sound file."""
+    """Replace the voxels in a valid file."""
     return lambda path: save(path, change(np.asarray(nibabel.load(path).dataobj)))
 
 
-def elsewhere(path: Path) -> None:
-    """The same voxels, but shifted by 1 mm."""
+def shift_affine(path: Path) -> None:
+    """Shift the affine by 1 mm; the voxels stay the same."""
     affine = np.eye(4)
     affine[0, 3] = 1
     nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), affine), path)
 
 
 def put(kind: type, index: int, value: float) -> Callable[[Path], None]:
-    """Set one voxel of the brain, as another dtype."""
+    """Convert to another dtype and set one brain voxel."""
 
     def change(volume: np.ndarray) -> np.ndarray:
         volume = volume.astype(kind)
@@ -710,7 +710,7 @@ def wrong_checksum(path: Path) -> None:
 
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
-BAD_VOLUMES = {  # which volume, how, what is said
+BAD_VOLUMES = {  # the kind, the damage, parts of the message
     "no gzip": ("t1", lambda path: path.write_text("a web page"), "cannot be read", "gzip"),
     "empty": ("t1", lambda path: path.write_bytes(b""), "cannot be read", "NIfTI"),
     "no NIfTI": ("t2", lambda path: path.write_bytes(gzip.compress(bytes(5000))), "cannot be read", "NIfTI"),
@@ -728,8 +728,8 @@ BAD_VOLUMES = {  # which volume, how, what is said
     "two axes": ("t2", voxels(lambda volume: volume[:, :, 5]), "one 3D volume", "(24, 20)"),
     "other shape": ("t1", voxels(lambda volume: volume[:, :-1]), "shape (24, 19, 12)", "(24, 20, 12)"),
     "other shape of seg": ("seg", voxels(lambda volume: volume[1:]), "shape (23, 20, 12)"),
-    "other affine": ("flair", elsewhere, "affine"),
-    "other affine of seg": ("seg", elsewhere, "affine"),
+    "other affine": ("flair", shift_affine, "affine"),
+    "other affine of seg": ("seg", shift_affine, "affine"),
     "no affine": ("t2", header(sform_code=1, srow_x=np.nan), "affine is not finite"),
     "NaN": ("t1", put(np.float32, 7, np.nan), "not finite"),
     "Inf": ("t1", put(np.float64, 7, -np.inf), "not finite"),
@@ -749,8 +749,8 @@ BAD_VOLUMES = {  # which volume, how, what is said
 
 
 @pytest.fixture(scope="module")
-def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, Done]:
-    """The cohort with a subject more for each bad volume, its output, and what the run said."""
+def damaged_cohort(cohort, tmp_path_factory) -> tuple[Path, Path, Done]:
+    """Preprocess the cohort and one subject per bad volume; return the data folder, the output folder and the run."""
     folder = tmp_path_factory.mktemp("spoilt")
     data_dir, output_dir = folder / "raw", folder / "out"
     shutil.copytree(cohort, data_dir)
@@ -764,8 +764,8 @@ def spoilt(cohort, tmp_path_factory) -> tuple[Path, Path, Done]:
 
 
 @pytest.mark.parametrize("case", BAD_VOLUMES)
-def test_a_bad_subject_is_left_out_with_a_plain_sentence(spoilt, case):
-    data_dir, output_dir, result = spoilt
+def test_bad_subject_is_left_out_with_an_explanation(damaged_cohort, case):
+    data_dir, output_dir, result = damaged_cohort
     name = f"B{list(BAD_VOLUMES).index(case):02d}"
     kind, _, *fragments = BAD_VOLUMES[case]
     [sentence] = [line for line in result.stderr.splitlines() if name in line]
@@ -776,8 +776,8 @@ def test_a_bad_subject_is_left_out_with_a_plain_sentence(spoilt, case):
     assert not [path for path in output_dir.rglob("*") if name in path.name]
 
 
-def test_bad_subjects_do_not_keep_others_from_being_made(spoilt, finished):
-    _, output_dir, result = spoilt
+def test_bad_subjects_do_not_affect_the_others(damaged_cohort, finished):
+    _, output_dir, result = damaged_cohort
     assert result.code == 1
     assert len(result.stderr.splitlines()) == len(BAD_VOLUMES), result.stderr
     n_train = (len(BAD_VOLUMES) + 1) // 2
@@ -787,10 +787,10 @@ def test_bad_subjects_do_not_keep_others_from_being_made(spoilt, finished):
     assert contents(output_dir) == {name: data for name, data in contents(finished).items() if name not in lists}
 
 
-def test_a_subject_whose_file_was_replaced_is_made_by_the_same_command(cohort, finished, tmp_path):
+def test_rerun_makes_a_subject_whose_file_was_replaced(cohort, finished, tmp_path):
     data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
     path = data_dir / "P_val" / "P_val_t2.nii.gz"
-    sound = path.read_bytes()
+    intact = path.read_bytes()
     cut_bytes(path)
     command = ("--data_dir", data_dir, "--output_dir", tmp_path / "out", "--slices", 4, 9)
     for _ in range(2):
@@ -798,12 +798,12 @@ def test_a_subject_whose_file_was_replaced_is_made_by_the_same_command(cohort, f
         assert (result.code, result.stderr.count("\n")) == (1, 1)
         assert "P_val_t2.nii.gz cannot be read" in result.stderr
     assert "already preprocessed: 4 of 5 subjects" in result.stdout
-    path.write_bytes(sound)
+    path.write_bytes(intact)
     assert run_script(*command).code == 0
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def test_a_subject_with_too_few_slices_is_left_out(cohort, tmp_path):
+def test_subject_with_too_few_slices_is_left_out(cohort, tmp_path):
     data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
     for kind in KINDS:
         save(data_dir / "P_train" / f"P_train_{kind}.nii.gz", raw(cohort, "P_train", kind)[:, :, :8])

@@ -1,4 +1,4 @@
-"""The split by hash: its shares, its stability, its fallbacks, and its command line."""
+"""Splits by hash: proportions, stability, fallbacks and command line."""
 
 from itertools import chain
 from pathlib import Path
@@ -36,17 +36,17 @@ def test_intervals_cover_the_unit_interval_once():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shares_over_many_names(seed):
+def test_proportions_over_many_names(seed):
     splits = split_subjects(NAMES, seed)
     assert sorted(chain.from_iterable(splits.values())) == NAMES
-    # Four standard deviations of a binomial of 2,000.
+    # Tolerances: four standard deviations of a binomial with n = 2000.
     assert len(splits["train"]) / 2000 == pytest.approx(0.78, abs=0.037)
     assert len(splits["val"]) / 2000 == pytest.approx(0.11, abs=0.028)
     assert len(splits["test"]) / 2000 == pytest.approx(0.11, abs=0.028)
 
 
 def test_split_is_the_same_on_every_machine():
-    # By hand: printf 'BraTS2021_00004:0' | sha256sum begins d8e3…, and 0xd8e3 / 0x10000 = 0.847.
+    # By hand: `printf 'BraTS2021_00004:0' | sha256sum` prints d8e3…, and 0xd8e3 / 0x10000 = 0.847.
     splits = split_subjects(NAMES[:20])
     assert splits["val"] == ["BraTS2021_00004", "BraTS2021_00013", "BraTS2021_00014", "BraTS2021_00017"]
     assert splits["test"] == ["BraTS2021_00001", "BraTS2021_00002", "BraTS2021_00009"]
@@ -56,7 +56,7 @@ def test_order_of_the_subjects_is_irrelevant():
     assert split_subjects(reversed(NAMES[:100])) == split_subjects(NAMES[:100])
 
 
-def test_one_subject_more_moves_no_other():
+def test_extra_subject_moves_no_other():
     fewer = part_of(split_subjects(NAMES[:100]))
     for extra in NAMES[100:130]:
         more = part_of(split_subjects([*NAMES[:100], extra]))
@@ -64,13 +64,13 @@ def test_one_subject_more_moves_no_other():
         assert more == fewer
 
 
-def test_seed_matters():
+def test_seed_changes_the_split():
     assert split_subjects(NAMES[:100], seed=0) != split_subjects(NAMES[:100], seed=1)
     assert split_off_validation(NAMES[:100], seed=0) != split_off_validation(NAMES[:100], seed=1)
 
 
 @pytest.mark.parametrize("count", range(3, 41))
-def test_no_part_is_ever_empty(count):
+def test_no_part_is_empty(count):
     for start in range(0, 400, 40):
         names = NAMES[start : start + count]
         splits = split_subjects(names)
@@ -84,7 +84,7 @@ def test_fewer_than_three_subjects_are_refused(count):
         split_subjects(NAMES[:count])
 
 
-def test_validation_is_hashed_out_of_training():
+def test_validation_is_split_off_training():
     training, validation = split_off_validation(NAMES)
     assert sorted(training + validation) == NAMES
     assert len(validation) / 2000 == pytest.approx(11 / 89, abs=0.03)
@@ -92,10 +92,10 @@ def test_validation_is_hashed_out_of_training():
     assert [set(part) - {NAMES[-1]} for part in (training, validation)] == [set(part) for part in without_one]
 
 
-def test_validation_out_of_a_training_list_made_here_has_its_full_share():
-    made_here = split_subjects(NAMES)["train"]
-    _, validation = split_off_validation(made_here)
-    assert len(validation) / len(made_here) == pytest.approx(11 / 89, abs=0.035)
+def test_validation_has_its_full_share_of_a_training_list_that_was_hashed():
+    hashed = split_subjects(NAMES)["train"]
+    _, validation = split_off_validation(hashed)
+    assert len(validation) / len(hashed) == pytest.approx(11 / 89, abs=0.035)
 
 
 @pytest.mark.parametrize("count", range(2, 41))
@@ -107,12 +107,12 @@ def test_neither_training_nor_validation_is_empty(count):
         assert len(training) + len(validation) == count
 
 
-def test_a_lone_subject_stays_in_training():
+def test_single_subject_stays_in_training():
     assert split_off_validation(["A"]) == (["A"], [])
     assert split_off_validation([]) == ([], [])
 
 
-def test_subjects_are_folders_with_volumes_of_their_name(tmp_path):
+def test_subjects_are_folders_with_volumes_named_after_them(tmp_path):
     make_subjects(tmp_path, ["B", "A"])
     (tmp_path / "C").mkdir()
     (tmp_path / "C" / "C_t1.nii").touch()
@@ -123,7 +123,7 @@ def test_subjects_are_folders_with_volumes_of_their_name(tmp_path):
     assert list(read_brats(tmp_path).subjects) == ["A", "B", "C"]
 
 
-def test_lists_may_come_from_any_editor(tmp_path):
+def test_lists_may_have_a_bom_crlf_spaces_and_duplicates(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffA\r\n\r\n  B \r\nA".encode())
     assert read_list(path) == ["A", "B"]

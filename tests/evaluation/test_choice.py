@@ -1,4 +1,4 @@
-"""Choosing a score on validation slices: near-ties, and slices that say little or nothing."""
+"""Choosing a score on validation slices: near-ties, single slices, and slices without lesions or variance."""
 
 import numpy as np
 import pytest
@@ -26,30 +26,30 @@ def choice(maps: dict, input: str = "flair"):
     return choose(maps, GRID, input)
 
 
-def test_every_score_is_tried_at_its_own_auprc():
+def test_grid_auprc_agrees_with_each_scores_average_precision():
     maps = make_maps(n=6)
     grid = applicable(maps, GRID)
-    assert {one.neighbours for one in grid} == {0.0}  # of one slice a scan
+    assert {settings.neighbours for settings in grid} == {0.0}  # each scan has one slice
     found = dict(grid_auprc(maps, grid, np.ones((1, 6), dtype=int)))
     assert list(found) == grid
-    for one in grid[::7]:
-        scores = anomaly_map(maps, one, fit_constants(maps, one))
-        exact = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"], one.rim))
-        assert float(found[one][0]) == pytest.approx(exact, abs=1 / 512)
+    for settings in grid[::7]:
+        scores = anomaly_map(maps, settings, fit_constants(maps, settings))
+        exact = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"], settings.rim))
+        assert float(found[settings][0]) == pytest.approx(exact, abs=1 / 512)
 
 
-def test_few_thresholds_bound_the_error_of_auprc():
+def test_number_of_thresholds_bounds_the_error_of_auprc():
     rng = np.random.default_rng(0)
     truth = rng.random((8, 40, 40)) < 0.2
     scores, ranked = rng.normal(size=truth.shape) + truth, np.ones_like(truth)
     draws = rng.multinomial(8, np.full(8, 1 / 8), 20)
     exact = weighted_auprc(scores, truth, ranked, draws)
-    for most in (16, 64, 256):
-        few = weighted_auprc(scores, truth, ranked, draws, most)
-        assert (np.abs(few - exact) <= 1 / most).all()
+    for max_thresholds in (16, 64, 256):
+        approximate = weighted_auprc(scores, truth, ranked, draws, max_thresholds)
+        assert (np.abs(approximate - exact) <= 1 / max_thresholds).all()
 
 
-def test_the_sign_of_lesions_is_found_where_healthy_errors_have_the_other():
+def test_sign_follows_the_lesions_despite_opposite_healthy_errors():
     maps = make_maps(n=8)
     spots = np.random.default_rng(3).random(maps["truth"].shape) < 0.1
     maps["image"] = maps["image"] - np.float32(4) * (spots & maps["brainmask"] & ~maps["truth"])
@@ -58,7 +58,7 @@ def test_the_sign_of_lesions_is_found_where_healthy_errors_have_the_other():
     assert choice(dark).settings.sign == "dark"
 
 
-def test_both_signs_are_kept_where_lesions_have_both():
+def test_lesions_of_both_signs_keep_both():
     maps = make_maps(n=8)
     core = maps["truth"].copy()
     core[:, :, 13:] = False
@@ -68,8 +68,8 @@ def test_both_signs_are_kept_where_lesions_have_both():
     assert 0.3 < found.selection["lesion_error_above"] < 0.7
 
 
-def test_of_scores_that_find_about_as_much_the_robust_one_is_taken():
-    """A lesion so clear that everything finds it: then what is robust elsewhere decides."""
+def test_the_most_robust_of_near_best_scores_is_chosen():
+    """The lesion is so bright that every score finds it, so robustness decides."""
     maps = make_maps(n=8)
     maps["image"] = maps["image"] + np.float32(50) * maps["truth"]
     found = choice(maps)
@@ -79,7 +79,7 @@ def test_of_scores_that_find_about_as_much_the_robust_one_is_taken():
     assert found.selection["resampled"] == "subjects"
 
 
-def test_the_order_of_preference():
+def test_order_of_preference():
     robust = ScoreSettings("bright")
     worse = [
         robust._replace(norm="squared"),
@@ -87,13 +87,13 @@ def test_the_order_of_preference():
         robust._replace(sign="both"),
         robust._replace(sign="dark"),
     ]
-    for i, one in enumerate(worse):
-        assert most_robust([*reversed(worse[i:])], "bright") == one
+    for i, settings in enumerate(worse):
+        assert most_robust([*reversed(worse[i:])], "bright") == settings
     assert most_robust(worse, "dark") == worse[-1]
 
 
 @pytest.mark.parametrize(("input", "sign"), [("flair", "bright"), ("t2", "bright"), ("t1", "dark")])
-def test_without_a_lesion_the_modality_says_the_sign(input, sign):
+def test_modality_determines_the_sign_without_lesions(input, sign):
     maps = make_maps()
     maps["truth"][:] = False
     found = choice(maps, input)
@@ -102,29 +102,29 @@ def test_without_a_lesion_the_modality_says_the_sign(input, sign):
     assert found.constants.usual
 
 
-def test_a_single_slice_says_the_sign_only():
+def test_a_single_slice_determines_only_the_sign():
     found = choice(make_maps(n=1))
     assert found.settings == ScoreSettings("bright")
 
 
-def test_of_one_subject_the_slices_are_resampled():
+def test_slices_of_a_single_subject_are_resampled():
     found = choice(make_maps(n=6, per_scan=6))
     assert found.selection["resampled"] == "slices"
-    assert {one.neighbours for one in applicable(make_maps(n=6, per_scan=6), GRID)} == {0.0, 3.0}
+    assert {settings.neighbours for settings in applicable(make_maps(n=6, per_scan=6), GRID)} == {0.0, 3.0}
 
 
-def test_without_variance_nothing_is_standardised():
+def test_standardised_scores_need_variance():
     maps = make_maps()
     maps["variance"][:] = 0
-    assert {one.norm for one in applicable(maps, GRID)} == {"absolute"}
+    assert {settings.norm for settings in applicable(maps, GRID)} == {"absolute"}
     alone = [ScoreSettings(norm="standardised")]
     assert applicable(maps, alone) == alone
 
 
-def test_the_intensity_is_given_the_same_choice():
+def test_intensity_baseline_gets_the_same_choice():
     sign, grid = intensity_grid(GRID, "dark")
     assert sign == "dark"
-    assert {one[:4] for one in grid} == {("dark", "absolute", "none", "none")}
-    assert {one.rim for one in grid} == {0.0, 4.0}
+    assert {settings[:4] for settings in grid} == {("dark", "absolute", "none", "none")}
+    assert {settings.rim for settings in grid} == {0.0, 4.0}
     assert intensity_grid([ScoreSettings("bright")], "dark")[0] == "bright"
     assert len(intensity_grid([ScoreSettings(norm="standardised")], "dark")[1]) == 1

@@ -1,4 +1,4 @@
-"""Pictures: what they show is taken out of the figures again."""
+"""Figures: the plotted data is read back and compared with the input."""
 
 import matplotlib.image
 import numpy as np
@@ -59,33 +59,33 @@ def test_best_median_worst(n):
         assert np.median(dice) == pytest.approx(shown[2:4].mean(), abs=1 / n)
 
 
-def test_an_undefined_dice_is_among_the_worst():
+def test_undefined_dice_counts_as_worst():
     assert list(best_median_worst(np.array([0.5, np.nan, 0.9, 0.7]))) == [2, 3, 1]
 
 
-def test_all_pictures_are_written_and_readable(maps, tmp_path):
+def test_all_figures_are_written_and_readable(maps, tmp_path):
     write_figures(tmp_path / "figures", draw(maps, val=labelled(maps)))
     sizes = {"slices": 6 * 150, "precision_recall": 400, "dice_threshold": 400, "histograms": 400}
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(sizes)
-    for name, least_height in sizes.items():
+    for name, min_height in sizes.items():
         picture = matplotlib.image.imread(tmp_path / "figures" / f"{name}.png")[..., :3]
         height, width, _ = picture.shape
-        assert height >= least_height
+        assert height >= min_height
         assert width >= 700
         assert 0.05 < (picture == 1).all(-1).mean() < 0.98
 
 
-def test_the_panel_has_contours_of_truth_and_prediction(maps):
+def test_slices_figure_outlines_truth_and_prediction(maps):
     figure = draw(maps, val=labelled(maps))["slices"]
     rows = np.array(figure.axes[:30]).reshape(6, 5)
     assert [len(ax.collections) for ax in rows[0]] == [0, 0, 0, 0, 2]
     assert {"prediction (validation threshold)", "truth"} == {t.get_text() for t in figure.legends[0].texts}
-    assert figure.axes[30].get_ylabel() == "squared cyclic error"  # the colour bar's
+    assert figure.axes[30].get_ylabel() == "squared cyclic error"  # of the colour bar
     without_val = draw(maps)["slices"]
     assert "prediction (oracle threshold)" in {text.get_text() for text in without_val.legends[0].texts}
 
 
-def test_precision_recall_has_the_area_that_its_legend_says(maps):
+def test_precision_recall_legend_gives_the_area_under_the_curve(maps):
     scores, truth = ranked_scores(*labelled(maps))
     figure = precision_recall_figure({"method": (scores, truth), "noise": (-scores, truth)})
     (ax,) = figure.axes
@@ -94,11 +94,11 @@ def test_precision_recall_has_the_area_that_its_legend_says(maps):
         recall, precision = curve.get_data()
         area = -np.sum(np.diff(recall) * precision[:-1])
         assert f"AUPRC {area:.3f}" in curve.get_label()
-    assert curves[0].get_linestyle() != curves[1].get_linestyle()  # not told apart by colour alone
+    assert curves[0].get_linestyle() != curves[1].get_linestyle()  # distinguishable without colour
     assert set(chance.get_ydata()) == {truth.mean()}
 
 
-def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
+def test_oracle_threshold_is_marked_at_the_peak_of_the_dice_curve(maps):
     scores = mask_scores(maps["scores"], maps["brainmask"])
     threshold, dice = best_threshold(scores, maps["truth"])
     figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2}, "error")
@@ -111,7 +111,7 @@ def test_the_marked_oracle_threshold_is_the_peak_of_the_curve(maps):
     assert f"Dice {dice:.3f}" in oracle.get_label()
 
 
-def test_histograms_hold_every_scored_pixel(maps):
+def test_histograms_count_every_scored_pixel(maps):
     scores = mask_scores(maps["scores"], maps["brainmask"])
     figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0}, "error")
     healthy, lesion = (patch.get_xy() for patch in figure.axes[0].patches)
@@ -121,16 +121,15 @@ def test_histograms_hold_every_scored_pixel(maps):
     assert figure.axes[0].get_yscale() == "log"
 
 
-@pytest.mark.filterwarnings("ignore:Data has no positive values")  # of a histogram with nothing in it
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # from an empty histogram
 @pytest.mark.parametrize("value", [0.0, np.nan])
-def test_maps_without_a_difference_can_be_drawn(maps, value, tmp_path):
-    """All scores alike, or none at all: there is then no threshold."""
+def test_constant_or_nan_scores_can_be_drawn(maps, value, tmp_path):
     constant = maps | {"scores": np.full_like(maps["scores"], value)}
     write_figures(tmp_path / "figures", draw(constant, val=labelled(constant)))
     assert len(list((tmp_path / "figures").iterdir())) == 4
 
 
-def test_a_scans_report_shows_scan_scores_and_what_is_marked():
+def test_scan_figure_shows_scan_scores_and_marked_regions():
     rng = np.random.default_rng(0)
     images = np.full((2, 20, 24), -3.0)
     images[:, 4:16, 5:21] = rng.normal(size=(2, 12, 16))
@@ -150,7 +149,7 @@ def test_a_scans_report_shows_scan_scores_and_what_is_marked():
             expected = shown[i][crop].T
             if shown is images:
                 expected = np.clip((expected + 3) / 8, 0, 1)
-            np.testing.assert_allclose(picture, expected)  # front up, right on the left
+            np.testing.assert_allclose(picture, expected)  # anterior up, right on the left
             assert ax.get_aspect() == 1.5
     assert {text.get_text() for text in panels[0, 0].texts} == {"R", "L"}
     outlines = [len(ax.collections) for ax in panels[2]]
@@ -159,10 +158,10 @@ def test_a_scans_report_shows_scan_scores_and_what_is_marked():
     assert bar.get_ylim()[1] >= 4
 
 
-def test_a_scan_without_any_score_can_be_drawn(tmp_path):
+def test_scan_figure_of_zero_scores_can_be_drawn(tmp_path):
     images = np.full((1, 9, 9), -3.0)
     images[0, 3:6, 3:6] = 0
-    nothing = np.zeros_like(images)
-    figure = scan_figure(images, nothing, nothing > 0, ["slice 0"], threshold=2.0, aspect=1, title="", meaning="error")
+    zeros = np.zeros_like(images)
+    figure = scan_figure(images, zeros, zeros > 0, ["slice 0"], threshold=2.0, aspect=1, title="", meaning="error")
     write_figures(tmp_path / "figures", {"report": figure})
     assert matplotlib.image.imread(tmp_path / "figures/report.png").std() > 0

@@ -1,4 +1,4 @@
-"""Every metric against an independent computation, and every degenerate case against the documented answer."""
+"""Metrics against independent computations, and degenerate cases against the documented results."""
 
 import json
 import warnings
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 def random_case(seed: int, n: int = 5, size: int = 16, levels: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Scores with many ties (`levels` distinct values), higher on the lesions, and the truth: [n, size, size]."""
+    """Return scores with many ties (`levels` distinct values), higher on lesions, and the truth: [n, size, size]."""
     rng = np.random.default_rng(seed)
     truth = rng.random((n, size, size)) < rng.uniform(0.05, 0.4, (n, 1, 1))
     scores = rng.integers(0, levels, truth.shape) + rng.integers(0, 4, truth.shape) * truth
@@ -35,7 +35,7 @@ def random_case(seed: int, n: int = 5, size: int = 16, levels: int = 12) -> tupl
 
 
 def blobs(seed: int, n: int = 4, size: int = 24) -> np.ndarray:
-    """Smooth random masks, [n, size, size] bool; many touch the border, none is empty."""
+    """Return smooth random masks, bool [n, size, size]; many touch the border, none is empty."""
     noise = np.random.default_rng(seed).normal(size=(n, size, size))
     smooth = ndimage.gaussian_filter(noise, (0, 2, 2))
     return smooth > np.quantile(smooth, 0.8, axis=(1, 2), keepdims=True)
@@ -47,7 +47,7 @@ def disk_mask(n: int = 3, size: int = 64, radius: float = 26) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Where a score counts
+# Scored region
 
 
 @pytest.mark.parametrize(
@@ -57,24 +57,24 @@ def disk_mask(n: int = 3, size: int = 64, radius: float = 26) -> np.ndarray:
 def test_scored_region_is_erosion_by_a_disk_scaled_with_the_image(shape, radius):
     smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=shape), min(shape) / 12)
     mask = smooth > np.quantile(smooth, 0.4)
-    mask[: shape[0] // 2] |= True  # touches three sides of the image, beyond which there is no brain
+    mask[: shape[0] // 2] |= True  # touches three sides of the image
     expected = ndimage.binary_erosion(mask, disk(radius), border_value=0)
     assert expected.any()
     np.testing.assert_array_equal(metrics.scored_region(mask[None])[0], expected)
 
 
-def test_scored_region_of_a_mask_without_background_still_loses_the_border():
+def test_scored_region_excludes_the_image_border_without_background():
     region = metrics.scored_region(np.ones((2, 128, 128), dtype=bool))
     expected = np.zeros_like(region)
     expected[:, 4:-4, 4:-4] = True
     np.testing.assert_array_equal(region, expected)
 
 
-def test_outside_the_scored_region_a_score_is_lowest_and_never_predicted():
+def test_scores_outside_the_scored_region_rank_lowest_and_are_never_predicted():
     brain = disk_mask()
     region = metrics.scored_region(brain)
     truth = np.zeros_like(brain)
-    truth[:, 32, 32:60] = True  # from the centre across the rim and out of the brain
+    truth[:, 32, 32:60] = True  # from the centre across the rim to outside the brain
     scores = np.where(region, -5.0, 1000.0)
     cut = metrics.mask_scores(scores, brain)
     overlap = metrics.overlap_at(cut, truth, -5.0)
@@ -82,23 +82,23 @@ def test_outside_the_scored_region_a_score_is_lowest_and_never_predicted():
     np.testing.assert_allclose(overlap["precision"], (truth & region).sum((1, 2)) / region.sum((1, 2)))
 
 
-def test_lesion_pixels_outside_the_brain_stay_misses():
+def test_lesion_pixels_outside_the_brain_count_as_missed():
     brain = disk_mask()
     truth = np.zeros_like(brain)
     truth[:, 30:34, 30:34] = True
     scores = truth.astype(float)
     assert metrics.evaluate(scores, truth, brain).summary["auprc"] == 1
-    truth[:, :2, :8] = True  # as many again, beyond the brain, and scored as highly
+    truth[:, :2, :8] = True  # as many again outside the brain, with the same score
     summary = metrics.evaluate(truth.astype(float), truth, brain).summary
     assert summary["lost_lesion_share"] == 0.5
     assert summary["oracle"]["sensitivity"] == 0.5
     n_brain = int(brain[0].sum())
     assert summary["chance"] == pytest.approx(32 / (n_brain + 16))
-    # Half of the recall at precision 1, the rest only with everything predicted.
+    # Recall is 0.5 at precision 1; the rest is found only when every pixel is predicted.
     assert summary["auprc"] == pytest.approx(0.5 + 0.5 * 32 / (n_brain + 16))
 
 
-def test_the_rim_of_the_brain_is_ranked_but_healthy_pixels_beyond_are_not():
+def test_brain_rim_is_ranked_but_healthy_pixels_outside_the_brain_are_not():
     scores, truth = random_case(0, n=3, size=64)
     brain = disk_mask()
     truth &= brain
@@ -147,7 +147,7 @@ def test_threshold_is_not_rounded_to_the_scores_precision():
 
 
 def edge_coordinates(mask: np.ndarray) -> np.ndarray:
-    """Pixels of the mask with one of their four neighbours outside it, the image's outside included."""
+    """Return the pixels of the mask with a 4-neighbour outside the mask or the image."""
     return np.argwhere(mask & ~ndimage.binary_erosion(mask, border_value=0)).astype(np.float64)
 
 
@@ -175,12 +175,12 @@ def test_surface_distances_of_masks_that_fill_the_image_or_one_pixel():
     np.testing.assert_allclose(np.stack([computed["assd"], computed["hd95"]], axis=1), expected, atol=1e-5)
 
 
-def test_surface_distance_of_shifted_squares_is_known():
+def test_surface_distances_of_shifted_squares():
     scores, truth = np.zeros((1, 32, 32)), np.zeros((1, 32, 32), dtype=bool)
     truth[0, 10:13, 10:13] = True
     scores[0, 10:13, 20:23] = 1
     found = metrics.surface_distances_at(scores, truth, 1.0)
-    # Of each square's 8 edge pixels, the columns are 8, 9 and 10 px away from the other's nearest column.
+    # The columns of each square's 8 edge pixels are 8, 9 and 10 px from the other square's nearest column.
     assert found["assd"] == pytest.approx([(3 * 8 + 2 * 9 + 3 * 10) / 8])
     assert found["hd95"] == pytest.approx([10])
     assert metrics.surface_distances_at(truth.astype(float), truth, 1.0) == {"assd": [0], "hd95": [0]}
@@ -200,7 +200,7 @@ def test_surface_distance_of_shifted_squares_is_known():
 )
 def test_empty_truth_and_empty_prediction(lesion, predicted, expected):
     scores, truth = np.zeros((2, 16, 16)), np.zeros((2, 16, 16), dtype=bool)
-    truth[0, 5:9, 5:9] = scores[0, 5:9, 5:9] = 1  # the other slice is a perfect one, and stays so
+    truth[0, 5:9, 5:9] = scores[0, 5:9, 5:9] = 1  # slice 0 is predicted perfectly
     truth[1, 2:4, 2:4] = lesion
     scores[1, 2:4, 2:4] = predicted
     with warnings.catch_warnings():
@@ -214,14 +214,14 @@ def test_empty_truth_and_empty_prediction(lesion, predicted, expected):
 def test_undefined_slices_are_left_out_of_the_mean_and_counted():
     brain = np.ones((3, 16, 16), dtype=bool)
     truth = np.zeros_like(brain)
-    truth[:2, 5:9, 5:9] = True  # the third has no lesion
+    truth[:2, 5:9, 5:9] = True  # the third slice has no lesion
     scores = truth * 1.0
-    scores[1] = 0  # the second's is missed
+    scores[1] = 0  # the second lesion is missed
     found = metrics.evaluate(scores, truth, brain, n_resamples=50)
     oracle = found.summary["oracle"]
     assert oracle["undefined"] == {"dice": 1, "jaccard": 1, "sensitivity": 1, "precision": 2, "assd": 2, "hd95": 2}
     assert (oracle["dice"], oracle["precision"], oracle["assd"]) == (0.5, 1, 0)
-    assert oracle["precision_interval"] == [None, None]  # one slice has no interval
+    assert oracle["precision_interval"] == [None, None]  # no interval from a single slice
     assert found.summary["auprc_undefined"] == 1
     np.testing.assert_array_equal(found.per_slice["oracle_dice"], [1, 0, NAN])
 
@@ -234,7 +234,7 @@ def test_ranking_without_lesion_or_without_healthy_pixels():
     assert np.isnan(metrics.auroc(scores, np.ones(16, bool)))
 
 
-def test_constant_scores_are_chance():
+def test_constant_scores_give_chance_level():
     _, truth = random_case(1)
     brain = np.ones_like(truth)
     summary = metrics.evaluate(np.full(truth.shape, 0.3, np.float32), truth, brain, n_resamples=10).summary
@@ -260,7 +260,7 @@ def test_nan_scores_rank_last_are_never_predicted_and_are_counted():
     assert summary["nan_scores"] == 5 * 3 * 14  # the image border is outside the scored region
 
 
-def test_a_map_of_nothing_but_nan_is_scored_as_no_detection():
+def test_an_all_nan_map_counts_as_no_detection():
     _, truth = random_case(3)
     found = metrics.evaluate(np.full(truth.shape, NAN), truth, np.ones_like(truth), n_resamples=10)
     assert found.summary["auprc"] == pytest.approx(found.summary["chance"])
@@ -270,7 +270,7 @@ def test_a_map_of_nothing_but_nan_is_scored_as_no_detection():
     json.dumps(found.summary, allow_nan=False)
 
 
-def test_a_test_set_without_any_lesion():
+def test_test_set_without_lesions():
     scores, truth = random_case(4)
     found = metrics.evaluate(scores, np.zeros_like(truth), np.ones_like(truth), n_resamples=10)
     for name in ("auprc", "auprc_per_slice_mean", "auroc", "lost_lesion_share"):
@@ -282,7 +282,7 @@ def test_a_test_set_without_any_lesion():
 
 
 @pytest.mark.parametrize("bad", [np.zeros((16, 16)), np.zeros((0, 16, 16)), np.zeros((2, 16, 8))])
-def test_wrong_shapes_are_refused_by_name(bad):
+def test_errors_on_wrong_shapes_name_the_argument(bad):
     good = np.ones((2, 16, 16), dtype=bool)
     for arguments in [(bad, good, good), (good, bad, good), (good, good, bad)]:
         with pytest.raises(ValueError, match=r"scores|truth|brainmask"):
@@ -292,17 +292,17 @@ def test_wrong_shapes_are_refused_by_name(bad):
 
 
 @pytest.mark.parametrize("threshold", [-np.inf, NAN])
-def test_a_threshold_that_would_predict_the_outside_is_refused(threshold):
+def test_thresholds_that_would_predict_outside_the_brain_are_refused(threshold):
     with pytest.raises(ValueError, match="threshold"):
         metrics.overlap_at(*random_case(0), threshold)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The threshold
+# Best threshold
 
 
 def brute_force_best(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Each distinct score in descending order, one after another; the first of the best."""
+    """Try each distinct score in descending order; return the first with the highest mean Dice, and that Dice."""
     thresholds = np.unique(scores[scores > -np.inf].astype(np.float64))[::-1]
     means = []
     for threshold in thresholds:
@@ -316,7 +316,7 @@ def brute_force_best(scores: np.ndarray, truth: np.ndarray) -> tuple[float, floa
 
 @pytest.mark.parametrize("levels", [2, 5, 50, 10**7])
 @pytest.mark.parametrize("seed", range(6))
-def test_best_threshold_is_that_of_brute_force(seed, levels):
+def test_best_threshold_agrees_with_brute_force(seed, levels):
     scores, truth = random_case(seed, levels=levels, size=12)
     if seed % 2:
         truth[1] = False  # a slice with no lesion, whose Dice is defined only once something is predicted
@@ -327,22 +327,22 @@ def test_best_threshold_is_that_of_brute_force(seed, levels):
     assert mean_dice == pytest.approx(expected[1], abs=1e-12)
 
 
-def test_best_threshold_is_one_for_all_slices_and_weighs_slices_equally():
+def test_best_threshold_is_shared_by_all_slices_and_weighs_them_equally():
     truth = np.zeros((3, 16, 16), dtype=bool)
     truth[0, :8] = True  # one large lesion, found at 2; two small ones, found at 1
     truth[1:, 0, :2] = True
     scores = np.where(truth, 1.0, 0.0)
     scores[0] = np.where(truth[0], 2.0, 1.5)
-    # Over pooled pixels 2 would win; over slices 1 does: (2/3 + 1 + 1) / 3 against (1 + 0 + 0) / 3.
+    # Pooled pixels would favour 2; the mean over slices favours 1: (2/3 + 1 + 1) / 3 against (1 + 0 + 0) / 3.
     assert metrics.best_threshold(scores, truth) == (1.0, pytest.approx((2 / 3 + 2) / 3))
 
 
-def test_best_threshold_leaves_slices_out_while_their_dice_is_undefined():
+def test_best_threshold_ignores_slices_while_their_dice_is_undefined():
     scores, truth = np.zeros((2, 16, 16)), np.zeros((2, 16, 16), dtype=bool)
     truth[0, :2, :3] = True
     scores[0, 0, :3], scores[0, 1, :3] = 2, 1
-    scores[1, 0, 0] = 1  # a false alarm in the slice with no lesion
-    # At 2 the second slice is undefined and the mean 6/9; at 1 the first is perfect, but the second counts as 0.
+    scores[1, 0, 0] = 1  # a false positive in the slice with no lesion
+    # At 2 the second slice is undefined and the mean 6/9; at 1 the first has Dice 1, but the second 0.
     assert metrics.best_threshold(scores, truth) == (2.0, pytest.approx(2 / 3))
 
 
@@ -351,15 +351,15 @@ def test_validation_threshold_comes_from_the_validation_slices_alone():
     truth = np.zeros_like(brain)
     truth[:, 5:10, 5:10] = True
     ramp = np.random.default_rng(0).permutation(np.linspace(0, 0.4, truth.size)).reshape(truth.shape)
-    scores = ramp + 0.5 * truth  # test lesions lie above 0.5, healthy pixels below 0.4
-    val_scores = ramp + 2 + 5 * truth  # validation lesions above 7, healthy ones above 2
+    scores = ramp + 0.5 * truth  # test lesions score above 0.5, healthy pixels below 0.4
+    val_scores = ramp + 2 + 5 * truth  # validation lesions above 7, healthy pixels above 2
     val = (val_scores, truth, brain)
     found = metrics.evaluate(scores, truth, brain, val, n_resamples=10).summary
     lowest_lesion = val_scores[truth & metrics.scored_region(brain)].min()
     assert found["validation"]["threshold"] == lowest_lesion
     assert found["validation"]["dice"] == 0  # nothing on the test slices reaches it
     assert found["oracle"]["dice"] == 1
-    # Nothing about the test set moves it, and nothing about the validation set moves the oracle.
+    # The test set does not affect the validation threshold, nor the validation set the oracle.
     other = metrics.evaluate(scores * 3 + 1, ~truth, brain, val, n_resamples=10).summary
     assert other["validation"]["threshold"] == lowest_lesion
     assert metrics.evaluate(scores, truth, brain, n_resamples=10).summary["oracle"] == found["oracle"]
@@ -382,14 +382,14 @@ examples = settings(derandomize=True, max_examples=60, deadline=None)
 
 @examples
 @given(score_arrays, truth_arrays, st.integers(-4, 5))
-def test_dice_and_jaccard_are_two_views_of_one_number(scores, truth, threshold):
+def test_dice_is_a_function_of_jaccard(scores, truth, threshold):
     found = metrics.overlap_at(scores, truth, threshold)
     np.testing.assert_allclose(found["dice"], 2 * found["jaccard"] / (1 + found["jaccard"]), atol=1e-12)
 
 
 @examples
 @given(score_arrays, truth_arrays)
-def test_a_monotone_transform_of_the_scores_changes_no_ranking_and_no_best_dice(scores, truth):
+def test_monotone_transforms_change_neither_ranking_metrics_nor_best_dice(scores, truth):
     for transformed in (np.exp(scores), 3 * scores**3 + scores, scores / 1000 - 7):
         for metric in (metrics.average_precision, metrics.auroc):
             np.testing.assert_allclose(metric(transformed, truth), metric(scores, truth), atol=1e-12)
@@ -413,16 +413,16 @@ def test_bootstrap_interval_covers_the_true_mean():
     rng = np.random.default_rng(0)
     intervals = [metrics.bootstrap_interval(rng.normal(0.4, 0.2, 40), 400, seed) for seed in range(300)]
     coverage = np.mean([low <= 0.4 <= high for low, high in intervals])
-    assert 0.90 <= coverage <= 0.98  # 0.95, less a little for 40 slices, give or take the error of 300 trials
+    assert 0.90 <= coverage <= 0.98  # 0.95, slightly less for 40 slices, ± the sampling error of 300 trials
 
 
-def test_bootstrap_interval_is_seeded_and_leaves_nan_out():
+def test_bootstrap_interval_is_seeded_and_ignores_nan():
     values = np.random.default_rng(1).random(30)
     with_nan = np.insert(values, [3, 17], NAN)
     assert metrics.bootstrap_interval(values, seed=5) == metrics.bootstrap_interval(with_nan, seed=5)
     assert metrics.bootstrap_interval(values, seed=5) != metrics.bootstrap_interval(values, seed=6)
     low, high = metrics.bootstrap_interval(values)
-    error = values.std() / np.sqrt(30)  # percentile ends of a mean, by the central limit theorem
+    error = values.std() / np.sqrt(30)  # of the mean, which is nearly normal
     np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * error, atol=0.2 * error)
 
 
@@ -445,7 +445,7 @@ def test_paired_bootstrap_resamples_slices_jointly():
 
 
 @pytest.mark.parametrize("levels", [4, 10**7])
-def test_resampled_auprc_is_that_of_scikit_learn(levels):
+def test_resampled_auprc_agrees_with_scikit_learn(levels):
     rng = np.random.default_rng(levels)
     scores, truth = random_case(3, n=6, levels=levels)
     scores[:, :3] = -np.inf
@@ -462,16 +462,16 @@ def test_resampled_auprc_is_that_of_scikit_learn(levels):
     assert plain == pytest.approx(metrics.average_precision(scores[ranked], truth[ranked]), abs=1e-12)
 
 
-def test_resampled_auprc_does_not_depend_on_the_chunks(monkeypatch):
+def test_resampled_auprc_does_not_depend_on_the_chunk_size(monkeypatch):
     scores, truth = random_case(5, n=4, levels=10**7)
     draws = np.random.default_rng(0).multinomial(4, np.full(4, 1 / 4), 5)
-    whole = metrics.weighted_auprc(scores, truth, np.ones_like(truth), draws)
+    unchunked = metrics.weighted_auprc(scores, truth, np.ones_like(truth), draws)
     monkeypatch.setattr(metrics, "CHUNK", 7)
     chunked = metrics.weighted_auprc(scores, truth, np.ones_like(truth), draws)
-    np.testing.assert_allclose(chunked, whole, atol=1e-12)
+    np.testing.assert_allclose(chunked, unchunked, atol=1e-12)
 
 
-def test_auprc_interval_is_that_of_pooling_resampled_slices():
+def test_auprc_interval_agrees_with_pooling_resampled_slices():
     scores, truth = random_case(6, n=12, size=8)
     rng = np.random.default_rng(0)
     resampled = []
@@ -487,16 +487,16 @@ def test_auprc_interval_is_that_of_pooling_resampled_slices():
 def test_auprc_interval_of_too_few_slices_and_of_resamples_without_lesion():
     scores, truth = random_case(7, n=2)
     assert np.isnan(metrics.auprc_bootstrap_interval(scores[:1], truth[:1], truth[:1] | True)).all()
-    truth[1] = False  # a quarter of the resamples hold the second slice alone
+    truth[1] = False  # a quarter of the resamples contain only the second slice
     low, high = metrics.auprc_bootstrap_interval(scores, truth, np.ones_like(truth))
     assert 0 < low < high < 1
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The whole table
+# Summary
 
 
-def test_summary_reports_the_means_and_the_columns_they_come_from():
+def test_summary_agrees_with_the_per_slice_columns():
     scores, truth = random_case(8, n=6, size=64, levels=30)
     brain = disk_mask(6)
     truth &= brain

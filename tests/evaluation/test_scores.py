@@ -1,4 +1,4 @@
-"""From error maps to a score: each step against its closed form, and what must not change it."""
+"""Anomaly scores from error maps: each step against its closed form, and the expected invariances."""
 
 from itertools import product
 
@@ -32,7 +32,7 @@ N, SIZE = 4, 32
 
 
 def make_maps(seed: int = 0, n: int = N, per_scan: int = 1) -> dict:
-    """Slices with a smooth reconstruction, an image that is it and noise, and a bright lesion."""
+    """Return slices with a smooth reconstruction, the same with noise as image, and a bright lesion."""
     rng = np.random.default_rng(seed)
     reconstruction = ndimage.gaussian_filter(rng.normal(size=(n, SIZE, SIZE)), (0, 2, 2)) * 8
     brainmask = np.zeros((n, SIZE, SIZE), bool)
@@ -58,7 +58,7 @@ def score(maps: dict, one: ScoreSettings, fitted_on: dict | None = None) -> np.n
 # The grid
 
 
-def test_the_grid_is_every_combination_that_makes_a_difference():
+def test_grid_contains_every_distinct_combination():
     options = {**ScoreSettings()._asdict(), "rim": "0, 4", "smoothing": "gaussian,none", "width": "0.03,0.05"}
     options |= {"outside": "zeros,left_out", "neighbours": "0"}
     grid = parse_grid({key: str(value) for key, value in options.items()})
@@ -79,17 +79,17 @@ def test_the_grid_is_every_combination_that_makes_a_difference():
         ("neighbours", "1e999", "neighbours='1e999' is not a number"),
     ],
 )
-def test_an_alternative_that_is_not_known_is_named(key, text, said):
+def test_errors_name_the_invalid_option(key, text, said):
     options = {name: str(value) for name, value in ScoreSettings()._asdict().items()}
     with pytest.raises(ValueError, match=said):
         parse_grid(options | {key: text})
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Pixel by pixel
+# Pixel scores
 
 
-def test_signs_and_norms_are_those_of_the_error():
+def test_pixel_scores_of_each_sign_and_norm():
     maps, constants = make_maps(), Constants(0.5)
     error = np.where(maps["brainmask"], maps["image"] - maps["reconstruction"], 0)
     expected = {
@@ -103,7 +103,7 @@ def test_signs_and_norms_are_those_of_the_error():
         np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)
 
 
-def test_the_error_floor_is_the_methods_own_constant():
+def test_error_floor_agrees_with_models_cycle():
     maps = make_maps()
     image, reconstruction, variance, brain, truth = (
         torch.from_numpy(maps[key])[:, None] for key in ("image", "reconstruction", "variance", "brainmask", "truth")
@@ -115,7 +115,7 @@ def test_the_error_floor_is_the_methods_own_constant():
 
 @pytest.mark.parametrize("norm", OPTIONS["norm"])
 def test_calibrated_scores_are_1_in_healthy_tissue_of_any_intensity(norm):
-    """Errors twice as large where the reconstruction is bright are as usual there as small ones elsewhere."""
+    """Healthy errors are twice as large where the reconstruction is bright; calibration removes the difference."""
     maps = make_maps(n=40)
     noise = np.random.default_rng(1).normal(size=maps["image"].shape) * np.where(maps["reconstruction"] > 0, 2, 1)
     maps["image"] = (maps["reconstruction"] + noise + 9 * maps["truth"]).astype(np.float32)
@@ -132,7 +132,7 @@ def test_calibrated_scores_are_1_in_healthy_tissue_of_any_intensity(norm):
             assert sides == pytest.approx([1, 1], rel=0.15)
 
 
-def test_lesions_do_not_enter_the_constants():
+def test_fitted_constants_ignore_lesions():
     maps = make_maps()
     brighter = {**maps, "image": (maps["image"] + 100 * maps["truth"]).astype(np.float32)}
     one = PLAIN._replace(calibration="reconstruction")
@@ -141,38 +141,38 @@ def test_lesions_do_not_enter_the_constants():
     assert found.error_floor == expected.error_floor
 
 
-def test_a_pixel_that_is_not_finite_scores_lowest_and_spoils_no_other_slice():
+def test_nonfinite_pixels_score_lowest_and_do_not_affect_other_slices():
     maps = make_maps()
     broken = {**maps, "reconstruction": maps["reconstruction"].copy()}
     broken["reconstruction"][0, 20, 20:22] = np.nan, np.inf
     for one in (PLAIN, ScoreSettings()):
         constants = fit_constants(maps, one)
-        found, whole = anomaly_map(broken, one, constants), anomaly_map(maps, one, constants)
+        found, intact = anomaly_map(broken, one, constants), anomaly_map(maps, one, constants)
         assert np.isfinite(found).all()
-        np.testing.assert_allclose(found[1:], whole[1:], rtol=1e-6)
+        np.testing.assert_allclose(found[1:], intact[1:], rtol=1e-6)
     assert not pixel_scores(broken, PLAIN, Constants(1.0))[0, 20, 20:22].any()
     assert np.isfinite(fit_constants(broken, ScoreSettings()).usual).all()
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The match
+# Intensity matching
 
 
 @pytest.mark.parametrize("match", ["affine", "scan"])
 @pytest.mark.parametrize(("scale", "shift"), [(0.4, -2), (2.5, 1), (1, 3)])
-def test_the_score_does_not_depend_on_how_a_scan_was_normalised(match, scale, shift):
+def test_matched_scores_do_not_depend_on_normalisation(match, scale, shift):
     maps = make_maps()
     moved = {**maps, "image": maps["image"].copy()}
     moved["image"][1] = scale * maps["image"][1] + shift
     one = ScoreSettings(match=match)
-    # Where the slope of the scan as it was had been left to its anatomy, "scan" corrects it, too.
-    close = 0.15 if match == "scan" and scale != 1 else 1e-3
-    np.testing.assert_allclose(score(moved, one, maps), score(maps, one), rtol=0, atol=close)
+    # "scan" keeps the ordinary slope of the original scan, but corrects all of the moved scan's unusual one.
+    tolerance = 0.15 if match == "scan" and scale != 1 else 1e-3
+    np.testing.assert_allclose(score(moved, one, maps), score(maps, one), rtol=0, atol=tolerance)
     without = one._replace(match="none")
     assert np.abs(score(moved, without, maps) - score(maps, without))[1].max() > 0.3
 
 
-def test_an_ordinary_slope_is_left_to_anatomy_unless_many_slices_show_it():
+def test_ordinary_slopes_are_corrected_only_if_many_slices_agree():
     single, several = make_maps(n=12), make_maps(n=12, per_scan=12)
     for maps, corrected in ((single, False), (several, True)):
         usual = fit_match(maps, "scan")
@@ -185,13 +185,13 @@ def test_an_ordinary_slope_is_left_to_anatomy_unless_many_slices_show_it():
         assert (np.abs(differences[0][inside]).max() < 1e-3) == corrected
 
 
-def test_a_large_lesion_does_not_move_the_match():
+def test_a_large_lesion_does_not_bias_matching():
     maps = make_maps(n=1)
     maps["truth"][:, 8:18, 8:20] = True  # a fifth of the brain
     healthy = {**maps, "image": np.where(maps["truth"], maps["reconstruction"], maps["image"])}
-    ill = {**maps, "image": maps["image"] + np.float32(4) * maps["truth"]}
-    found, expected = (match_scans(one, "affine", Constants(1.0))[1] for one in (ill, healthy))
-    assert scan_slopes(ill) == pytest.approx(scan_slopes(healthy), rel=0.1)
+    lesioned = {**maps, "image": maps["image"] + np.float32(4) * maps["truth"]}
+    found, expected = (match_scans(one, "affine", Constants(1.0))[1] for one in (lesioned, healthy))
+    assert scan_slopes(lesioned) == pytest.approx(scan_slopes(healthy), rel=0.1)
     assert found == pytest.approx(expected, abs=0.15)
 
 
@@ -205,7 +205,7 @@ def test_all_slices_of_a_scan_are_matched_together():
     assert unusual_contrasts(maps, fit_match(maps, "scan")) == {}
 
 
-def test_what_has_no_contrast_is_not_matched():
+def test_scans_without_contrast_are_not_matched():
     maps = make_maps()
     flat = {**maps, "reconstruction": np.full_like(maps["reconstruction"], 0.5)}
     np.testing.assert_array_equal(scan_slopes(flat), 1)
@@ -218,7 +218,7 @@ def test_what_has_no_contrast_is_not_matched():
 
 
 @pytest.mark.parametrize("outside", OPTIONS["outside"])
-def test_a_gaussian_takes_zeros_outside_the_brain_or_leaves_the_outside_out(outside):
+def test_gaussian_smoothing_outside_the_brain(outside):
     maps = make_maps()
     width = 2 / SIZE
     one = PLAIN._replace(smoothing="gaussian", width=width, outside=outside)
@@ -231,7 +231,7 @@ def test_a_gaussian_takes_zeros_outside_the_brain_or_leaves_the_outside_out(outs
 
 
 @pytest.mark.parametrize("outside", OPTIONS["outside"])
-def test_a_median_takes_zeros_outside_the_brain_or_leaves_the_outside_out(outside):
+def test_median_smoothing_outside_the_brain(outside):
     maps = make_maps(n=1)
     one = PLAIN._replace(smoothing="median", width=2 / SIZE, outside=outside)
     raw, brain = np.abs(maps["image"] - maps["reconstruction"])[0], maps["brainmask"][0]
@@ -244,7 +244,7 @@ def test_a_median_takes_zeros_outside_the_brain_or_leaves_the_outside_out(outsid
         assert found[i, j] == pytest.approx(np.median(values), rel=1e-5)
 
 
-def test_neighbouring_slices_of_the_same_scan_are_averaged_by_their_distance():
+def test_neighbouring_slices_of_a_scan_are_weighted_by_distance():
     maps = make_maps(n=5, per_scan=3)
     maps["names"] = np.array(["A_70", "A_71", "A_74", "B_70", "B_71"])
     raw, found = score(maps, PLAIN), score(maps, PLAIN._replace(neighbours=2.0))
@@ -255,7 +255,7 @@ def test_neighbouring_slices_of_the_same_scan_are_averaged_by_their_distance():
     np.testing.assert_allclose(score(alone, PLAIN._replace(neighbours=2.0)), raw[:1], rtol=1e-5)
 
 
-def test_scans_are_told_apart_by_their_subjects():
+def test_names_are_split_into_scan_and_slice_number():
     scans, numbers = split_names(["a_b_3", "a_b_12", "a_c_3", "x_y"])
     assert scans.tolist() == [0, 0, 1, 2]
     assert numbers.tolist() == [3, 12, 3, 0]
@@ -271,7 +271,7 @@ SETTINGS = st.builds(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(one=SETTINGS, per_scan=st.sampled_from([1, 2]))
-def test_no_score_is_negative_or_outside_the_brain(one, per_scan):
+def test_scores_are_non_negative_and_zero_outside_the_brain(one, per_scan):
     maps = make_maps(per_scan=per_scan)
     found = score(maps, one)
     assert found.dtype == np.float32
@@ -281,7 +281,7 @@ def test_no_score_is_negative_or_outside_the_brain(one, per_scan):
 
 
 @pytest.mark.parametrize("sign", ["bright", "dark"])
-def test_the_intensity_is_the_error_of_a_flat_reconstruction(sign):
+def test_intensity_baseline_is_the_error_of_a_flat_reconstruction(sign):
     maps = make_maps()
     one = PLAIN._replace(sign=sign)
     found = anomaly_map(intensity_maps(maps, sign), one, Constants(1.0))

@@ -1,4 +1,4 @@
-"""Tables: what stands beside a figure is what the figure is."""
+"""Tables: row names and the printed chance level."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from evaluation.metrics import evaluate, ranked_scores, scored_region
 from evaluation.tables import table
 
 
-def test_chance_is_the_lesions_share_of_the_ranked_pixels():
-    """All of the brain and what lesion lies outside it are ranked; scored is the brain without its rim."""
+def test_chance_is_the_fraction_of_lesions_in_ranked_pixels():
+    """Ranked pixels are the brain and any lesion outside it; scored pixels are the brain without its rim."""
     brainmask, truth = np.zeros((2, 1, 32, 32), bool)
     brainmask[:, 4:28, 4:28] = True
-    truth[:, 2:14, 6:12] = True  # across the rim and out of the brain
+    truth[:, 2:14, 6:12] = True  # across the rim to outside the brain
     scores = np.random.default_rng(0).normal(size=truth.shape)
     summary = evaluate(scores, truth, brainmask, n_resamples=10).summary
     run = {"method": "cyclic_unet", "input": "flair", "trained_steps": {"forward": 1, "backward": 1}}
@@ -22,8 +22,8 @@ def test_chance_is_the_lesions_share_of_the_ranked_pixels():
         for input, sign in (("flair", 1), ("t2", 1), ("flair", 1), ("t1", -1))
     ]
     names = [line.split("  ")[0] for line in table(runs).splitlines()[2:-2]]
-    of_either = [f"{kind} ({input})" for input in ("flair", "t2") for kind in ("intensity", "Cyclic UNet")]
-    assert names == [*of_either, "inverted intensity (t1)", "Cyclic UNet (t1)"]
+    of_both_inputs = [f"{kind} ({input})" for input in ("flair", "t2") for kind in ("intensity", "Cyclic UNet")]
+    assert names == [*of_both_inputs, "inverted intensity (t1)", "Cyclic UNet (t1)"]
 
     _, ranked_truth = ranked_scores(scores, truth, brainmask)
     ranked, scored = ranked_truth.mean(), truth[scored_region(brainmask)].mean()

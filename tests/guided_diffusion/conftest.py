@@ -1,4 +1,4 @@
-"""What the tests of the training loop and of its checkpoints share."""
+"""Fixtures for the tests of the training loop and its checkpoints."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def linear() -> nn.Module:
 
 @pytest.fixture
 def train(tmp_path) -> Callable[..., TrainLoop]:
-    """Train `model` in tmp_path, or a folder below it; what comes back is the loop."""
+    """Return a function that trains `model` in tmp_path, or a folder below it, and returns the loop."""
 
     def run(model, folder=".", on_save=None, **kwargs):
         directory = tmp_path / folder

@@ -1,4 +1,4 @@
-"""Checkpoints: a set is whole or absent, damage is noticed and got round, going on is as if nothing had happened."""
+"""Checkpoints: atomic sets, damaged files, retention, exact resumption, signals, and full disks."""
 
 import io
 import itertools
@@ -26,11 +26,11 @@ from utils.files import write_atomically
 
 CPU = torch.device("cpu")
 KINDS = ("model", "ema", "opt")
-RATE = 0.9  # what `train` averages with
+RATE = 0.9  # `ema_rate` in conftest.SETTINGS
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing in the code expects it."""
+    """Simulates SIGKILL: no code catches it."""
 
 
 def paths(directory: Path, step: int) -> dict[str, Path]:
@@ -49,8 +49,8 @@ def files_of(*steps: int) -> set[str]:
     return {f"{kind}{step:06d}.pt" for kind in ("model", f"ema_{RATE}_", "opt") for step in steps}
 
 
-def expect_same(one, other) -> None:
-    """Two loops ended alike, bit for bit: weights, averages, and all that further steps depend on."""
+def assert_same_state(one, other) -> None:
+    """Assert that the final weights, averages, optimizer and scaler of two loops are bit-identical."""
     assert one.step == other.step
     assert torch.equal(flat(one.model), flat(other.model))
     assert torch.equal(flat(one.ema_model), flat(other.ema_model))
@@ -62,14 +62,14 @@ def expect_same(one, other) -> None:
 
 
 @pytest.fixture
-def whole(train):
-    """A run of 6 steps that nothing interrupts."""
+def full_run(train):
+    """Train for 6 steps without interruption."""
     return train(with_dropout(0), "whole")
 
 
 @pytest.fixture
-def parts(train, tmp_path):
-    """A folder with the complete sets of steps 2 and 4, of a run that was cut off in step 5."""
+def aborted(train, tmp_path):
+    """Return the folder of a run aborted in step 5, with complete sets of steps 2 and 4."""
     with pytest.raises(Stop):
         train(with_dropout(0), "parts", batches_from=stopping_at(5))
     assert files(tmp_path / "parts") == files_of(2, 4)
@@ -77,11 +77,11 @@ def parts(train, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# A set is whole or absent
+# Atomic sets
 
 
 class HalfWriter:
-    """A file that takes the first half of what is written to it, and then meets `end`."""
+    """A file that writes the first half of its data, then calls `end`."""
 
     def __init__(self, file, end):
         self.file, self.end = file, end
@@ -102,29 +102,28 @@ class HalfWriter:
 
 
 @pytest.fixture
-def dying(monkeypatch):
-    """Arrange for a kill in the making of the file `name`: half written, before it is synced, before or after it is
-    renamed."""
+def kill_during(monkeypatch):
+    """Return `arrange(name, moment)`, which raises Killed at this moment of writing the file `name`."""
 
     def end():
         raise Killed
 
     def arrange(name: str, moment: str) -> None:
-        really_open, really_sync, really_replace = Path.open, os.fsync, Path.replace
+        real_open, real_sync, real_replace = Path.open, os.fsync, Path.replace
 
         def half_open(path, mode="r", *args, **kwargs):
-            file = really_open(path, mode, *args, **kwargs)
+            file = real_open(path, mode, *args, **kwargs)
             return HalfWriter(file, end) if "w" in mode and path.name.startswith(name) else file
 
         def sync(descriptor):
             if Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(name):
                 end()
-            really_sync(descriptor)
+            real_sync(descriptor)
 
         def replace(path, target):
             if path.name.startswith(name) and moment == "before its rename":
                 end()
-            really_replace(path, target)
+            real_replace(path, target)
             if path.name.startswith(name):
                 end()
 
@@ -142,10 +141,10 @@ MOMENTS = ("half written", "before its sync", "before its rename", "after its re
 
 
 @pytest.mark.parametrize(("kind", "moment"), list(itertools.product(KINDS, MOMENTS)))
-def test_killed_while_writing_a_set(train, whole, tmp_path, dying, monkeypatch, kind, moment):
-    """Whatever lies under its own name is whole, the older set loads, and the run ends as if never killed."""
+def test_kill_while_writing_a_set(train, full_run, tmp_path, kill_during, monkeypatch, kind, moment):
+    """All *.pt files are complete, the older set loads, and the resumed run equals an uninterrupted one."""
     directory = tmp_path / "parts"
-    dying(paths(directory, 4)[kind].name, moment)
+    kill_during(paths(directory, 4)[kind].name, moment)
     with pytest.raises(Killed):
         train(with_dropout(0), "parts")
     monkeypatch.undo()
@@ -157,27 +156,27 @@ def test_killed_while_writing_a_set(train, whole, tmp_path, dying, monkeypatch, 
     leftovers = list(directory.glob("*.tmp"))
     assert len(leftovers) == (moment != "after its rename")
 
-    going_on = train(with_dropout(1), "parts")
-    expect_same(going_on, whole)
-    assert files(directory) == files_of(2, 4, 6)  # no leftover
+    resumed = train(with_dropout(1), "parts")
+    assert_same_state(resumed, full_run)
+    assert files(directory) == files_of(2, 4, 6)  # no temporary files
     log = (directory / "log.txt").read_text()
     assert f"resuming from opt{complete[-1]:06d}.pt" in log
     assert "warning" not in log
 
 
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """What a power cut leaves cannot be tried here; that data, then name, then folder are synced can."""
+def test_files_are_synced_before_they_are_renamed(tmp_path, monkeypatch):
+    """A power cut cannot be tested, but the order of syncs and rename can."""
     done = []
-    really_sync, really_replace = os.fsync, Path.replace
+    real_sync, real_replace = os.fsync, Path.replace
 
     def sync(descriptor):
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         done.append(("sync", path.name, None if path.is_dir() else os.fstat(descriptor).st_size))
-        really_sync(descriptor)
+        real_sync(descriptor)
 
     def replace(path, target):
         done.append(("rename", path.name, target.name))
-        return really_replace(path, target)
+        return real_replace(path, target)
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "replace", replace)
@@ -186,7 +185,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert (tmp_path / "a.pt").read_bytes() == b"12345"
 
 
-def test_leftovers_are_removed_at_the_next_start(train, linear, tmp_path):
+def test_temporary_files_are_removed_at_the_next_start(train, linear, tmp_path):
     for name in ("model000002.pt.tmp", "opt000900.pt.tmp"):
         (tmp_path / name).write_bytes(b"half")
     train(linear, iterations=2)
@@ -206,7 +205,7 @@ def cut_the_last_byte(path: Path) -> None:
 
 
 def flip_a_byte_of_a_tensor(path: Path) -> None:
-    """One bit of the largest tensor: torch itself does not notice."""
+    """Flip one bit of the largest tensor, which torch.load does not detect."""
 
     def tensors(state):
         for value in state.values():
@@ -272,33 +271,32 @@ DAMAGE = {
 
 @pytest.mark.parametrize(
     ("harm", "kind"),
-    [pair for pair in itertools.product(DAMAGE, KINDS) if pair != ("unlink", "opt")],  # that is no set at all
+    [pair for pair in itertools.product(DAMAGE, KINDS) if pair != ("unlink", "opt")],  # without opt there is no set
 )
-def test_a_damaged_set_is_passed_over_with_a_warning(train, whole, parts, harm, kind):
-    DAMAGE[harm](paths(parts, 4)[kind])
-    going_on = train(with_dropout(1), "parts")
-    expect_same(going_on, whole)
-    (warning,) = [line for line in (parts / "log.txt").read_text().splitlines() if "warning" in line]
+def test_damaged_sets_are_skipped_with_a_warning(train, full_run, aborted, harm, kind):
+    DAMAGE[harm](paths(aborted, 4)[kind])
+    resumed = train(with_dropout(1), "parts")
+    assert_same_state(resumed, full_run)
+    (warning,) = [line for line in (aborted / "log.txt").read_text().splitlines() if "warning" in line]
     assert "checkpoint 4 cannot be used, trying the previous one: " in warning
-    assert not warning.endswith(": ")  # there is a reason
-    assert "resuming from opt000002.pt" in (parts / "log.txt").read_text()
-    assert files(parts) == files_of(2, 4, 6)
-    for name in files_of(4, 6):  # what was damaged is written again
+    assert not warning.endswith(": ")  # a reason follows
+    assert "resuming from opt000002.pt" in (aborted / "log.txt").read_text()
+    assert files(aborted) == files_of(2, 4, 6)
+    for name in files_of(4, 6):  # damaged files are rewritten
         if not name.startswith("opt"):
-            assert (parts / name).read_bytes() == (parts.parent / "whole" / name).read_bytes()
+            assert (aborted / name).read_bytes() == (aborted.parent / "whole" / name).read_bytes()
 
 
-def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
-    """Wherever in a file: it is refused, or what is read is what was written."""
+def test_every_flipped_byte_and_truncation_is_refused_or_harmless(tmp_path):
     path, state = tmp_path / "model000001.pt", {"weight": torch.arange(40.0), "step": 3}
     checkpoint.save({"model": path}, {"model": state})
-    sound = path.read_bytes()
-    harmed = [sound[:length] for length in range(0, len(sound), 7)]
-    for place in range(len(sound)):
+    intact = path.read_bytes()
+    damaged = [intact[:length] for length in range(0, len(intact), 7)]
+    for place in range(len(intact)):
         for flip in (0x01, 0x10, 0xFF):
-            harmed.append(sound[:place] + bytes([sound[place] ^ flip]) + sound[place + 1 :])
+            damaged.append(intact[:place] + bytes([intact[place] ^ flip]) + intact[place + 1 :])
     refused = 0
-    for data in harmed:
+    for data in damaged:
         path.write_bytes(data)
         try:
             found = checkpoint.read_state(path, CPU)
@@ -308,21 +306,21 @@ def test_no_flipped_byte_and_no_cut_goes_unnoticed(tmp_path):
             assert found.keys() == state.keys()
             assert torch.equal(found["weight"], state["weight"])
             assert found["step"] == state["step"]
-    assert refused > len(harmed) / 2
+    assert refused > len(damaged) / 2
 
 
 @pytest.mark.parametrize("harm", ["truncate", "another_state"])
-def test_without_a_sound_set_training_does_not_begin_anew(train, parts, harm):
+def test_training_does_not_start_over_if_no_set_is_readable(train, aborted, harm):
     for step in (2, 4):
-        DAMAGE[harm](paths(parts, step)["model"])
-    before = {path: path.read_bytes() for path in parts.glob("*.pt")}
-    with pytest.raises(checkpoint.UnreadableError, match=f"no checkpoint in {parts} can be read"):
+        DAMAGE[harm](paths(aborted, step)["model"])
+    before = {path: path.read_bytes() for path in aborted.glob("*.pt")}
+    with pytest.raises(checkpoint.UnreadableError, match=f"no checkpoint in {aborted} can be read"):
         train(with_dropout(1), "parts")
-    assert {path: path.read_bytes() for path in parts.glob("*.pt")} == before
+    assert {path: path.read_bytes() for path in aborted.glob("*.pt")} == before
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Creates the file `made` when unpickled."""
 
     def __init__(self, made: Path):
         self.made = made
@@ -349,14 +347,14 @@ def saved_by_old_torch(payload: Payload, state: dict) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("craft", [pickled, saved_by_torch, saved_by_old_torch])
-def test_code_in_a_checkpoint_is_not_run(train, whole, parts, tmp_path, craft, kind):
-    """A crafted file is a damaged one; the payload would run in a plain load."""
-    made, path = tmp_path / "made", paths(parts, 4)[kind]
+def test_code_in_a_checkpoint_is_not_run(train, full_run, aborted, tmp_path, craft, kind):
+    """A file with code counts as damaged; an unsafe load would run the payload."""
+    made, path = tmp_path / "made", paths(aborted, 4)[kind]
     path.write_bytes(craft(Payload(made), torch.load(path, weights_only=True)))
-    going_on = train(with_dropout(1), "parts")
+    resumed = train(with_dropout(1), "parts")
     assert not made.exists()
-    assert "warning: checkpoint 4 cannot be used" in (parts / "log.txt").read_text()
-    expect_same(going_on, whole)
+    assert "warning: checkpoint 4 cannot be used" in (aborted / "log.txt").read_text()
+    assert_same_state(resumed, full_run)
 
     data = craft(Payload(made), {})
     pickle.loads(data) if craft is pickled else torch.load(io.BytesIO(data), weights_only=False)
@@ -364,44 +362,44 @@ def test_code_in_a_checkpoint_is_not_run(train, whole, parts, tmp_path, craft, k
 
 
 # ----------------------------------------------------------------------------------------------------------
-# How many are kept
+# Retention
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_the_newest_sets_are_kept(train, linear, tmp_path, keep_last):
     seen = []
     train(linear, save_interval=1, keep_last=keep_last, on_save=lambda *_: seen.append(files(tmp_path)))
-    for step, there in enumerate(seen, start=1):
-        assert there == files_of(*range(max(step - keep_last, 0) + 1, step + 1))
+    for step, present in enumerate(seen, start=1):
+        assert present == files_of(*range(max(step - keep_last, 0) + 1, step + 1))
 
 
-def test_the_oldest_set_goes_first_and_is_invalid_first(train, linear, tmp_path, monkeypatch):
+def test_the_oldest_set_is_removed_first_beginning_with_opt(train, linear, tmp_path, monkeypatch):
     train(linear, iterations=6)
-    gone, really_unlink = [], Path.unlink
+    unlinked, real_unlink = [], Path.unlink
 
     def unlink(path, *args, **kwargs):
         if path.exists():
-            gone.append((path.name, max(checkpoint.list_checkpoints(tmp_path))))
-        really_unlink(path, *args, **kwargs)
+            unlinked.append((path.name, max(checkpoint.list_checkpoints(tmp_path))))
+        real_unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", unlink)
     train(linear, iterations=7, keep_last=2)
-    assert [newest for _, newest in gone] == [7] * 6  # the new set is complete before any goes
-    names = [name for name, _ in gone]
+    assert [newest for _, newest in unlinked] == [7] * 6  # nothing is removed before the new set is complete
+    names = [name for name, _ in unlinked]
     assert set(names[:3]) == files_of(2)
     assert set(names[3:]) == files_of(4)
     assert (names[0], names[3]) == ("opt000002.pt", "opt000004.pt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_kill_left_of_a_set_goes_too(train, whole, tmp_path, monkeypatch, kind):
-    """Killed while it removes the set of step 2: nothing of it stays for good."""
-    really_unlink, directory = Path.unlink, tmp_path / "parts"
+def test_a_partly_removed_set_is_removed_by_the_next_run(train, full_run, tmp_path, monkeypatch, kind):
+    """The first run is killed while it removes the set of step 2."""
+    real_unlink, directory = Path.unlink, tmp_path / "parts"
 
     def unlink(path, *args, **kwargs):
         if path == paths(directory, 2)[kind]:
             raise Killed
-        really_unlink(path, *args, **kwargs)
+        real_unlink(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", unlink)
     with pytest.raises(Killed):
@@ -409,26 +407,26 @@ def test_what_a_kill_left_of_a_set_goes_too(train, whole, tmp_path, monkeypatch,
     monkeypatch.undo()
     (directory / "model_best.pt").write_bytes(b"the user's")
     (directory / "optimal.pt").write_bytes(b"the user's")
-    expect_same(train(with_dropout(1), "parts", keep_last=1), whole)
+    assert_same_state(train(with_dropout(1), "parts", keep_last=1), full_run)
     assert files(directory) == {*files_of(6), "model_best.pt", "optimal.pt"}
 
 
-def test_a_damaged_newer_set_does_not_crowd_out_the_sound_ones(train, whole, parts):
-    """Stopped between the set that it went on from and the damaged one, a run keeps what it has just saved."""
-    truncate(paths(parts, 4)["model"])
+def test_a_damaged_newer_set_does_not_displace_intact_ones(train, full_run, aborted):
+    """A run that stops before reaching the damaged set's step keeps the set it has just saved."""
+    truncate(paths(aborted, 4)["model"])
     with pytest.raises(Stop):
         train(with_dropout(0), "parts", save_interval=3, keep_last=1, batches_from=stopping_at(3))
-    read_set(parts, 3)
-    expect_same(train(with_dropout(1), "parts", keep_last=1), whole)
-    assert files(parts) == files_of(6)
+    read_set(aborted, 3)
+    assert_same_state(train(with_dropout(1), "parts", keep_last=1), full_run)
+    assert files(aborted) == files_of(6)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is resumed besides weights
+# Resumed state other than weights
 
 
-def test_the_schedule_samplers_history_is_resumed(train, make_diffusion):
-    """Draws and weights depend on the losses so far, so weights would differ were they forgotten."""
+def test_schedule_sampler_history_is_resumed(train, make_diffusion):
+    """Draws depend on past losses, so the network's weights would differ without the history."""
 
     def run(folder, **kwargs):
         diffusion = make_diffusion(use_timesteps=[0, 300, 600, 900])
@@ -450,13 +448,13 @@ def test_the_schedule_samplers_history_is_resumed(train, make_diffusion):
         run("parts", batches_from=stopping_at(9))
     other, state, drawn = run("parts")
     assert len(drawn) == 4
-    assert all(drawn)  # from the first resumed step on, not uniformly
+    assert all(drawn)  # non-uniform from the first resumed step on
     assert all(torch.equal(state[key], expected[key]) for key in expected)
-    expect_same(other, one)
+    assert_same_state(other, one)
 
 
-def test_the_float16_scaler_is_resumed(train, tmp_path):
-    """Gradients that overflow halve the scale of 2¹⁶ that it begins with, and the run that goes on keeps that."""
+def test_float16_scaler_is_resumed(train, tmp_path):
+    """Overflowing gradients halve the initial scale of 2¹⁶; the resumed run keeps the lower scale."""
 
     def losses(model, batch, step):
         x, y = batch
@@ -469,12 +467,12 @@ def test_the_float16_scaler_is_resumed(train, tmp_path):
     saved = torch.load(paths(tmp_path / "parts", 4)["opt"], weights_only=True)
     assert saved["scaler"]["scale"] < 2.0**16
     other = train(with_dropout(1), "parts", **options)
-    expect_same(other, one)
+    assert_same_state(other, one)
 
 
 @pytest.mark.parametrize("torn", [b"", b"6", b"6,0.12", b"\0" * 40, b"\0" * 40 + b"\n", b"\xff\xfe\n"])
-def test_figures_are_not_repeated(train, tmp_path, torn):
-    """Rows after the checkpoint are given again, once; a torn last row is no row. TensorBoard shows the same."""
+def test_progress_rows_are_not_repeated(train, tmp_path, torn):
+    """Rows after the checkpoint appear once, in TensorBoard too, and a torn last row is dropped."""
     train(with_dropout(0), "whole", log_interval=1)
     with pytest.raises(Stop):
         train(with_dropout(0), "parts", log_interval=1, batches_from=stopping_at(5))
@@ -482,19 +480,19 @@ def test_figures_are_not_repeated(train, tmp_path, torn):
     assert [row["step"] for row in rows_of(progress.parent)] == ["1", "2", "3", "4", "5"]
     progress.write_bytes(progress.read_bytes() + torn)
     train(with_dropout(1), "parts", log_interval=1)
-    figures = [
+    logged = [
         [(row["step"], row["loss"], row["learning_rate"]) for row in rows_of(tmp_path / folder)]
         for folder in ("whole", "parts")
     ]
-    assert figures[0] == figures[1]
-    assert [step for step, *_ in figures[0]] == ["1", "2", "3", "4", "5", "6"]
+    assert logged[0] == logged[1]
+    assert [step for step, *_ in logged[0]] == ["1", "2", "3", "4", "5", "6"]
     events = EventAccumulator(str(progress.parent))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("left", [b"", b"step,lo", b"step,loss,learning_rate,images_per_second\n"])
-def test_a_table_without_rows_is_begun_anew(train, tmp_path, left):
+def test_a_progress_table_without_rows_is_rewritten(train, tmp_path, left):
     (tmp_path / "progress.csv").write_bytes(left)
     train(with_dropout(0), log_interval=1, iterations=2)
     assert [row["step"] for row in rows_of(tmp_path)] == ["1", "2"]
@@ -505,7 +503,7 @@ def test_a_table_without_rows_is_begun_anew(train, tmp_path, left):
 
 
 def signalling(step_and_signal):
-    """Losses that signal this process in some steps."""
+    """Return a loss function that sends this process the given signals in the given steps."""
 
     def losses(model, batch, step):
         for number in step_and_signal.get(step, ()):
@@ -516,28 +514,28 @@ def signalling(step_and_signal):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(train, whole, tmp_path, number):
+def test_a_signal_saves_and_stops_after_the_current_step(train, full_run, tmp_path, number):
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as stopped:
         train(with_dropout(0), "parts", compute_losses=signalling({2: [number]}))
     assert stopped.value.received == number
     assert signal.getsignal(number) == before
     assert list(checkpoint.list_checkpoints(tmp_path / "parts")) == [2, 3]
-    expect_same(train(with_dropout(1), "parts"), whole)
+    assert_same_state(train(with_dropout(1), "parts"), full_run)
 
 
-def test_a_second_signal_ends_the_run_at_once(train, whole, tmp_path):
+def test_a_second_signal_stops_immediately(train, full_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(with_dropout(0), "parts", compute_losses=signalling({2: [signal.SIGINT] * 2}))
     assert list(checkpoint.list_checkpoints(tmp_path / "parts")) == [2]
-    expect_same(train(with_dropout(1), "parts"), whole)
+    assert_same_state(train(with_dropout(1), "parts"), full_run)
 
 
-def test_weights_that_are_not_finite_are_not_saved(train, linear, tmp_path):
-    """The loss of a step can be finite, and the step spoil the weights all the same."""
+def test_nonfinite_weights_are_not_saved(train, linear, tmp_path):
+    """A step with a finite loss can still make the weights non-finite."""
 
     def losses(model, batch, step):
-        root_at_0 = (0 * model(batch[0])).sqrt().flatten() if step == 3 else 0.0  # slope 0 · ∞
+        root_at_0 = (0 * model(batch[0])).sqrt().flatten() if step == 3 else 0.0  # gradient 0 · ∞
         return squared_error(model, batch, step) + root_at_0
 
     with pytest.raises(FloatingPointError, match="after 4 steps"):
@@ -550,7 +548,7 @@ def test_weights_that_are_not_finite_are_not_saved(train, linear, tmp_path):
 
 
 class Large(nn.Module):
-    """16 MB of weights of which the loss sees one: larger than anything else that is written meanwhile."""
+    """1 MiB of weights, of which the loss uses one: larger than any other file written during the test."""
 
     def __init__(self):
         super().__init__()
@@ -562,15 +560,15 @@ class Large(nn.Module):
 
 @pytest.fixture
 def size_limit():
-    """Let this process write files of so many bytes at most; the kernel then refuses a write, part-way."""
+    """Return a function that limits the size of files written by this process; the limit is restored afterwards."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(("limit", "kind"), [(1 << 19, "model"), (3 << 19, "opt")])
-def test_a_file_that_the_system_cuts_off(train, tmp_path, size_limit, limit, kind):
-    """The error names the file and the reason, nothing of the set is left, and the older one is sound."""
+def test_file_size_limit(train, tmp_path, size_limit, limit, kind):
+    """The error names the file and the reason, the partial set is removed, and the older set loads."""
 
     def batches(step):
         for i in itertools.count(step):
@@ -587,8 +585,8 @@ def test_a_file_that_the_system_cuts_off(train, tmp_path, size_limit, limit, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk(train, whole, tmp_path, kind):
-    """The same where the system says that there is no space: writes go to /dev/full."""
+def test_a_full_disk(train, full_run, tmp_path, kind):
+    """Writes go to /dev/full."""
     directory = tmp_path / "parts"
     full = paths(directory, 4)[kind]
 
@@ -602,11 +600,11 @@ def test_a_full_disk(train, whole, tmp_path, kind):
         train(with_dropout(0), "parts", batches_from=batches)
     assert str(error.value) == f"{full} cannot be written (No space left on device)"
     assert files(directory) == files_of(2)
-    expect_same(train(with_dropout(1), "parts"), whole)  # there is space again
+    assert_same_state(train(with_dropout(1), "parts"), full_run)  # once there is space again
 
 
-def test_a_disk_that_can_only_be_read_any_more(tmp_path, monkeypatch):
-    """Neither written nor tidied up: it is the first failure that is told."""
+def test_a_read_only_disk(tmp_path, monkeypatch):
+    """Writing and cleanup both fail; the error is that of writing."""
 
     def refuse(path, *_, **__):
         raise OSError(30, "Read-only file system", str(path))
@@ -621,8 +619,8 @@ SET = 4 * 4 * 4  # bytes of a set of `linear`: 4 parameters, their average, and 
 
 
 @pytest.mark.parametrize(("keep_last", "needed"), [(0, 3), (1, 2), (2, 3), (5, 3)])
-def test_too_little_space_is_found_before_the_first_step(train, linear, tmp_path, monkeypatch, keep_last, needed):
-    """Three sets are to come; while one is written, `keep_last` others lie there."""
+def test_disk_space_is_checked_before_the_first_step(train, linear, tmp_path, monkeypatch, keep_last, needed):
+    """Three sets will be written; while one is, `keep_last` others exist."""
 
     def free(size):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
@@ -639,8 +637,8 @@ def test_too_little_space_is_found_before_the_first_step(train, linear, tmp_path
 
 
 @pytest.mark.parametrize(("keep_last", "needed"), [(0, 2), (1, 1), (2, 2), (5, 2)])
-def test_space_that_older_sets_take_is_not_asked_for_again(train, linear, tmp_path, monkeypatch, keep_last, needed):
-    """A run that fitted goes on where it was stopped; two sets are still to come."""
+def test_disk_space_check_allows_for_existing_sets(train, linear, tmp_path, monkeypatch, keep_last, needed):
+    """The resumed run has two sets left to write."""
     with pytest.raises(Stop):
         train(linear, keep_last=keep_last, batches_from=stopping_at(2))
     for free in (needed * SET - 1, needed * SET):
@@ -652,8 +650,8 @@ def test_space_that_older_sets_take_is_not_asked_for_again(train, linear, tmp_pa
             train(linear, keep_last=keep_last)
 
 
-def test_a_set_is_as_large_as_was_asked_for(train, tmp_path):
-    """What is on the disk is within 5 % of the estimate, for weights that outweigh the files' headers."""
+def test_size_of_a_set_agrees_with_the_estimate(train, tmp_path):
+    """Within 5 %, for weights much larger than the files' headers."""
     train(Large(), iterations=2)
     written = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
     assert written == pytest.approx(4 * 4 * (1 << 18), rel=0.05)

@@ -1,4 +1,4 @@
-"""Who is who among several processes, and what they say to each other; alone, and started by torchrun and mpiexec."""
+"""Ranks, devices and communication of a single process and of several started by torchrun or mpiexec."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from guided_diffusion import dist_util
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Each process writes what it was told.
-TELL = """
+# Each process writes its ranks and the results of communication.
+SCRIPT = """
 import json, sys, time
 from pathlib import Path
 from guided_diffusion import dist_util
@@ -40,9 +40,9 @@ Path(f"{rank}.json").write_text(json.dumps(told))
 """
 
 
-def run_told(folder: Path, *launcher: str, **environment: str) -> tuple[list[dict], subprocess.CompletedProcess]:
-    """What each process was told, in order, and what became of the job."""
-    (folder / "tell.py").write_text(TELL, encoding="utf-8")
+def run_script(folder: Path, *launcher: str, **environment: str) -> tuple[list[dict], subprocess.CompletedProcess]:
+    """Run SCRIPT in each process; return their records in order of rank, and the finished job."""
+    (folder / "tell.py").write_text(SCRIPT, encoding="utf-8")
     binaries = Path(sys.executable).parent
     command = [str(binaries / launcher[0]), *launcher[1:]] if launcher else [sys.executable]
     done = subprocess.run(
@@ -58,9 +58,9 @@ def run_told(folder: Path, *launcher: str, **environment: str) -> tuple[list[dic
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))], done
 
 
-def test_alone(tmp_path):
-    (told,), done = run_told(tmp_path)
-    assert told == {
+def test_single_process(tmp_path):
+    (record,), done = run_script(tmp_path)
+    assert record == {
         "rank": 0,
         "world_size": 1,
         "local": [0, 1],
@@ -76,13 +76,13 @@ def test_alone(tmp_path):
 
 @pytest.mark.parametrize(("launcher", "n"), [("torchrun", 2), ("mpiexec", 3)])
 def test_several_processes(tmp_path, launcher, n):
-    if launcher == "torchrun":  # under Slurm, where srun started one on each of two machines
+    if launcher == "torchrun":  # under Slurm, with srun starting one torchrun on each of two machines
         how = ("torchrun", "--standalone", f"--nproc-per-node={n}")
-        told, done = run_told(tmp_path, *how, SLURM_STEP_NUM_TASKS="2")
+        records, done = run_script(tmp_path, *how, SLURM_STEP_NUM_TASKS="2")
     else:
-        told, done = run_told(tmp_path, "mpiexec", "-n", str(n), sys.executable)
+        records, done = run_script(tmp_path, "mpiexec", "-n", str(n), sys.executable)
     shares = {2: [[0, 1, 2], [3, 4, 5, 6]], 3: [[0, 1], [2, 3], [4, 5, 6]]}[n]
-    assert told == [
+    assert records == [
         {
             "rank": rank,
             "world_size": n,
@@ -101,8 +101,8 @@ def test_several_processes(tmp_path, launcher, n):
 
 
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_an_mpi_launcher_that_is_not_mpi4pys_is_refused(variable):
-    """What the scripts make of it: tests/scripts/test_distributed.py."""
+def test_launcher_of_another_mpi_than_mpi4pys_is_refused(variable):
+    """tests/scripts/test_distributed.py tests the error of the scripts."""
     done = subprocess.run(
         [sys.executable, "-c", "from guided_diffusion import dist_util; dist_util.setup()"],
         cwd=REPOSITORY,

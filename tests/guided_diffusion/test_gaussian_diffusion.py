@@ -1,6 +1,6 @@
-"""The diffusion against Bayes' rule, and its samplers against Gaussian data whose best denoiser is known.
+"""The diffusion against Bayes' rule, and its samplers on Gaussian data, for which the ideal denoiser is known.
 
-For data N(m, s²), with σ_t² = (1 − ᾱ_t) / ᾱ_t and y_t = x_t / √ᾱ_t, the best prediction of x_0 is
+For data N(m, s²), with σ_t² = (1 − ᾱ_t) / ᾱ_t and y_t = x_t / √ᾱ_t, the ideal prediction of x_0 is
 E[x_0 | x_t] = (s² y_t + σ_t² m) / (s² + σ_t²). All closed forms below are float64 numpy.
 """
 
@@ -24,7 +24,7 @@ SHAPE = (3, 2, 4, 4)
 
 
 def cumulative(betas):
-    """ᾱ and the ᾱ of the step before, by their definition."""
+    """Return ᾱ of every step and of the step before it, by definition."""
     alpha_bar = np.array([np.prod(1 - betas[: i + 1]) for i in range(len(betas))])
     return alpha_bar, np.array([1.0, *alpha_bar[:-1]])
 
@@ -39,8 +39,8 @@ def bayes_posterior(x_start, x_t, t, betas):
     return mean, 1 / precision
 
 
-def best_denoiser(diffusion, mean, std):
-    """E[x_0 | x_t], or E[ε | x_t] where that is what the diffusion's model predicts."""
+def ideal_denoiser(diffusion, mean, std):
+    """Return a model of E[x_0 | x_t], or of E[ε | x_t] if the diffusion's model predicts noise."""
     alpha_bar = torch.from_numpy(cumulative(diffusion.betas)[0])
 
     def model(x, t):
@@ -72,7 +72,7 @@ def step_noises(normal):
 # Schedules
 
 
-def test_linear_schedule_is_that_of_ddpm():
+def test_linear_schedule_agrees_with_ddpm():
     betas = get_named_beta_schedule("linear", 1000)
     assert betas.dtype == np.float64
     assert len(betas) == 1000
@@ -80,17 +80,17 @@ def test_linear_schedule_is_that_of_ddpm():
     assert np.diff(betas) == pytest.approx((0.02 - 1e-4) / 999, rel=1e-6)
 
 
-def test_linear_schedule_with_fewer_steps_ends_at_the_same_noise():
+def test_linear_schedule_with_fewer_steps_ends_at_the_same_noise_level():
     ends = [np.log(cumulative(get_named_beta_schedule("linear", n))[0][-1]) for n in (1000, 500)]
     assert get_named_beta_schedule("linear", 500)[[0, -1]] == pytest.approx([2e-4, 0.04], rel=1e-12)
     assert ends[1] == pytest.approx(ends[0], rel=0.02)
 
 
-def test_cosine_schedule_has_the_alpha_bar_of_its_definition():
+def test_cosine_schedule_agrees_with_its_definition():
     betas = get_named_beta_schedule("cosine", 300)
     f = np.cos((np.arange(301) / 300 + 0.008) / 1.008 * np.pi / 2) ** 2
     clipped = betas >= 0.999
-    assert clipped.sum() == 1  # the last one, which would be 1
+    assert clipped.sum() == 1  # the last one, which would otherwise be 1
     assert betas[-1] == 0.999
     assert cumulative(betas)[0][:-1] == pytest.approx(f[1:-1] / f[0], rel=1e-9)
 
@@ -101,7 +101,7 @@ def test_unknown_schedule():
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.1], [[0.1, 0.2]], [0.1, float("nan")]])
-def test_impossible_betas(betas):
+def test_invalid_betas(betas):
     with pytest.raises(ValueError, match="betas"):
         GaussianDiffusion(
             betas=np.array(betas),
@@ -124,7 +124,7 @@ def test_q_sample_with_given_noise(make_diffusion, normal):
     np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_q_sample_draws_the_moments_of_q(make_diffusion):
+def test_q_sample_has_the_moments_of_q(make_diffusion):
     torch.manual_seed(0)
     diffusion, t, n = make_diffusion(), [5, 200, 999], 100_000
     x_start = torch.tensor([2.0, -3.0, 1.5])[:, None].expand(3, n)
@@ -137,7 +137,7 @@ def test_q_sample_draws_the_moments_of_q(make_diffusion):
     assert abs(np.corrcoef(x_t.numpy())[0, 1]) < 5 / math.sqrt(n)
 
 
-def test_posterior_is_that_of_bayes(make_diffusion, normal):
+def test_posterior_agrees_with_bayes_rule(make_diffusion, normal):
     diffusion, betas = make_diffusion(STEPS), get_named_beta_schedule("linear", STEPS)
     x_start, x_t = normal(1, 1, 3, 3), normal(1, 1, 3, 3)
     for t in range(1, STEPS):
@@ -154,12 +154,12 @@ def test_posterior_of_the_first_step_is_x_start(make_diffusion, normal):
     mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_start, normal(1, 1, 3, 3), torch.tensor([0]))
     np.testing.assert_allclose(mean.numpy(), x_start.numpy(), rtol=1e-6)
     assert variance.item() == 0
-    # The logarithm of 0 is replaced by that of the step after.
+    # log 0 is replaced by the log-variance of the next step.
     assert log_variance.item() == pytest.approx(math.log(bayes_posterior(0.0, 0.0, 1, betas)[1]), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# One evaluation of the model
+# Model evaluation
 
 
 @pytest.mark.parametrize("var_type", list(ModelVarType))
@@ -179,7 +179,7 @@ def test_p_mean_variance(make_diffusion, normal, var_type):
 
 
 @pytest.mark.parametrize("var_type", list(ModelVarType))
-def test_log_variance_of_the_first_step_is_that_of_the_posterior_after(make_diffusion, normal, var_type):
+def test_first_log_variance_is_that_of_the_second_steps_posterior(make_diffusion, normal, var_type):
     diffusion = make_diffusion(STEPS, var_type=var_type)
     out = diffusion.p_mean_variance(lambda x, t: x, normal(1, 1, 2, 2), torch.tensor([0]))
     _, variance = bayes_posterior(0.0, 0.0, 1, get_named_beta_schedule("linear", STEPS))
@@ -198,7 +198,7 @@ def test_clip_denoised(make_diffusion, normal, clip_denoised):
 
 
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_clip_denoised_reaches_the_samplers(make_diffusion, normal, sampler):
+def test_samplers_pass_on_clip_denoised(make_diffusion, normal, sampler):
     diffusion, x_last = make_diffusion(STEPS), normal(*SHAPE)
     loop = getattr(diffusion, sampler)
     samples = {
@@ -216,10 +216,10 @@ def test_clip_denoised_reaches_the_samplers(make_diffusion, normal, sampler):
     np.testing.assert_allclose(samples[False].numpy(), 4.0, rtol=1e-5)
 
 
-def test_predicting_the_noise_is_predicting_the_start(make_diffusion, normal, step_noises):
+def test_predicting_noise_is_equivalent_to_predicting_x_start(make_diffusion, normal, step_noises):
     start, eps = (make_diffusion(STEPS, mean_type=kind) for kind in ModelMeanType)
     assert (start.model_mean_type, eps.model_mean_type) == (ModelMeanType.START_X, ModelMeanType.EPSILON)
-    models = [best_denoiser(diffusion, MEAN, STD) for diffusion in (start, eps)]
+    models = [ideal_denoiser(diffusion, MEAN, STD) for diffusion in (start, eps)]
     x, t = normal(*SHAPE), torch.tensor([0, 15, STEPS - 1])
     outs = [
         diffusion.p_mean_variance(model, x, t, clip_denoised=False)
@@ -237,44 +237,44 @@ def test_predicting_the_noise_is_predicting_the_start(make_diffusion, normal, st
 
 @pytest.mark.parametrize("method", ["p_sample", "ddim_sample", "p_mean_variance", "training_losses"])
 def test_the_model_gets_the_timesteps_and_the_condition(make_diffusion, normal, method):
-    diffusion, told = make_diffusion(STEPS), []
+    diffusion, calls = make_diffusion(STEPS), []
     x, t, condition = normal(*SHAPE), torch.tensor([0, 3, 39]), {"image": normal(*SHAPE), "number": 5}
 
     def model(x, timesteps, **kwargs):
-        told.append((timesteps, kwargs))
+        calls.append((timesteps, kwargs))
         return x
 
     getattr(diffusion, method)(model, x, t, model_kwargs=condition)
-    ((timesteps, kwargs),) = told
+    ((timesteps, kwargs),) = calls
     assert timesteps.tolist() == [0, 3, 39]
     assert kwargs.keys() == condition.keys()
     assert all(kwargs[key] is condition[key] for key in condition)
 
 
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_the_samplers_go_down_all_steps_with_the_condition(make_diffusion, sampler):
-    diffusion, told = make_diffusion(STEPS), []
+def test_samplers_run_all_steps_in_descending_order_with_the_condition(make_diffusion, sampler):
+    diffusion, calls = make_diffusion(STEPS), []
 
     def model(x, timesteps, image):
-        told.append((*timesteps.tolist(), image))
+        calls.append((*timesteps.tolist(), image))
         return x
 
     torch.manual_seed(0)
     sample = getattr(diffusion, sampler)(model, SHAPE, model_kwargs={"image": 7})
     assert sample.shape == SHAPE
-    assert told == [(step, step, step, 7) for step in range(STEPS - 1, -1, -1)]
+    assert calls == [(step, step, step, 7) for step in range(STEPS - 1, -1, -1)]
 
 
 @pytest.mark.parametrize("steps", [STEPS, 2000])
 def test_rescale_timesteps(make_diffusion, steps):
-    diffusion, told = make_diffusion(steps, rescale_timesteps=True), []
+    diffusion, calls = make_diffusion(steps, rescale_timesteps=True), []
 
     def model(x, timesteps):
-        told.append(timesteps)
+        calls.append(timesteps)
         return x
 
     diffusion.p_mean_variance(model, torch.zeros(2, 1, 1, 1), torch.tensor([3, steps - 1]))
-    assert told[0].tolist() == pytest.approx([3 * 1000 / steps, (steps - 1) * 1000 / steps])
+    assert calls[0].tolist() == pytest.approx([3 * 1000 / steps, (steps - 1) * 1000 / steps])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_rescale_timesteps(make_diffusion, steps):
 
 
 def ddim_contraction(betas, std):
-    """The factor by which DDIM at η 0 moves x_T / √ᾱ_T − m, for data N(m, std²) and the best denoiser.
+    """Return the factor by which DDIM at η = 0 scales x_T / √ᾱ_T − m, for data N(m, std²) and the ideal denoiser.
 
     A DDIM step is y' = y + (σ' − σ) E[ε | y], and E[ε | y] = σ (y − m) / (std² + σ²): each step multiplies y − m
     by (std² + σ σ') / (std² + σ²).
@@ -294,28 +294,28 @@ def ddim_contraction(betas, std):
 
 @pytest.mark.parametrize("mean_type", list(ModelMeanType))
 @pytest.mark.parametrize("std", [STD, 1.0, 3.0])
-def test_ddim_on_gaussian_data_is_the_closed_form(make_diffusion, normal, std, mean_type):
+def test_ddim_on_gaussian_data_agrees_with_the_closed_form(make_diffusion, normal, std, mean_type):
     diffusion, x_last = make_diffusion(STEPS, mean_type=mean_type), normal(*SHAPE)
     sample = diffusion.ddim_sample_loop(
-        best_denoiser(diffusion, MEAN, std), SHAPE, noise=x_last, clip_denoised=False, step_noise=no_noise
+        ideal_denoiser(diffusion, MEAN, std), SHAPE, noise=x_last, clip_denoised=False, step_noise=no_noise
     )
     betas = get_named_beta_schedule("linear", STEPS)
     start = x_last.numpy() / math.sqrt(cumulative(betas)[0][-1]) - MEAN
     np.testing.assert_allclose(sample.numpy(), MEAN + ddim_contraction(betas, std) * start, rtol=3e-5, atol=1e-5)
 
 
-def test_ddim_with_many_steps_samples_the_data(make_diffusion, normal):
+def test_ddim_with_many_steps_recovers_the_data(make_diffusion, normal):
     diffusion, shape = make_diffusion(1000), (1, 1, 100, 100)
     sample = diffusion.ddim_sample_loop(
-        best_denoiser(diffusion, MEAN, STD), shape, noise=normal(*shape), clip_denoised=False
+        ideal_denoiser(diffusion, MEAN, STD), shape, noise=normal(*shape), clip_denoised=False
     )
-    # In the limit of infinitely many steps the mapping is the one that carries N(0, 1) to N(m, s²); 10,000 draws
-    # have a mean within 5 · 0.004 and a standard deviation within 3.5 %.
+    # With infinitely many steps DDIM maps N(0, 1) to N(m, s²); 10,000 draws have a mean within 5 · 0.004 and a
+    # standard deviation within 3.5 %.
     assert sample.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert sample.std().item() == pytest.approx(STD, rel=0.05)
 
 
-def test_ddim_contraction_tends_to_that_of_the_flow():
+def test_ddim_contraction_converges_to_that_of_the_probability_flow():
     gaps = []
     for steps in (100, 1000, 10_000):
         betas = get_named_beta_schedule("linear", steps)
@@ -326,17 +326,17 @@ def test_ddim_contraction_tends_to_that_of_the_flow():
 
 
 @pytest.mark.parametrize("mean_type", list(ModelMeanType))
-def test_ddim_finds_a_single_point(make_diffusion, normal, mean_type):
+def test_ddim_recovers_constant_data(make_diffusion, normal, mean_type):
     diffusion = make_diffusion(STEPS, mean_type=mean_type)
     sample = diffusion.ddim_sample_loop(
-        best_denoiser(diffusion, MEAN, 0.0), SHAPE, noise=normal(*SHAPE), clip_denoised=False
+        ideal_denoiser(diffusion, MEAN, 0.0), SHAPE, noise=normal(*SHAPE), clip_denoised=False
     )
     np.testing.assert_allclose(sample.numpy(), MEAN, rtol=2e-6)
 
 
-def test_ddim_at_eta_0_is_deterministic_and_draws_nothing(make_diffusion, normal):
+def test_ddim_at_eta_0_is_deterministic_and_draws_no_noise(make_diffusion, normal):
     diffusion, x_last = make_diffusion(STEPS), normal(*SHAPE)
-    model = best_denoiser(diffusion, MEAN, STD)
+    model = ideal_denoiser(diffusion, MEAN, STD)
     before = torch.get_rng_state()
     samples = [diffusion.ddim_sample_loop(model, SHAPE, noise=x_last) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -349,7 +349,7 @@ def test_ddim_at_eta_0_is_deterministic_and_draws_nothing(make_diffusion, normal
 def test_ddim_at_eta_1_is_ddpm_with_the_small_variance(make_diffusion, normal, step_noises):
     diffusion, x_last = make_diffusion(STEPS), normal(*SHAPE)
     sample = diffusion.ddim_sample_loop(
-        best_denoiser(diffusion, MEAN, STD),
+        ideal_denoiser(diffusion, MEAN, STD),
         SHAPE,
         noise=x_last,
         clip_denoised=False,
@@ -360,8 +360,8 @@ def test_ddim_at_eta_1_is_ddpm_with_the_small_variance(make_diffusion, normal, s
     np.testing.assert_allclose(sample.numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_ddim_between_adds_the_noise_of_its_definition(make_diffusion, normal):
-    """Song et al. 2021, eq. 12 and 16, for one step at η 0.3."""
+def test_ddim_at_eta_0_3_agrees_with_its_definition(make_diffusion, normal):
+    """Song et al. 2021, eq. 12 and 16, for one step at η = 0.3."""
     diffusion, t, eta = make_diffusion(STEPS), 25, 0.3
     alpha_bar, before = (a[t] for a in cumulative(get_named_beta_schedule("linear", STEPS)))
     x, x_start, noise = normal(*SHAPE), normal(*SHAPE), normal(*SHAPE)
@@ -378,7 +378,7 @@ def test_ddim_between_adds_the_noise_of_its_definition(make_diffusion, normal):
 
 
 def ancestral_by_bayes(x, noises, large):
-    """The whole chain from x_T with the given noise, for data N(MEAN, STD²) and the best denoiser."""
+    """Sample from x_T with the given noise, for data N(MEAN, STD²) and the ideal denoiser."""
     betas = get_named_beta_schedule("linear", len(noises))
     alpha_bar, _ = cumulative(betas)
     for t in range(len(betas) - 1, -1, -1):
@@ -395,7 +395,7 @@ def ancestral_by_bayes(x, noises, large):
 def test_ancestral_sampling_with_given_noise(make_diffusion, normal, step_noises, var_type):
     diffusion, x_last = make_diffusion(STEPS, var_type=var_type), normal(*SHAPE)
     sample = diffusion.p_sample_loop(
-        best_denoiser(diffusion, MEAN, STD),
+        ideal_denoiser(diffusion, MEAN, STD),
         SHAPE,
         noise=x_last,
         clip_denoised=False,
@@ -406,7 +406,7 @@ def test_ancestral_sampling_with_given_noise(make_diffusion, normal, step_noises
 
 
 @pytest.mark.parametrize(
-    # The small variance is the true one of a point, the large one that of unit-variance data (Ho et al. 2020, 3.2).
+    # The small variance is exact for constant data, the large one for unit-variance data (Ho et al. 2020, 3.2).
     ("var_type", "std"),
     [(ModelVarType.FIXED_SMALL, 0.0), (ModelVarType.FIXED_SMALL, STD), (ModelVarType.FIXED_LARGE, 1.0)],
 )
@@ -414,9 +414,9 @@ def test_ancestral_sampling_recovers_the_data(make_diffusion, normal, var_type, 
     torch.manual_seed(0)
     diffusion, shape = make_diffusion(400, var_type=var_type), (1, 1, 100, 100)
     sample = diffusion.p_sample_loop(
-        best_denoiser(diffusion, MEAN, std), shape, noise=normal(*shape), clip_denoised=False
+        ideal_denoiser(diffusion, MEAN, std), shape, noise=normal(*shape), clip_denoised=False
     )
-    # Five standard errors of 10,000 draws, and for the variance the bias of 400 steps besides.
+    # Five standard errors of 10,000 draws, plus the variance's bias with 400 steps.
     assert sample.mean().item() == pytest.approx(MEAN, abs=0.05 * max(std, 1e-4))
     assert sample.std().item() == pytest.approx(std, rel=0.06, abs=1e-4)
 
@@ -437,7 +437,7 @@ def test_the_last_step_adds_no_noise(make_diffusion, normal, sampler):
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
 def test_samplers_draw_from_torch_unless_given_noise(make_diffusion, sampler):
     diffusion = make_diffusion(STEPS)
-    loop, model = getattr(diffusion, sampler), best_denoiser(diffusion, MEAN, STD)
+    loop, model = getattr(diffusion, sampler), ideal_denoiser(diffusion, MEAN, STD)
     samples = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -463,12 +463,12 @@ def test_training_losses(make_diffusion, normal, mean_type):
     np.testing.assert_allclose(losses["loss"].numpy(), expected, rtol=1e-5)
 
 
-def test_the_best_denoiser_has_the_loss_that_theory_says(make_diffusion):
+def test_ideal_denoiser_has_the_theoretical_loss(make_diffusion):
     """The expected squared error of E[x_0 | x_t] is the posterior's variance, 1 / (1/s² + ᾱ/(1−ᾱ))."""
     torch.manual_seed(0)
     diffusion, t, n = make_diffusion(STEPS), [2, 10, 30], 200_000
     x_start = MEAN + STD * torch.randn(3, n)
-    losses = diffusion.training_losses(best_denoiser(diffusion, MEAN, STD), x_start, torch.tensor(t))["loss"]
+    losses = diffusion.training_losses(ideal_denoiser(diffusion, MEAN, STD), x_start, torch.tensor(t))["loss"]
     alpha_bar = cumulative(get_named_beta_schedule("linear", STEPS))[0][t]
     variance = 1 / (1 / STD**2 + alpha_bar / (1 - alpha_bar))
     np.testing.assert_allclose(losses.numpy(), variance, rtol=5 * math.sqrt(2 / n))

@@ -1,26 +1,26 @@
-"""Dropout with cheap random numbers: as often as asked, evenly, independently, and nothing else changed."""
+"""Dropout that draws one random number for four elements: rate, independence, scaling, gradients."""
 
 import pytest
 import torch
 
 from guided_diffusion.nn import Dropout
 
-N = 400_003  # not a multiple of four: the last draw is shared by fewer
+N = 400_003  # not a multiple of 4, so that fewer elements share the last draw
 
 
 def drop(p: float, n: int = N, seed: int = 0) -> torch.Tensor:
-    """Which of n elements are dropped."""
+    """Return a mask of the dropped elements."""
     torch.manual_seed(seed)
     return Dropout(p).train()(torch.ones(n)) == 0
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_it_drops_as_often_as_asked(p):
+def test_dropout_rate(p):
     sigma = (p * (1 - p) / N) ** 0.5
     assert drop(p).float().mean().item() == pytest.approx(p, abs=5 * sigma)
 
 
-def test_every_place_in_a_draw_is_dropped_alike():
+def test_all_positions_in_a_draw_have_the_same_rate():
     dropped = drop(0.1)[: N // 4 * 4].view(-1, 4).float().mean(0)
     torch.testing.assert_close(dropped, torch.full((4,), 0.1), atol=5 * (0.09 / (N // 4)) ** 0.5, rtol=0)
 
@@ -32,7 +32,7 @@ def test_neighbours_are_independent(distance):
     assert correlation.abs() < 5 / N**0.5
 
 
-def test_what_is_kept_is_scaled_up():
+def test_kept_elements_are_scaled_up():
     torch.manual_seed(0)
     x = torch.randn(1000)
     y = Dropout(0.25).train()(x)
@@ -41,7 +41,7 @@ def test_what_is_kept_is_scaled_up():
     assert 0 < kept.sum() < 1000
 
 
-def test_the_gradient_goes_through_what_was_kept():
+def test_gradient_flows_through_kept_elements():
     torch.manual_seed(0)
     x = torch.randn(1000, requires_grad=True)
     y = Dropout(0.25).train()(x)
@@ -49,13 +49,13 @@ def test_the_gradient_goes_through_what_was_kept():
     torch.testing.assert_close(x.grad, (y != 0).float() / 0.75)
 
 
-def test_the_seed_decides():
+def test_seed_determines_the_mask():
     assert torch.equal(drop(0.5, 1000, seed=1), drop(0.5, 1000, seed=1))
     assert not torch.equal(drop(0.5, 1000, seed=1), drop(0.5, 1000, seed=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shape_and_dtype_stay(dtype):
+def test_shape_and_dtype_are_preserved(dtype):
     x = torch.ones(2, 3, 5, 7, dtype=dtype)
     y = Dropout(0.5).train()(x)
     assert (y.shape, y.dtype) == (x.shape, dtype)
@@ -63,14 +63,14 @@ def test_shape_and_dtype_stay(dtype):
 
 
 @pytest.mark.parametrize("p", [0, 1e-9])
-def test_nothing_is_dropped_at_none(p):
+def test_nothing_is_dropped_at_rate_0(p):
     assert not drop(p, 1000).any()
 
 
-def test_everything_is_dropped_at_one():
+def test_everything_is_dropped_at_rate_1():
     assert drop(1, 1000).all()
 
 
-def test_evaluation_leaves_all_as_it_is():
+def test_evaluation_mode_is_the_identity():
     x = torch.randn(100)
     assert torch.equal(Dropout(0.5).eval()(x), x)

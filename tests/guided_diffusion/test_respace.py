@@ -1,4 +1,4 @@
-"""Which steps a shorter process keeps, and that it is the same process at those."""
+"""Respacing: the timesteps that are kept, and the process on these."""
 
 import math
 
@@ -22,7 +22,7 @@ def original_alpha_bar(steps=STEPS):
 # space_timesteps
 
 
-def test_a_number_keeps_as_many_from_the_first_to_the_last():
+def test_a_count_spans_all_timesteps_evenly():
     kept = sorted(space_timesteps(1000, "100"))
     assert len(kept) == 100
     assert kept[0] == 0
@@ -31,14 +31,14 @@ def test_a_number_keeps_as_many_from_the_first_to_the_last():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 500, 999, 1000])
-def test_as_many_as_were_asked_for(count):
+def test_number_of_kept_timesteps(count):
     kept = space_timesteps(1000, str(count))
     assert len(kept) == count
     assert min(kept) == 0
     assert count == 1 or max(kept) == 999
 
 
-def test_ddim_keeps_whole_strides():
+def test_ddim_uses_integer_strides():
     assert space_timesteps(1000, "ddim50") == set(range(0, 1000, 20))
     assert space_timesteps(1000, "ddim100") == set(range(0, 1000, 10))
     assert space_timesteps(10, "ddim4") == {0, 3, 6, 9}
@@ -53,10 +53,10 @@ def test_trailing_keeps_the_last_step_and_not_the_first(count, kept):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33, 500, 999])
-def test_trailing_steps_are_even(count):
+def test_trailing_steps_are_evenly_spaced(count):
     kept = sorted(space_timesteps(1000, f"trailing{count}"))
     assert len(kept) == count
-    gaps = np.diff([-1, *kept])  # the first one's, too: as far from x_0 as from each other
+    gaps = np.diff([-1, *kept])  # including the one from x_0
     assert max(gaps) - min(gaps) <= 1
 
 
@@ -75,7 +75,7 @@ def test_sections(counts):
         assert max(np.diff(here)) - min(np.diff(here)) <= 1
 
 
-def test_sections_of_unequal_length_the_first_ones_longer():
+def test_the_first_sections_are_longer_if_lengths_differ():
     assert space_timesteps(10, [2, 2, 2]) == {0, 3, 4, 6, 7, 9}  # 4 + 3 + 3 steps
 
 
@@ -86,7 +86,7 @@ def test_sections_of_unequal_length_the_first_ones_longer():
         *("ddim", "ddimx", "ddim999", "ddim0", "trailing", "trailing0", "trailing1001"),
     ],
 )
-def test_what_cannot_be_had(wrong):
+def test_invalid_respacing(wrong):
     with pytest.raises(ValueError, match=r"timestep"):
         space_timesteps(1000, wrong)
 
@@ -108,34 +108,34 @@ def test_marginals_are_those_of_the_kept_steps(make_diffusion, use_timesteps):
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_the_model_is_told_the_original_timesteps(make_diffusion, sampler, rescale):
-    spaced, told = make_diffusion(STEPS, use_timesteps=KEPT, rescale_timesteps=rescale), []
+def test_the_model_gets_the_original_timesteps(make_diffusion, sampler, rescale):
+    spaced, received = make_diffusion(STEPS, use_timesteps=KEPT, rescale_timesteps=rescale), []
 
     def model(x, t):
-        told.append(t.tolist())
+        received.append(t.tolist())
         return x
 
     torch.manual_seed(0)
     getattr(spaced, sampler)(model, SHAPE)
     unit = 1000 / STEPS if rescale else 1
-    assert told == [[t * unit] * 2 for t in reversed(KEPT)]
+    assert received == [[t * unit] * 2 for t in reversed(KEPT)]
 
 
-def test_training_tells_the_original_timesteps(make_diffusion):
-    told = []
+def test_training_passes_the_original_timesteps(make_diffusion):
+    received = []
 
     def model(x, t):
-        told.append(t.tolist())
+        received.append(t.tolist())
         return x
 
     make_diffusion(STEPS, use_timesteps=KEPT).training_losses(model, torch.zeros(SHAPE), torch.tensor([1, 4]))
-    assert told == [[3, 39]]
+    assert received == [[3, 39]]
 
 
 @pytest.mark.parametrize("mean_type", list(ModelMeanType))
 @pytest.mark.parametrize("var_type", list(ModelVarType))
 @pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop"])
-def test_with_all_steps_it_is_the_original(make_diffusion, mean_type, var_type, sampler):
+def test_keeping_all_steps_changes_nothing(make_diffusion, mean_type, var_type, sampler):
     diffusions = [
         make_diffusion(STEPS, mean_type, var_type),
         make_diffusion(STEPS, mean_type, var_type, use_timesteps=list(range(STEPS))),
@@ -152,8 +152,8 @@ def test_with_all_steps_it_is_the_original(make_diffusion, mean_type, var_type, 
     torch.testing.assert_close(samples[0], samples[1], rtol=1e-5, atol=1e-5)
 
 
-def test_ddim_over_kept_steps_is_the_closed_form(make_diffusion):
-    """Gaussian data N(m, s²), the best denoiser at the original timesteps: see test_gaussian_diffusion.py."""
+def test_ddim_over_kept_steps_agrees_with_the_closed_form(make_diffusion):
+    """For Gaussian data and the ideal denoiser, as in test_gaussian_diffusion.py."""
     mean, std, kept = 0.7, 0.4, sorted(space_timesteps(1000, "10"))
     spaced, alpha_bar = make_diffusion(1000, use_timesteps=kept), original_alpha_bar(1000)
 
@@ -170,6 +170,6 @@ def test_ddim_over_kept_steps_is_the_closed_form(make_diffusion):
 
 
 @pytest.mark.parametrize("use_timesteps", [[], [-1, 3], [3, STEPS]])
-def test_steps_that_are_not_there(make_diffusion, use_timesteps):
+def test_invalid_use_timesteps(make_diffusion, use_timesteps):
     with pytest.raises(ValueError, match=f"0 … {STEPS - 1}"):
         make_diffusion(STEPS, use_timesteps=use_timesteps)

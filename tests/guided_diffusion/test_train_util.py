@@ -1,4 +1,4 @@
-"""The training loop on a tiny regression: what it learns, what it writes, and that it can be stopped at any time."""
+"""The training loop on a tiny regression: optimisation, output files, stopping and resuming."""
 
 import itertools
 import math
@@ -11,11 +11,11 @@ from tiny_regression import TRUTH, Stop, batch_of, flat, rows_of, squared_error,
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------------------
-# What it learns
+# Optimisation
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_it_learns_in_lower_precision(train, linear, precision):
+def test_training_in_lower_precision(train, linear, precision):
     seen = []
 
     def losses(model, batch, step):
@@ -30,8 +30,8 @@ def test_it_learns_in_lower_precision(train, linear, precision):
     torch.testing.assert_close(linear.weight.detach(), TRUTH.T, atol=0.02, rtol=0)
 
 
-def test_float16_survives_gradients_that_underflow(train, linear):
-    """Gradients of so small a loss are 0 in float16 (and then nothing moves), unless they are scaled up."""
+def test_float16_gradients_do_not_underflow(train, linear):
+    """Without loss scaling, these gradients are 0 in float16 and no weight changes."""
 
     def losses(model, batch, step):
         x, y = batch
@@ -42,7 +42,7 @@ def test_float16_survives_gradients_that_underflow(train, linear):
     assert (flat(linear) - before).abs().min() > 0.01
 
 
-def test_it_learns(train, linear, tmp_path):
+def test_training_converges(train, linear, tmp_path):
     train(linear, iterations=300, log_interval=50, save_interval=300)
     losses = [float(row["loss"]) for row in rows_of(tmp_path)]
     assert losses[0] > 0.1
@@ -50,7 +50,7 @@ def test_it_learns(train, linear, tmp_path):
     torch.testing.assert_close(linear.weight.detach(), TRUTH.T, atol=0.01, rtol=0)
 
 
-def test_each_step_is_one_of_adamw(train, linear, tmp_path):
+def test_steps_agree_with_adamw(train, linear, tmp_path):
     """Loshchilov & Hutter 2019, algorithm 2, with the learning rate halved every 3 steps."""
     weights = np.append(linear.weight.detach().double().numpy(), linear.bias.item())
     m, v = np.zeros(4), np.zeros(4)
@@ -72,17 +72,17 @@ def test_learning_rate_is_halved_and_logged(train, linear, tmp_path):
     assert rates == pytest.approx([0.08, 0.08, 0.08, 0.04, 0.04, 0.04, 0.02])
 
 
-def test_ema_is_the_recursion_with_warm_up(train, linear):
+def test_ema_has_a_warm_up(train, linear):
     weights, averages = [flat(linear).double()], []
 
-    def look(logger, network, step):
+    def record(logger, network, step):
         weights.append(flat(linear).double())
         averages.append(flat(network).double())
 
-    train(linear, iterations=12, ema_rate=0.3, save_interval=1, on_save=look)
+    train(linear, iterations=12, ema_rate=0.3, save_interval=1, on_save=record)
     rates = [min(0.3, (1 + step) / (10 + step)) for step in range(12)]
     assert rates[0] == 0.1
-    assert rates[2] < rates[3] == 0.3  # both branches are passed
+    assert rates[2] < rates[3] == 0.3  # covers both arguments of min
     expected = weights[0]
     for rate, now, average in zip(rates, weights[1:], averages, strict=True):
         expected = rate * expected + (1 - rate) * now
@@ -90,7 +90,7 @@ def test_ema_is_the_recursion_with_warm_up(train, linear):
         assert not torch.allclose(average, now, atol=1e-4)
 
 
-def test_frozen_parameters_are_left_alone(train):
+def test_frozen_parameters_do_not_change(train):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     model[0].requires_grad_(False)
@@ -101,19 +101,19 @@ def test_frozen_parameters_are_left_alone(train):
     assert not torch.equal(flat(model[1]), before[1])
 
 
-def test_losses_and_batches_are_told_the_step(train, linear):
-    told = []
+def test_losses_and_batches_get_the_step(train, linear):
+    calls = []
 
     def losses(model, batch, step):
-        told.append((step, torch.equal(batch[0], batch_of(step)[0]), model.training))
+        calls.append((step, torch.equal(batch[0], batch_of(step)[0]), model.training))
         return squared_error(model, batch, step)
 
     train(linear, iterations=3, compute_losses=losses)
-    assert told == [(0, True, True), (1, True, True), (2, True, True)]
+    assert calls == [(0, True, True), (1, True, True), (2, True, True)]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What it writes
+# Output
 
 
 def test_files(train, linear, tmp_path):
@@ -127,7 +127,7 @@ def test_files(train, linear, tmp_path):
         assert all(torch.equal(saved[key], value) for key, value in network.state_dict().items())
 
 
-def test_progress_has_a_row_each_interval_and_at_the_end(train, linear, tmp_path):
+def test_progress_has_a_row_per_interval_and_at_the_end(train, linear, tmp_path):
     losses = []
 
     def recorded(model, batch, step):
@@ -145,13 +145,13 @@ def test_progress_has_a_row_each_interval_and_at_the_end(train, linear, tmp_path
 
 
 def test_images_per_second(train, linear, tmp_path, monkeypatch):
-    clock = itertools.count(100.0, 0.5)  # asked at the start, and twice for each row
+    clock = itertools.count(100.0, 0.5)  # read at the start, and twice per row
     monkeypatch.setattr("guided_diffusion.train_util.time.monotonic", lambda: next(clock))
     train(linear, iterations=4)
     assert [float(row["images_per_second"]) for row in rows_of(tmp_path)] == [2 * 8 / 0.5] * 2
 
 
-def test_tensorboard_holds_the_scalars_and_the_image(train, linear, tmp_path):
+def test_tensorboard_has_the_scalars_and_the_image(train, linear, tmp_path):
     def picture(logger, network, step):
         logger.image(step, "a picture", np.linspace(0, 1, 12).reshape(3, 4))
 
@@ -170,16 +170,16 @@ def test_tensorboard_holds_the_scalars_and_the_image(train, linear, tmp_path):
 def test_on_save_gets_the_averaged_network(train, linear):
     seen = []
 
-    def look(logger, network, step):
+    def record(logger, network, step):
         seen.append((step, flat(network), network.training))
 
-    loop = train(linear, iterations=3, on_save=look)
+    loop = train(linear, iterations=3, on_save=record)
     assert [(step, training) for step, _, training in seen] == [(2, False), (3, False)]
     assert torch.equal(seen[-1][1], flat(loop.ema_model))
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
-def test_log_says_what_was_saved(train, linear, tmp_path):
+def test_log_lists_saved_checkpoints(train, linear, tmp_path):
     train(linear, iterations=3)
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert len(lines) == 2
@@ -188,19 +188,19 @@ def test_log_says_what_was_saved(train, linear, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Stopping and going on
+# Stopping and resuming
 
 
 @pytest.mark.parametrize("stop_at", [2, 5])
-def test_going_on_ends_where_one_run_ends(train, tmp_path, stop_at):
-    whole = train(with_dropout(0), "whole")
+def test_resumed_run_equals_uninterrupted_run(train, tmp_path, stop_at):
+    full_run = train(with_dropout(0), "whole")
     with pytest.raises(Stop):
         train(with_dropout(0), "parts", batches_from=stopping_at(stop_at))
     torch.manual_seed(99)
-    parts = train(with_dropout(1), "parts")  # fresh weights that the checkpoint replaces
-    assert parts.step == whole.step == 6
-    assert torch.equal(flat(parts.model), flat(whole.model))
-    assert torch.equal(flat(parts.ema_model), flat(whole.ema_model))
+    resumed = train(with_dropout(1), "parts")  # fresh weights that the checkpoint replaces
+    assert resumed.step == full_run.step == 6
+    assert torch.equal(flat(resumed.model), flat(full_run.model))
+    assert torch.equal(flat(resumed.ema_model), flat(full_run.ema_model))
     for name in ("model000006.pt", "ema_0.9_000006.pt"):
         a, b = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("whole", "parts"))
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -209,35 +209,35 @@ def test_going_on_ends_where_one_run_ends(train, tmp_path, stop_at):
     assert f"resuming from opt{stop_at // 2 * 2:06d}.pt" in (tmp_path / "parts" / "log.txt").read_text()
 
 
-def test_dropout_makes_the_seed_matter(train):
+def test_seed_determines_dropout(train):
     ends = [flat(train(with_dropout(0), str(i), seed=seed).model) for i, seed in enumerate((0, 0, 5))]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 
 
-def test_no_two_steps_of_any_two_seeds_drop_the_same_out(train):
-    """A run with the next seed is not the same run a step later, either."""
+def test_dropout_differs_between_steps_and_seeds(train):
+    """Nor does seed s + 1 repeat the masks of seed s one step later."""
     dropped = []
 
-    def look(module, inputs, output):
+    def record(module, inputs, output):
         dropped.append((output == 0) & (inputs[0] != 0))
 
     for seed in range(3):
         model = with_dropout(0)
-        model[1].register_forward_hook(look)
+        model[1].register_forward_hook(record)
         train(model, str(seed), seed=seed, iterations=3)
     assert len(dropped) == 9
     assert all(0.2 < mask.float().mean() < 0.8 for mask in dropped)
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(dropped, 2))
 
 
-def test_a_longer_run_goes_on_with_the_optimizer_it_had(train):
+def test_a_longer_run_resumes_the_optimizer(train):
     train(with_dropout(0), "short", iterations=3)
     longer = train(with_dropout(1), "short", iterations=6)
     assert torch.equal(flat(longer.model), flat(train(with_dropout(0), "whole").model))
 
 
-def test_a_finished_run_says_so_and_touches_nothing(train, linear, tmp_path):
+def test_a_finished_run_is_logged_and_not_modified(train, linear, tmp_path):
     train(linear)
     before = {path.name: path.read_bytes() for path in [*tmp_path.glob("*.pt"), tmp_path / "progress.csv"]}
     train(nn.Linear(3, 1))
@@ -247,11 +247,11 @@ def test_a_finished_run_says_so_and_touches_nothing(train, linear, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(train, linear, tmp_path, bad):
+def test_nonfinite_loss_stops_training(train, linear, tmp_path, bad):
     def losses(model, batch, step):
         return squared_error(model, batch, step) * (bad if step == 3 else 1.0)
 
     with pytest.raises(FloatingPointError, match=f"the loss is {bad} after 4 steps"):
         train(linear, compute_losses=losses)
-    assert not list(tmp_path.glob("*000004.pt"))  # what is broken is not saved
+    assert not list(tmp_path.glob("*000004.pt"))  # the broken state is not saved
     assert [row["step"] for row in rows_of(tmp_path)] == ["2"]

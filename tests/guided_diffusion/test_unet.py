@@ -1,4 +1,4 @@
-"""The UNet: its parts against explicit formulas, its shapes, its layout of parameters, what its output depends on."""
+"""The UNet: layers against explicit formulas, output shapes, parameter layout, and what affects the output."""
 
 import math
 
@@ -44,7 +44,7 @@ def normal():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Parts
+# Layers
 
 
 @pytest.mark.parametrize("dim", [8, 9])
@@ -67,7 +67,7 @@ def test_attention_is_softmax_attention(randomise, normal, heads):
     normed = F.group_norm(x, 3, block.norm.weight, block.norm.bias).reshape(2, 12, 15)
     qkv = torch.einsum("oc,nct->not", block.qkv.weight[:, :, 0], normed) + block.qkv.bias[:, None]
     attended = []
-    for head in qkv.chunk(heads, dim=1):  # each head has its q, k and v next to each other
+    for head in qkv.chunk(heads, dim=1):  # q, k and v of each head are adjacent
         q, k, v = head.chunk(3, dim=1)
         scores = torch.einsum("nct,ncs->nts", q, k) / math.sqrt(12 / heads)
         attended.append(torch.einsum("nts,ncs->nct", scores.softmax(-1), v))
@@ -77,7 +77,7 @@ def test_attention_is_softmax_attention(randomise, normal, heads):
     assert not torch.allclose(expected, x, atol=1e-2)
 
 
-def test_channels_that_heads_do_not_divide():
+def test_channels_must_be_divisible_by_heads():
     with pytest.raises(ValueError, match="12 channels are not divisible"):
         AttentionBlock(12, 5, norm_groups=3)
 
@@ -86,7 +86,7 @@ def test_channels_that_heads_do_not_divide():
 @pytest.mark.parametrize("with_emb", [True, False])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 def test_residual_block(randomise, normal, use_scale_shift_norm, with_emb, resample):
-    """h = conv(silu(norm(x))), then FiLM or a sum with the embedding, then again, beside a 1×1 convolution of x."""
+    """h = conv(silu(norm(x))), then FiLM or a sum with the embedding, the same again, plus a 1×1 convolution of x."""
     resampler = {None: None, "up": Upsample(4, False), "down": Downsample(4, False)}[resample]
     block = randomise(ResBlock(4, 10, 6, 0.0, use_scale_shift_norm, 2, resampler))
     x, emb = normal(2, 4, 6, 6), normal(2, 10) if with_emb else None
@@ -112,7 +112,7 @@ def test_residual_block(randomise, normal, use_scale_shift_norm, with_emb, resam
     torch.testing.assert_close(block(x, emb), skip + h)
 
 
-def test_residual_block_of_equal_width_begins_as_the_identity(normal):
+def test_residual_block_of_equal_width_is_initially_the_identity(normal):
     x = normal(2, 4, 6, 6)
     assert torch.equal(ResBlock(4, 10, 4, 0.0, True, 2).eval()(x, normal(2, 10)), x)
 
@@ -127,7 +127,7 @@ def test_resampling_with_a_convolution(randomise, normal):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The whole network
+# Network
 
 VARIANTS = {
     "plain": {},
@@ -146,7 +146,7 @@ def variant(request):
     return request.param
 
 
-def test_a_fresh_network_says_0(variant, normal):
+def test_untrained_network_returns_0(variant, normal):
     network = tiny(**variant)
     for timesteps in (None, torch.tensor([3, 500])):
         out = network(normal(2, variant.get("in_channels", 1), 8, 12), timesteps)
@@ -154,7 +154,7 @@ def test_a_fresh_network_says_0(variant, normal):
         assert not out.any()
 
 
-def test_every_parameter_matters_with_timesteps(variant, normal, randomise):
+def test_every_parameter_has_a_gradient_with_timesteps(variant, normal, randomise):
     network = randomise(tiny(**variant))
     out = network(normal(2, variant.get("in_channels", 1), 8, 8), torch.tensor([3, 500]))
     (out * normal(*out.shape)).sum().backward()
@@ -166,14 +166,14 @@ def test_every_parameter_matters_with_timesteps(variant, normal, randomise):
     assert idle == []
 
 
-def test_timesteps_matter_and_each_sample_has_its_own(variant, normal, randomise):
+def test_output_depends_on_each_samples_timestep(variant, normal, randomise):
     network, x = randomise(tiny(**variant)), normal(1, variant.get("in_channels", 1), 8, 8).repeat(2, 1, 1, 1)
     out = network(x, torch.tensor([3, 500]))
     assert not torch.allclose(out[0], out[1], atol=1e-3)
     torch.testing.assert_close(out.flip(0), network(x, torch.tensor([500, 3])), rtol=1e-4, atol=1e-5)
 
 
-def test_without_timesteps_the_time_embedding_is_idle(variant, normal, randomise):
+def test_time_embedding_is_unused_without_timesteps(variant, normal, randomise):
     network, x = randomise(tiny(**variant)), normal(2, variant.get("in_channels", 1), 8, 8)
     t = torch.tensor([3, 500])
     before = network(x), network(x, t)
@@ -186,14 +186,14 @@ def test_without_timesteps_the_time_embedding_is_idle(variant, normal, randomise
     assert not torch.allclose(*before, atol=1e-3)
 
 
-def test_samples_do_not_see_each_other(normal, randomise):
+def test_samples_are_independent(normal, randomise):
     network, x = randomise(tiny()), normal(3, 1, 8, 8)
     t = torch.tensor([1, 20, 300])
     alone = torch.cat([network(x[i : i + 1], t[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(network(x, t), alone, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_for_training_only(normal, randomise):
+def test_dropout_is_only_active_in_training(normal, randomise):
     network, x = randomise(tiny(dropout=0.5)), normal(1, 1, 8, 8)
     assert torch.equal(network(x), network(x))
     torch.manual_seed(0)
@@ -202,13 +202,13 @@ def test_dropout_is_for_training_only(normal, randomise):
 
 
 @pytest.mark.parametrize("size", [(8, 10), (6, 8), (7, 8)])
-def test_sizes_that_cannot_be_halved(size):
+def test_indivisible_image_sizes_are_refused(size):
     with pytest.raises(ValueError, match=r"\(\d+, \d+\) is not a multiple of 4"):
         tiny(channel_mult=(1, 2, 2))(torch.zeros(1, 1, *size))
 
 
 @pytest.mark.parametrize("kwargs", [{"norm_groups": 3}, {"norm_groups": 16}, {"num_heads": 3}])
-def test_widths_that_do_not_divide(kwargs):
+def test_indivisible_widths_are_refused(kwargs):
     with pytest.raises(ValueError, match="divisible"):
         tiny(**kwargs)
 
@@ -219,7 +219,7 @@ def test_widths_that_do_not_divide(kwargs):
 
 def test_parameters_are_named_as_in_the_public_library():
     shapes = {name: tuple(value.shape) for name, value in tiny().state_dict().items()}
-    spelt_out = {
+    expected = {
         "time_embed.0.weight": (32, 8),
         "time_embed.2.bias": (32,),
         "input_blocks.0.0.weight": (8, 1, 3, 3),
@@ -243,7 +243,7 @@ def test_parameters_are_named_as_in_the_public_library():
         "out.0.weight": (8,),
         "out.2.weight": (1, 8, 3, 3),
     }
-    assert {name: shapes.get(name) for name in spelt_out} == spelt_out
+    assert {name: shapes.get(name) for name in expected} == expected
     assert {name.split(".")[0] for name in shapes} == {
         "time_embed",
         "input_blocks",
@@ -269,7 +269,7 @@ def test_resampling_without_a_convolution_has_no_parameters():
 def count_by_hand(
     in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, channel_mult, **other
 ):
-    """Parameters of the architecture as Dhariwal & Nichol 2021 describe it."""
+    """Return the number of parameters of the architecture of Dhariwal & Nichol 2021."""
     film = 2 if other.get("use_scale_shift_norm") else 1
     emb = 4 * model_channels
     widths = [model_channels * mult for mult in channel_mult]

@@ -1,4 +1,4 @@
-"""A regression that the training loop learns in milliseconds."""
+"""A linear regression that trains in milliseconds."""
 
 import csv
 import itertools
@@ -27,11 +27,11 @@ def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor], step: int) -> 
 
 
 class Stop(Exception):
-    """Ends a run from within, as a power cut would."""
+    """Raised to abort a run without cleanup, as a power cut would."""
 
 
 def stopping_at(last: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-    """Batches that end the run when step `last` asks for its own."""
+    """Return a `batches_from` that raises Stop when step `last` requests its batch."""
 
     def batches(step: int) -> Iterator[tuple[Tensor, Tensor]]:
         for i in itertools.count(step):
@@ -48,7 +48,7 @@ def with_dropout(seed: int) -> nn.Module:
 
 
 def flat(model: nn.Module) -> Tensor:
-    """All parameters in one vector."""
+    """Return all parameters in one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
 
 

@@ -1,4 +1,4 @@
-"""Small networks that the tests of the method share."""
+"""Small networks that the tests share."""
 
 import pytest
 
@@ -18,17 +18,17 @@ MODEL = {
 
 @pytest.fixture
 def model_config() -> dict:
-    """What the config says of a network, at a size for tests."""
+    """Return the settings of a network small enough for tests."""
     return MODEL
 
 
 @pytest.fixture
 def masked_unet(randomise) -> MaskedConditionalUNet:
-    """With random weights throughout, in eval mode."""
+    """Return the network in eval mode, with all of its weights random."""
     return randomise(MaskedConditionalUNet(**MODEL), seed=1)
 
 
 @pytest.fixture
 def translator(randomise) -> UNetTranslator:
-    """With random weights throughout, in eval mode."""
+    """Return the network in eval mode, with all of its weights random."""
     return randomise(UNetTranslator(**MODEL), seed=2)

@@ -1,4 +1,4 @@
-"""The cycle against slow references: one slice and one band at a time, everything kept, then averaged."""
+"""The cycle, compared with slow references that process one slice and band at a time and average at the end."""
 
 import warnings
 
@@ -41,7 +41,7 @@ def forward(masked_unet, make_diffusion) -> MaskedDiffusionTranslator:
 
 @pytest.fixture
 def score(image, brainmask, forward, translator):
-    """MMCCD of the three slices, or of what is given instead."""
+    """Compute MMCCD, by default of the three slices."""
 
     def compute(image=image, brainmask=brainmask, batch_size=7, **kwargs):
         return mmccd(image, brainmask, forward, translator, **{"bands": BANDS, "batch_size": batch_size, **kwargs})
@@ -50,14 +50,14 @@ def score(image, brainmask, forward, translator):
 
 
 def assert_same(got, want):
-    """To 1e-5 of the largest value; float32 sums depend on the batch in their last digits."""
+    """Compare to 1e-5 of the largest value; the last digits of float32 sums depend on the batch."""
     got, want = np.asarray(got), np.asarray(want)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @torch.no_grad()
 def slow_mmccd(image, brainmask, forward, backward, skip):
-    """Error, translation, reconstruction, variance [4, N, H, W]; `skip` leaves out the bands that hide no brain."""
+    """Return error, translation, reconstruction, variance [4, N, H, W]; `skip` leaves out bands that hide no brain."""
     results = np.empty((4, len(image), SIZE, SIZE))
     for i in range(len(image)):
         stacks = np.full((3, len(BANDS), SIZE, SIZE), np.nan)
@@ -74,12 +74,12 @@ def slow_mmccd(image, brainmask, forward, backward, skip):
             error = (image[i : i + 1] - reconstruction) ** 2
             for stack, picture in zip(stacks, (error, translation, reconstruction), strict=True):
                 stack[j] = np.where(hidden, picture[0, 0].numpy(), np.nan)
-        seen = ~np.isnan(stacks[0]).all(0)
+        covered = ~np.isnan(stacks[0]).all(0)
         background = np.stack([np.zeros((SIZE, SIZE)), image[i, 0].numpy(), image[i, 0].numpy()])
         means = np.nansum(stacks, axis=1) / np.maximum((~np.isnan(stacks)).sum(1), 1)
-        results[:3, i] = np.where(seen, means, background)
+        results[:3, i] = np.where(covered, means, background)
         variance = np.nansum((stacks[2] - means[2]) ** 2, axis=0) / np.maximum((~np.isnan(stacks[2])).sum(0), 1)
-        results[3, i] = np.where(seen, variance, 0)
+        results[3, i] = np.where(covered, variance, 0)
     return results
 
 
@@ -87,14 +87,14 @@ def slow_mmccd(image, brainmask, forward, backward, skip):
 # Cyclic UNet
 
 
-def test_cyclic_unet_is_the_formula(image):
+def test_cyclic_unet_matches_the_formula(image):
     cycle = modality_cycle(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
     torch.testing.assert_close(cycle.translation, 2 * image + 1)
     torch.testing.assert_close(cycle.reconstruction, (2 * image + 1) / 3)
     torch.testing.assert_close(cycle.error, ((image - 1) / 3) ** 2)
 
 
-def test_cyclic_unet_of_networks(image, translator, randomise):
+def test_cyclic_unet_with_networks(image, translator, randomise):
     cycle = modality_cycle(image, translator, translator, batch_size=2)
     with torch.no_grad():
         expected = (image - translator(translator(image))) ** 2
@@ -103,7 +103,7 @@ def test_cyclic_unet_of_networks(image, translator, randomise):
     assert cycle.error.min() >= 0
 
 
-def test_a_perfect_cycle_has_no_error(image):
+def test_perfect_cycle_has_no_error(image):
     assert not modality_cycle(image, torch.neg, torch.neg, batch_size=2).error.any()
 
 
@@ -111,18 +111,18 @@ def test_a_perfect_cycle_has_no_error(image):
 # MMCCD
 
 
-def test_mmccd_is_the_slow_reference(score, image, brainmask, forward, translator):
+def test_mmccd_matches_the_slow_reference(score, image, brainmask, forward, translator):
     expected = slow_mmccd(image, brainmask, forward, translator, skip=True)
     cycle = score()
     assert cycle.error.shape == image.shape
     for got, want in zip(cycle, expected, strict=True):
         assert_same(got[:, 0].numpy(), want)
-    assert expected[0].std() > 0.1  # the comparison is not one of zeros
+    assert expected[0].std() > 0.1  # not a comparison of zeros
 
 
 @pytest.mark.parametrize("kind", ["errors", "reconstructions", "standardised"])
-def test_scores_are_made_of_the_mean_and_the_variance_of_the_draws(score, image, brainmask, forward, translator, kind):
-    """Against draws that are all kept: one slice and one band at a time."""
+def test_scores_follow_from_mean_and_variance_of_the_draws(score, image, brainmask, forward, translator, kind):
+    """Compare with draws made one slice and one band at a time, all of them kept."""
     cycle, c = score(), 0.3
     for i in range(len(image)):
         hidden = (
@@ -138,27 +138,27 @@ def test_scores_are_made_of_the_mean_and_the_variance_of_the_draws(score, image,
             "standardised": (image[i, 0] - mean).square() / (variance + c),
         }[kind]
         got = anomaly_score(image, cycle, kind, c)[i, 0]
-        seen = hidden.any(0)
-        assert_same(got[seen], expected[seen])
-        assert variance[seen].max() > 0.1
+        covered = hidden.any(0)
+        assert_same(got[covered], expected[covered])
+        assert variance[covered].max() > 0.1
 
 
-def test_the_variance_is_of_the_draws_alone(score, image):
-    """However far they are from the image: no digits are lost to a large error."""
+def test_variance_does_not_depend_on_the_image(score, image):
+    """A large error costs no precision."""
     near, far = score().variance, score(reference=image + 100).variance
-    seen = near > 0
-    assert seen.any()
-    assert_same(far[seen], near[seen])
+    covered = near > 0
+    assert covered.any()
+    assert_same(far[covered], near[covered])
 
 
-def test_a_single_draw_has_no_variance(image):
+def test_single_draw_has_no_variance(image):
     cycle = modality_cycle(image, lambda a: 2 * a + 1, lambda b: b / 3, batch_size=2)
     assert not cycle.variance.any()
     assert torch.equal(anomaly_score(image, cycle, "errors"), cycle.error)
 
 
-def test_the_standardised_score_of_healthy_tissue_is_1_in_the_mean():
-    """If draws vary by v around what A varies around by v + c, whatever v is; lesions have no part in c."""
+def test_standardised_score_of_healthy_tissue_has_mean_1():
+    """Around a common mean, draws have variance v and A has v + c. Lesions do not affect c."""
     generator = torch.Generator().manual_seed(0)
     mean, noise, *draws = torch.randn(42, 4, 1, 64, 64, generator=generator)
     variance, c = torch.rand(4, 1, 64, 64, generator=generator), 0.5
@@ -215,12 +215,12 @@ def test_the_order_of_slices_does_not_matter(score, image, brainmask):
         assert_same(got, want[order])
 
 
-def test_a_slice_does_not_need_the_others(score, image, brainmask):
+def test_slices_do_not_depend_on_each_other(score, image, brainmask):
     for got, want in zip(score(image[1:2], brainmask[1:2]), score(), strict=True):
         assert_same(got, want[1:2])
 
 
-def test_without_brain_there_is_no_score(score, image, brainmask):
+def test_slice_without_brain_has_no_error(score, image, brainmask):
     brainmask = brainmask.clone()
     brainmask[1] = False
     cycle = score(brainmask=brainmask)
@@ -230,56 +230,56 @@ def test_without_brain_there_is_no_score(score, image, brainmask):
     assert_same(cycle.error[0], score().error[0])
 
 
-def test_no_brain_at_all(score, image, brainmask):
+def test_batch_without_brain_has_no_error(score, image, brainmask):
     assert not score(brainmask=torch.zeros_like(brainmask)).error.any()
 
 
-def test_what_no_band_saw_is_the_image(score, image, brainmask):
-    """The second brain lies in rows 6 … 8 and columns 10 … 11: no band that hides it reaches the corner."""
+def test_pixels_that_no_band_hid_equal_the_image(score, image, brainmask):
+    """The second brain is in rows 6 … 8 and columns 10 … 11, and no band that hides it reaches the corner."""
     cycle = score()
     assert not cycle.error[1, 0, :2, :2].any()
     assert torch.equal(cycle.translation[1, 0, :2, :2], image[1, 0, :2, :2])
     assert torch.equal(cycle.reconstruction[1, 0, :2, :2], image[1, 0, :2, :2])
 
 
-def test_a_lesion_scores_under_the_bands_that_hid_it(image, brainmask, forward):
-    """With a stand-in that imagines 0 everywhere, and a backward translator that keeps it, the score is A²."""
+def test_score_is_the_squared_image_if_the_cycle_returns_0(image, brainmask, forward):
+    """The forward translator returns 0 and the backward translator keeps it, so the score is A²."""
     forward.sample = lambda image, bands: torch.zeros_like(image)
     cycle = mmccd(image, brainmask, forward, lambda b: b, bands=BANDS, batch_size=7)
     torch.testing.assert_close(cycle.error[brainmask], image[brainmask] ** 2)
 
 
-def test_progress_is_told_of_each_batch(score, brainmask, forward):
-    seen = []
-    shown = score(progress=seen.append).error
-    assert sum(seen) == len(slices_and_bands(brainmask, forward, BANDS))
-    assert seen[:-1] == [7] * (len(seen) - 1)
-    assert 1 <= seen[-1] <= 7
-    assert torch.equal(shown, score().error)
+def test_progress_is_called_after_each_batch(score, brainmask, forward):
+    sizes = []
+    watched = score(progress=sizes.append).error
+    assert sum(sizes) == len(slices_and_bands(brainmask, forward, BANDS))
+    assert sizes[:-1] == [7] * (len(sizes) - 1)
+    assert 1 <= sizes[-1] <= 7
+    assert torch.equal(watched, score().error)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Memory
 
 
-class RunsOut(TorchDispatchMode):
-    """The memory runs out, once, when the operation number `at` asks for some; counts them all."""
+class OutOfMemoryOnce(TorchDispatchMode):
+    """Counts operations, and runs out of memory once, at operation number `at`."""
 
     def __init__(self, at: int):
         super().__init__()
-        self.at, self.seen, self.refused = at, 0, None
+        self.at, self.count, self.refused = at, 0, None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += 1
-        if self.seen == self.at:
+        self.count += 1
+        if self.count == self.at:
             self.refused = func
             raise torch.OutOfMemoryError("CUDA out of memory")
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["cyclic_unet", "mmccd"])
-def test_wherever_the_memory_runs_out_a_batch_counts_once(image, brainmask, forward, method):
-    """A batch that is tried again, in halves, leaves nothing behind of what it had done before."""
+def test_batch_counts_once_wherever_the_memory_runs_out(image, brainmask, forward, method):
+    """A batch that is retried in halves leaves nothing of the failed attempt."""
     forward.sample = lambda image, bands: 2 * image + 1
 
     def score(mode):
@@ -291,13 +291,13 @@ def test_wherever_the_memory_runs_out_a_batch_counts_once(image, brainmask, forw
                 cycle = mmccd(image, brainmask, forward, lambda b: b / 3, bands=BANDS, batch_size=1000)
         return cycle, [str(warning.message) for warning in warned]
 
-    undisturbed, _ = score(whole := RunsOut(at=0))
+    undisturbed, _ = score(counter := OutOfMemoryOnce(at=0))
     retried = []
-    for at in range(1, whole.seen + 1):
-        mode = RunsOut(at)
+    for at in range(1, counter.count + 1):
+        mode = OutOfMemoryOnce(at)
         try:
             cycle, warned = score(mode)
-        except torch.OutOfMemoryError:  # before the first batch or after the last: nothing is tried again
+        except torch.OutOfMemoryError:  # before the first batch or after the last, where nothing is retried
             continue
         assert len(warned) == 1
         assert "does not fit" in warned[0]

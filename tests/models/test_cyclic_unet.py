@@ -1,4 +1,4 @@
-"""The translator without diffusion: the public UNet used without a timestep, its idle part frozen in the open."""
+"""UNet translator: the public UNet without a timestep, with its time embedding frozen."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from models.cyclic_unet import UNetTranslator, translation_losses
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Input and target, [2, N, 1, H, W]."""
+    """Return input and target, [2, N, 1, H, W]."""
     return torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def is_idle(name: str) -> bool:
+def is_time_embedding(name: str) -> bool:
     return "time_embed" in name or "emb_layers" in name
 
 
@@ -25,26 +25,26 @@ def test_checkpoints_of_the_public_unet_load(translator, model_config, randomise
     assert torch.equal(translator(images[0]), public(images[0]))
 
 
-def test_the_time_embedding_is_frozen_and_the_rest_learns(translator, images):
+def test_time_embedding_is_frozen_and_the_rest_is_trained(translator, images):
     translation_losses(translator, *images).mean().backward()
     trained = {name for name, parameter in translator.named_parameters() if parameter.requires_grad}
     everything = {name for name, _ in translator.named_parameters()}
-    assert everything - trained == {name for name in everything if is_idle(name)}
+    assert everything - trained == {name for name in everything if is_time_embedding(name)}
     assert any("time_embed" in name for name in everything - trained)
     assert any("emb_layers" in name for name in everything - trained)
-    without = [
+    without_gradient = [
         name
         for name, parameter in translator.named_parameters()
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().max() > 1e-7)
     ]
-    assert without == []
+    assert without_gradient == []
 
 
-def test_the_frozen_part_changes_nothing(translator, images):
+def test_frozen_weights_do_not_affect_the_output(translator, images):
     before = translator(images[0])
     with torch.no_grad():
         for name, parameter in translator.named_parameters():
-            if is_idle(name):
+            if is_time_embedding(name):
                 parameter.fill_(3.0)
     assert torch.equal(translator(images[0]), before)
 
@@ -56,7 +56,7 @@ def test_losses_are_the_mean_squared_error_of_each_sample(images):
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_it_can_learn_to_invert_the_contrast(images):
+def test_translator_learns_to_invert_the_contrast(images):
     torch.manual_seed(0)
     network = UNetTranslator(
         model_channels=8, num_res_blocks=1, attention_resolutions=(), channel_mult=(1, 2), norm_groups=4

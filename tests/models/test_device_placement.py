@@ -1,7 +1,7 @@
-"""Every operation on the device, without a GPU: torch's meta device stands for one.
+"""Device placement, tested without a GPU on torch's meta device.
 
-On it operations are checked and not computed: those that mix devices fail, and so does whatever would have to wait for
-a value. Copies are counted here.
+Operations on it are checked but not computed: they fail if they mix devices or need a value on the host. Blocking
+copies are recorded here.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ META = torch.device("meta")
 SIZE = 32
 
 
-class Copies(TorchDispatchMode):
-    """Notes the operations that copy between devices, and have the host wait."""
+class CopyRecorder(TorchDispatchMode):
+    """Records the operations that copy between devices and block the host."""
 
     def __init__(self, found: list[str]):
         super().__init__()
@@ -38,14 +38,14 @@ class Copies(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
-        moves = "copy" in str(function) or "index" in str(function)  # an index on the CPU is copied on the way
+        moves = "copy" in str(function) or "index" in str(function)  # an index on the CPU is copied to the device
         if moves and len({one.device for one in tensors}) > 1 and not kwargs.get("non_blocking"):
             self.found.append(str(function))
         return out
 
 
-class Lists(TorchFunctionMode):
-    """Notes tensors and indices that are made of Python's numbers on another device than the CPU: copies, too."""
+class ListRecorder(TorchFunctionMode):
+    """Records tensors and indices made from Python numbers on a device other than the CPU, which are copies, too."""
 
     def __init__(self, found: list[str]):
         super().__init__()
@@ -62,9 +62,9 @@ class Lists(TorchFunctionMode):
 
 @contextmanager
 def blocking_copies() -> Iterator[list[str]]:
-    """The copies in the block that the host would wait for."""
+    """Record the copies in the block that the host would wait for."""
     found: list[str] = []
-    with Copies(found), Lists(found):
+    with CopyRecorder(found), ListRecorder(found):
         yield found
 
 
@@ -81,7 +81,7 @@ def slices(n: int = 3) -> Tensor:
     return torch.zeros(n, 1, SIZE, SIZE, device=META)
 
 
-def test_what_would_be_wrong_on_a_gpu_is_found():
+def test_blocking_copies_and_mixed_devices_are_found():
     with blocking_copies() as copies:
         torch.zeros(2).to(META, non_blocking=True)
         assert copies == []
@@ -98,7 +98,7 @@ def test_what_would_be_wrong_on_a_gpu_is_found():
 
 
 @pytest.mark.parametrize("model_name", ["unet", "diffusion", "autoencoder", "dae", "ddpm"])
-def test_a_training_step_copies_nothing_that_it_waits_for(model_name, small_config, tmp_path):
+def test_training_step_has_no_blocking_copies(model_name, small_config, tmp_path):
     losses, schedule_sampler = create_losses(load_method(model_name), small_config, META)
     batch = (slices(), slices())
     loop = TrainLoop(
@@ -113,15 +113,15 @@ def test_a_training_step_copies_nothing_that_it_waits_for(model_name, small_conf
         schedule_sampler=schedule_sampler,
         on_save=lambda network, step: None,
     )
-    loop.optimizer = torch.optim.AdamW(loop.trained, foreach=True, capturable=False)  # the fused one knows no meta
-    loop._train_step(batch)  # after which schedules lie on the device
+    loop.optimizer = torch.optim.AdamW(loop.trained, foreach=True, capturable=False)  # fused: not on meta
+    loop._train_step(batch)  # copies the schedules to the device
     with blocking_copies() as copies:
         loop._train_step(batch)
     assert copies == []
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
-def test_a_sweep_copies_nothing_that_it_waits_for(use_ddim, small_config):
+def test_sweep_has_no_blocking_copies(use_ddim, small_config):
     small_config.score_model.sampling.use_ddim = use_ddim
     small_config.score_model.sampling.timestep_respacing = "4"
     forward, backward = (
@@ -139,7 +139,7 @@ def test_a_sweep_copies_nothing_that_it_waits_for(use_ddim, small_config):
 
 
 @pytest.mark.parametrize("model_name", ["unet", "autoencoder", "ddpm", "histogram"])
-def test_a_pass_copies_nothing_that_it_waits_for(model_name, small_config):
+def test_pass_has_no_blocking_copies(model_name, small_config):
     small_config.score_model.sampling.timestep_respacing = "4"
     network = load_method(model_name).create_network(small_config.score_model).to(META).eval()
     forward = load_method(model_name).create_translator(network, small_config)

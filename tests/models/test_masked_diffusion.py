@@ -1,4 +1,4 @@
-"""The masked conditional diffusion: what the network is shown, what it must not see, and where noise comes from."""
+"""Masked conditional diffusion: inputs of the network, independence of the hidden band, and sources of noise."""
 
 import itertools
 import math
@@ -30,8 +30,8 @@ def normal():
 
 
 @pytest.fixture
-def shown(monkeypatch) -> list:
-    """Fills with the input and the timesteps of every evaluation of a UNet, below everything that wraps it."""
+def unet_calls(monkeypatch) -> list:
+    """Record the input and the timesteps of every UNet call, below all wrappers."""
     calls, original = [], UNetModel.forward
 
     def forward(self, x, timesteps=None):
@@ -44,7 +44,7 @@ def shown(monkeypatch) -> list:
 
 @pytest.fixture
 def losses_of(make_diffusion, masked_unet):
-    """The training losses of some slices."""
+    """Compute the training losses of a batch of slices."""
 
     def compute(image, target, sampler=None, seed=0, step=0, model=masked_unet):
         diffusion = make_diffusion(STEPS)
@@ -70,17 +70,17 @@ def make_translator(make_diffusion, masked_unet):
 # The condition
 
 
-def test_the_condition_is_the_image_outside_and_noise_inside(normal):
+def test_condition_is_noise_in_the_mask_and_the_image_elsewhere(normal):
     image, noise, mask = normal(2, 1, 6, 6), normal(2, 1, 6, 6), normal(2, 1, 6, 6) > 0.3
     condition = masked_condition(image, mask, noise)
     assert torch.equal(condition[mask], noise[mask])
     assert torch.equal(condition[~mask], image[~mask])
 
 
-def test_the_network_is_shown_x_t_and_the_condition(masked_unet, shown, normal):
+def test_network_input_is_x_t_and_the_condition(masked_unet, unet_calls, normal):
     x_t, condition, t = normal(2, 1, 8, 8), normal(2, 1, 8, 8), torch.tensor([3, 20])
     out = masked_unet(x_t, t, condition=condition)
-    ((x, timesteps),) = shown
+    ((x, timesteps),) = unet_calls
     assert out.shape == (2, 1, 8, 8)
     assert torch.equal(x[:, :1], x_t)
     assert torch.equal(x[:, 1:], condition)
@@ -91,37 +91,37 @@ def test_the_network_is_shown_x_t_and_the_condition(masked_unet, shown, normal):
 # Training
 
 
-def hidden_in(shown, image):
-    """Where the condition that the network was shown is not the image: bool [N, H, W]."""
-    ((x, _),) = shown
+def hidden_in(unet_calls, image):
+    """Return where the condition in the network's input differs from the image, bool [N, H, W]."""
+    ((x, _),) = unet_calls
     return (x[:, 1] != image[:, 0]).numpy()
 
 
-def test_training_hides_one_band_of_each_sample(losses_of, shown, normal):
+def test_training_hides_one_band_per_sample(losses_of, unet_calls, normal):
     image = normal(24, 1, SIZE, SIZE)
     losses_of(image, normal(24, 1, SIZE, SIZE))
     found = set()
-    for mask in hidden_in(shown, image):
+    for mask in hidden_in(unet_calls, image):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         horizontal = len(columns) == SIZE
-        places, along = (rows, columns) if horizontal else (columns, rows)
+        across, along = (rows, columns) if horizontal else (columns, rows)
         np.testing.assert_array_equal(along, np.arange(SIZE))
-        np.testing.assert_array_equal(places, np.arange(places[0], min(places[0] + WIDTH, SIZE)))
-        assert mask.sum() == SIZE * len(places)
-        assert places[0] % STRIDE == 0
-        found.add((horizontal, places[0]))
+        np.testing.assert_array_equal(across, np.arange(across[0], min(across[0] + WIDTH, SIZE)))
+        assert mask.sum() == SIZE * len(across)
+        assert across[0] % STRIDE == 0
+        found.add((horizontal, across[0]))
     assert len(found) > 8  # of 16, in one batch
     assert {horizontal for horizontal, _ in found} == {True, False}
 
 
-def test_training_noise_is_standard_and_fresh_for_every_sample(losses_of, shown, normal):
+def test_training_noise_is_standard_normal_and_different_for_every_sample(losses_of, unet_calls, normal):
     n = 400
     image = torch.full((n, 1, SIZE, SIZE), 50.0)
     losses_of(image, torch.zeros_like(image))
-    ((x, t),) = shown
+    ((x, t),) = unet_calls
     hidden = x[:, 1] != 50.0
     under_bands = x[:, 1][hidden]
-    # x_t of the target 0 is noise times √(1 − ᾱ_t).
+    # For a target of 0, x_t is noise times √(1 − ᾱ_t).
     alpha_bar = np.cumprod(1 - get_named_beta_schedule("linear", STEPS))[t.numpy()]
     noise = x[:, 0] / torch.from_numpy(np.sqrt(1 - alpha_bar)).float()[:, None, None]
     for draws in (under_bands, noise):
@@ -132,7 +132,7 @@ def test_training_noise_is_standard_and_fresh_for_every_sample(losses_of, shown,
     assert abs(torch.corrcoef(both)[0, 1].item()) < 5 / math.sqrt(both.shape[1])
 
 
-def test_training_losses_are_those_of_the_diffusion(losses_of, shown, normal):
+def test_training_losses_are_the_squared_error_of_x_0(losses_of, unet_calls, normal):
     image, target = normal(3, 1, SIZE, SIZE), normal(3, 1, SIZE, SIZE)
     outputs = []
 
@@ -145,7 +145,7 @@ def test_training_losses_are_those_of_the_diffusion(losses_of, shown, normal):
     torch.testing.assert_close(losses, expected)
 
 
-def test_training_is_keyed_by_seed_and_step(losses_of, normal):
+def test_training_depends_on_seed_and_step(losses_of, normal):
     image, target = normal(4, 1, SIZE, SIZE), normal(4, 1, SIZE, SIZE)
     torch.manual_seed(0)
     first = losses_of(image, target, seed=3, step=7)
@@ -161,35 +161,35 @@ def test_training_leaves_the_global_generator_alone(losses_of, normal):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_training_does_not_see_under_the_band(losses_of, shown, normal):
+def test_training_does_not_depend_on_the_hidden_band(losses_of, unet_calls, normal):
     image, target = normal(4, 1, SIZE, SIZE), normal(4, 1, SIZE, SIZE)
     losses = losses_of(image, target)
-    hidden = torch.from_numpy(hidden_in(shown, image))[:, None]
+    hidden = torch.from_numpy(hidden_in(unet_calls, image))[:, None]
     assert torch.equal(losses_of(image + 100 * hidden, target), losses)
     assert not torch.allclose(losses_of(image + 0.5 * ~hidden, target), losses, rtol=1e-3)
 
 
-class StandInSampler:
-    """Timesteps and weights that are known; remembers what it is told."""
+class FakeSampler:
+    """Returns fixed timesteps and weights, and records its updates."""
 
     def __init__(self):
-        self.told = []
+        self.updates = []
 
     def sample(self, batch_size, generator):
         return torch.arange(batch_size), torch.arange(1.0, batch_size + 1)
 
     def update(self, t, losses):
-        self.told.append((t, losses))
+        self.updates.append((t, losses))
 
 
-def test_the_schedule_sampler_draws_weights_and_learns(losses_of, shown, normal):
-    sampler = StandInSampler()
+def test_schedule_sampler_weights_the_losses_and_is_updated(losses_of, unet_calls, normal):
+    sampler = FakeSampler()
     losses = losses_of(normal(3, 1, SIZE, SIZE), normal(3, 1, SIZE, SIZE), sampler=sampler)
-    ((t, told),) = sampler.told
-    assert t.tolist() == shown[0][1].tolist() == [0, 1, 2]
-    torch.testing.assert_close(losses, told * torch.tensor([1.0, 2.0, 3.0]))
+    ((t, recorded),) = sampler.updates
+    assert t.tolist() == unet_calls[0][1].tolist() == [0, 1, 2]
+    torch.testing.assert_close(losses, recorded * torch.tensor([1.0, 2.0, 3.0]))
     assert losses.requires_grad
-    assert not told.requires_grad
+    assert not recorded.requires_grad
 
 
 def test_all_weights_get_a_gradient(losses_of, masked_unet, normal):
@@ -201,15 +201,15 @@ def test_all_weights_get_a_gradient(losses_of, masked_unet, normal):
 # Sampling
 
 
-def test_masks_of_the_translator_are_those_of_its_bands(make_translator):
+def test_translator_masks_match_the_bands(make_translator):
     masks = make_translator().mask(BANDS)
     assert masks.shape == (3, 1, SIZE, SIZE)
     assert all(torch.equal(mask, band_mask(band, SIZE, WIDTH)) for mask, band in zip(masks, BANDS, strict=True))
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
-def test_the_condition_is_made_once_a_sample(make_translator, normal, monkeypatch, use_ddim):
-    """Every step is given the same tensor: noise under the band, the image elsewhere."""
+def test_condition_is_made_once_per_sample(make_translator, normal, monkeypatch, use_ddim):
+    """Every step gets the same tensor: noise under the band, the image elsewhere."""
     made, given = [], []
 
     def make(image, mask, noise):
@@ -232,11 +232,11 @@ def test_the_condition_is_made_once_a_sample(make_translator, normal, monkeypatc
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
-def test_the_condition_is_held_over_all_steps(make_translator, shown, normal, use_ddim):
+def test_condition_is_the_same_in_all_steps(make_translator, unet_calls, normal, use_ddim):
     image = normal(3, 1, SIZE, SIZE)
     make_translator(use_ddim=use_ddim).sample(image, BANDS)
-    assert [t.tolist() for _, t in shown] == [[t] * 3 for t in (39, 26, 13, 0)]
-    conditions = [x[:, 1] for x, _ in shown]
+    assert [t.tolist() for _, t in unet_calls] == [[t] * 3 for t in (39, 26, 13, 0)]
+    conditions = [x[:, 1] for x, _ in unet_calls]
     assert all(torch.equal(condition, conditions[0]) for condition in conditions)
     hidden = torch.cat([band_mask(band, SIZE, WIDTH) for band in BANDS])
     assert torch.equal(conditions[0][~hidden], image[:, 0][~hidden])
@@ -244,12 +244,12 @@ def test_the_condition_is_held_over_all_steps(make_translator, shown, normal, us
     assert conditions[0][hidden].std().item() == pytest.approx(1, abs=0.25)
 
 
-def test_noise_is_that_of_the_band_whatever_the_batch(make_translator, shown, normal):
+def test_noise_depends_on_the_band_but_not_on_the_batch(make_translator, unet_calls, normal):
     translator, images = make_translator(), normal(4, 1, SIZE, SIZE)
     a, b = BANDS[:2]
     translator.sample(images, [a, b, a, b])
     translator.sample(images[3:], [a])
-    together, alone = shown[0][0], shown[4][0]
+    together, alone = unet_calls[0][0], unet_calls[4][0]
     hidden = {band: band_mask(band, SIZE, WIDTH)[0] for band in (a, b)}
     for i, (x_last, condition) in enumerate(together):
         same, other = (0, 1) if i % 2 == 0 else (1, 0)
@@ -260,22 +260,22 @@ def test_noise_is_that_of_the_band_whatever_the_batch(make_translator, shown, no
         assert not torch.equal(x_last[hidden[band]], condition[hidden[band]])
     assert torch.equal(alone[0, 0], together[0, 0])
     assert torch.equal(alone[0, 1][hidden[a]], together[0, 1][hidden[a]])
-    assert not torch.equal(shown[0][0], shown[1][0])  # x_t moves on
+    assert not torch.equal(unet_calls[0][0], unet_calls[1][0])  # x_t changes at each step
 
 
 def test_noise_is_standard_normal(make_translator):
     bands = [Band(direction, start) for direction in ("horizontal", "vertical") for start in range(SIZE)]
-    seen = []
+    inputs = []
 
     def model(x, t, condition):
-        seen.append((x, condition))
+        inputs.append((x, condition))
         return x * 0
 
     translator = make_translator(model=model)
     translator.sample(torch.zeros(32, 1, SIZE, SIZE), bands)
     hidden = translator.mask(bands)
-    x_last, noise = (drawn[hidden] for drawn in seen[0])
-    assert not seen[0][1][~hidden].any()
+    x_last, noise = (drawn[hidden] for drawn in inputs[0])
+    assert not inputs[0][1][~hidden].any()
     for draws in (x_last, noise):
         assert abs(draws.mean().item()) < 5 / math.sqrt(draws.numel())
         assert abs(draws.var().item() - 1) < 5 * math.sqrt(2 / draws.numel())
@@ -284,7 +284,7 @@ def test_noise_is_standard_normal(make_translator):
 
 @pytest.mark.parametrize("use_ddim", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_samples_depend_on_the_seed_and_the_band_alone(make_translator, normal, use_ddim, eta):
+def test_samples_depend_only_on_seed_and_band(make_translator, normal, use_ddim, eta):
     image = normal(1, 1, SIZE, SIZE).repeat(3, 1, 1, 1)
     samples = []
     for global_seed in (0, 1):
@@ -306,12 +306,12 @@ def test_ancestral_and_ddim_sampling_differ(make_translator, normal):
         assert not torch.allclose(samples[i], samples[j], atol=1e-2)
 
 
-def test_ancestral_noise_is_fresh_in_every_step(make_translator):
-    """With a network that says 0 and the large variance, x_{t-1} − c x_t is what step t added."""
-    seen = []
-    translator = make_translator(model=lambda x, t, **condition: seen.append(x) or x * 0, use_ddim=False)
+def test_ancestral_noise_is_independent_between_steps(make_translator):
+    """If the network returns 0, with the large variance, the noise added by step t is x_{t-1} − c x_t."""
+    inputs = []
+    translator = make_translator(model=lambda x, t, **condition: inputs.append(x) or x * 0, use_ddim=False)
     translator.sample(torch.zeros(3, 1, SIZE, SIZE), BANDS)
-    draws = torch.stack([x.flatten() for x in seen])
+    draws = torch.stack([x.flatten() for x in inputs])
     added = [draws[0]]
     for before, after in itertools.pairwise(draws):
         slope = (before @ after) / (before @ before)
@@ -322,7 +322,7 @@ def test_ancestral_noise_is_fresh_in_every_step(make_translator):
 
 
 @pytest.mark.parametrize("use_ddim", [True, False])
-def test_sampling_does_not_see_under_the_band(make_translator, normal, use_ddim):
+def test_sampling_does_not_depend_on_the_hidden_band(make_translator, normal, use_ddim):
     image, translator = normal(3, 1, SIZE, SIZE), make_translator(use_ddim=use_ddim)
     hidden, sample = translator.mask(BANDS), translator.sample(image, BANDS)
     assert torch.equal(translator.sample(image + 100 * hidden, BANDS), sample)
@@ -331,8 +331,8 @@ def test_sampling_does_not_see_under_the_band(make_translator, normal, use_ddim)
     assert sample[hidden].std() > 0.01
 
 
-def test_the_predicted_x_0_is_not_clipped(make_translator, normal):
-    """Normalised slices reach from −3 to beyond 3: clipping to [−1, 1] would leave nothing of them."""
+def test_predicted_x_0_is_not_clipped(make_translator, normal):
+    """Normalised slices range from −3 to beyond 3, so clipping to [−1, 1] would destroy them."""
     image = normal(3, 1, SIZE, SIZE)
     sample = make_translator(model=lambda x, t, condition: x * 0 + 5.0).sample(image, BANDS)
     torch.testing.assert_close(sample, torch.full_like(image, 5.0))

@@ -1,4 +1,4 @@
-"""What results are called: runs that differ in what they sample have folders of their own."""
+"""Names of results folders: runs that sample differently have different names."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from scoring.chain import Chain, TrainedTranslator, results_name
 
 FAST = {key.rpartition(".")[2]: value for key, value in sampling_keys(*SAMPLING["fast"], 16).items()}
 
-# Keys of the config below score_model.sampling, but for the seed; every one of these samples differs from the others.
+# Keys of config.score_model.sampling, and the seed; each of these samples differently from all others.
 SAMPLINGS = {
     "paper": {},
     "eta": {"eta": 0.5},
@@ -55,7 +55,7 @@ def chain_of(model_name: str = "diffusion", **keys) -> Chain:
     return Chain(model_name, *(TrainedTranslator(name, Path(name, "ema_0.9_000002.pt"), config, {}) for name in names))
 
 
-def test_samplings_that_differ_have_names_that_differ():
+def test_different_samplings_have_different_names():
     names = {which: sampling_name(config_of(**keys)) for which, keys in SAMPLINGS.items()}
     for one, other in itertools.combinations(SAMPLINGS, 2):
         assert names[one] != names[other], (one, other)
@@ -76,18 +76,18 @@ def test_samplings_that_differ_have_names_that_differ():
         ("stride", "ddim100_stride8"),
     ],
 )
-def test_a_name_says_no_more_than_what_differs_from_the_presets(which, name):
+def test_names_contain_only_differences_from_the_presets(which, name):
     assert sampling_name(config_of(**SAMPLINGS[which])) == name
     assert results_name(chain_of(**SAMPLINGS[which])) == f"masked__unet__{name}"
 
 
 @pytest.mark.parametrize("same", [{"timestep_respacing": "100"}, {"batch_size": 7}, {"use_ddim": False, "eta": 0.5}])
-def test_what_samples_the_same_has_the_same_name(same):
+def test_equivalent_samplings_have_the_same_name(same):
     plain = {key: value for key, value in same.items() if key == "use_ddim"}
     assert sampling_name(config_of(**same)) == sampling_name(config_of(**plain))
 
 
-def test_nothing_is_sampled_by_cyclic_unet():
+def test_sampling_is_not_in_the_name_of_cyclic_unet():
     chain = chain_of("unet", eta=0.5, seed=1)
     assert results_name(chain) == "masked__unet"
     assert load_method("unet").sampling_settings(chain.config) == {"smooth": "none"}

@@ -1,4 +1,4 @@
-"""Slices are scored in batches that the memory holds."""
+"""Batch sizes of scoring are limited by the memory of a CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def chain(tmp_path) -> Chain:
-    """Cyclic UNet with the same fresh weights both ways, asked for batches that no memory holds."""
+    """Cyclic UNet with the same untrained weights in both directions, and a batch size beyond any memory."""
     config = get_config("phantom")
     config.data.image_size = 16
     config.score_model.model.update({"model_channels": 8, "channel_mult": (1, 1), "norm_groups": 4, "num_heads": 1})
@@ -25,7 +25,7 @@ def chain(tmp_path) -> Chain:
     return Chain("unet", translator, translator)
 
 
-def test_a_batch_takes_no_more_than_the_memory_of_a_cpu_holds(chain, monkeypatch):
+def test_batch_size_is_limited_by_memory(chain, monkeypatch):
     monkeypatch.setattr(scorer, "available_memory", lambda: 3 * bytes_a_sample(load_method("unet"), chain.config) + 1)
     found = scorer.Scorer(chain, CPU)
     assert found.batch_size == 3
@@ -37,6 +37,6 @@ def test_a_batch_takes_no_more_than_the_memory_of_a_cpu_holds(chain, monkeypatch
     assert scorer.Scorer(chain, CPU).batch_size == 1
 
 
-def test_a_batch_that_fits_stays_as_it_is(chain):
+def test_a_batch_size_that_fits_is_kept(chain):
     chain.config.score_model.sampling.batch_size = 2
     assert scorer.Scorer(chain, CPU).batch_size == 2

@@ -1,7 +1,7 @@
-"""What the tests of the command lines share: how a script is called, and one small cohort taken through all of them.
+"""Fixtures and helpers for the tests of the scripts.
 
-A script takes seconds to import torch and MONAI. So what a user does first runs as a process of its own, once in a
-session, and the many variations run in the process of the tests.
+Importing torch and MONAI takes seconds, so a few commands run once per session as processes of their own, and all
+variations run inside the test process.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RAW = "datasets/RSNA_ASNR_MICCAI_BraTS2021_TrainingData_16July2021"
 SLICES = "datasets/data"
 
-# The smallest network, image and bands that everything still has a meaning for.
+# The smallest network, image and bands for which every option still has an effect.
 TINY = (
     "--dataset=phantom",
     f"--data_dir={SLICES}",
@@ -53,7 +53,7 @@ SHORT = (
 
 
 class Done(NamedTuple):
-    """A command that has ended."""
+    """Exit code and output of a command."""
 
     code: int
     stdout: str
@@ -64,7 +64,7 @@ Command = Callable[..., Done]
 
 
 def run_process(*command: object, cwd: Path) -> Done:
-    """Run Python with these arguments, on one core and no GPU."""
+    """Run Python with these arguments on one core, without a GPU."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -79,21 +79,21 @@ def run_process(*command: object, cwd: Path) -> Done:
 
 
 def save_blank(figure: Figure, path: Path, **_: object) -> None:
-    """Save a single pixel in place of a figure, which takes longer to draw than a tiny cohort takes to score."""
+    """Save a single pixel instead of a figure: drawing takes longer than scoring a tiny cohort."""
     matplotlib.image.imsave(path, np.zeros((1, 1, 3)))
 
 
 def run_here(script: str, *args: object, cwd: Path, pictures: bool = True) -> Done:
-    """Run a script of the repository, or a module, in this process: the same, without waiting for its imports.
+    """Run a script or module of the repository in this process, which saves its imports.
 
-    Without `pictures`, its figures are saved as single pixels.
+    If `pictures` is false, save its figures as single pixels.
     """
     path = str(REPOSITORY / script)
     before = Path.cwd()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [path, *map(str, args)]),
-        mock.patch.object(threading, "excepthook", threading.excepthook),  # which utils.cli.run sets
+        mock.patch.object(threading, "excepthook", threading.excepthook),  # utils.cli.run replaces it
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         mock.patch.object(Figure, "savefig", Figure.savefig if pictures else save_blank),
@@ -103,7 +103,7 @@ def run_here(script: str, *args: object, cwd: Path, pictures: bool = True) -> Do
             if script.endswith(".py"):
                 runpy.run_path(path, run_name="__main__")
             else:
-                sys.modules.pop(script, None)  # or runpy warns that it is there
+                sys.modules.pop(script, None)  # else runpy warns that it is already imported
                 runpy.run_module(script, run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
@@ -118,8 +118,8 @@ def run_here(script: str, *args: object, cwd: Path, pictures: bool = True) -> Do
 def write_random_slices(
     data_dir: Path, counts: dict[str, int], modalities: tuple[str, ...], rng: np.random.Generator
 ) -> None:
-    """So many slices of every split, of 48 × 48 px: noise, with a brain in the middle and a lesion in a corner."""
-    masks = {"seg": ((0, 24),), "brainmask": 12}  # what surrounds 24 × 24 px
+    """Write `counts[split]` noise slices of 48 × 48 px, with a brain in the middle and a lesion in a corner."""
+    masks = {"seg": ((0, 24),), "brainmask": 12}  # padding around 24 × 24 px
     for split, n in counts.items():
         for kind in (*modalities, *masks):
             folder = data_dir / split / kind
@@ -132,7 +132,7 @@ def write_random_slices(
 
 
 def expect_success(done: Done) -> Done:
-    """The command ended well and says so."""
+    """Assert exit code 0 and no traceback or warning."""
     assert done.code == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
@@ -140,7 +140,7 @@ def expect_success(done: Done) -> Done:
 
 
 def expect_refusal(done: Done, *phrases: str) -> None:
-    """The command ended with code 2 and one sentence, after progress bars at most, which holds the phrases."""
+    """Assert exit code 2 and a one-line error that contains all phrases; only progress bars may precede it."""
     assert done.code == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.removesuffix("\n").split("\n") if not line.startswith("\r")]
     assert len(lines) == 1, done.stderr
@@ -156,19 +156,19 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> tuple[str, ...]:
-    """Flags of both scripts for a tiny network."""
+    """Flags for a tiny network, in training and testing."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def short() -> tuple[str, ...]:
-    """Flags of the training script for a few steps."""
+    """Flags that limit training to a few steps."""
     return SHORT
 
 
 @pytest.fixture(scope="session")
 def in_process() -> Command:
-    """Run a script in this process; give `pictures=True` where its figures matter."""
+    """Run a script in this process; pass `pictures=True` in tests of its figures."""
     return functools.partial(run_here, pictures=False)
 
 
@@ -178,7 +178,7 @@ def as_subprocess() -> Command:
 
 
 def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder that all workers of a session share and must not change; the first that needs it makes it."""
+    """Return a read-only folder shared by all workers of a session; the first worker that needs it creates it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with (root / f"{name}.lock").open("w") as lock:
@@ -194,7 +194,7 @@ def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
-    """A working directory with a phantom cohort at the default place, preprocessed with no flag."""
+    """A working directory with a phantom cohort at the default path, preprocessed without flags."""
     counts = ("--train", 2, "--val", 1, "--test", 3, "--workers", 1)
 
     def write_cohort(folder: Path) -> None:
@@ -211,7 +211,7 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def no_flags(workspace: Path) -> dict[str, Done]:
-    """The chain with no flags, at the paper's size, but for one iteration and one slice a batch."""
+    """Train and test with the default (the paper's) settings, except for one iteration and batch size 1."""
     train, test = (f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
     one = ("--config.score_model.training.iterations=1", "--config.score_model.training.batch_size=1")
     return {
@@ -223,7 +223,7 @@ def no_flags(workspace: Path) -> dict[str, Done]:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, workspace: Path) -> dict[str, Done]:
-    """Both methods trained and tested with a tiny network; the diffusion has a name of its own, `masked`."""
+    """Train and test both methods with a tiny network; the diffusion experiment is called `masked`."""
     train, test = (f"modality_cyclic_{kind}.py" for kind in ("train", "test"))
     masked = ("--model_name=diffusion", "--experiment_name=masked")
     mmccd = ("--model_name=diffusion", "--experiment_name_forward=masked", "--timestep_respacing=5")

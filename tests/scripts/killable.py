@@ -1,18 +1,18 @@
-"""Runs scripts of the repository in forks of one process that has imported everything, and signals them at moments.
+"""Run the repository's scripts in forks of one process with everything imported, and signal them at exact moments.
 
-Reads a JSON object a line from stdin and answers with one on stdout:
+Read one JSON object per line from stdin, and answer each with one on stdout:
 
 - {"script", "args", "cwd", "output", "signals": [[signal, moment, count], …]}: run the script, with stdout and stderr
-  into the file `output`. It sends itself each signal when the moment comes for the count-th time. The answer is
-  {"pid", "code", "moments"}: the exit code, negative for a signal as in `subprocess` and null where it stands still
-  (SIGSTOP); and how often each moment came.
-- {"kill": pid}: end one that stands still. The answer is {"code"}.
+  redirected to the file `output`. It sends itself each signal at the count-th occurrence of its moment. The answer is
+  {"pid", "code", "moments"}: the exit code (negative for a signal, as in `subprocess`; null if stopped by SIGSTOP)
+  and the number of occurrences of each moment.
+- {"kill": pid}: kill a stopped script. The answer is {"code"}.
 
-Moments are counted, not timed: the same number is the same place, however busy the machine is. They are
+Moments are counted, not timed, so that they do not depend on the machine's load. They are
 
 - step: a training step begins
-- line: a line of the checkpoint's or the logger's code is about to be run, so between any two of their doings
-- piece: a piece of a file that is being written has reached the system, and others of it have not
+- line: a line of checkpoint.py or logger.py is about to run
+- piece: part of a checkpoint file has been flushed, and the rest has not
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
-PIECES = 8  # that a file is written in
+PIECES = 8  # per file
 
 
 class Moments:
-    """Counts moments in this process, and sends the signals that are due."""
+    """Count moments in this process and send the signals due at them."""
 
     def __init__(self, signals: list):
         self.seen = Counter()
@@ -44,7 +44,6 @@ class Moments:
             os.kill(os.getpid(), number)
 
     def watch(self) -> None:
-        """From now on."""
         traced = {
             str(REPOSITORY / "guided_diffusion" / name): name
             for name in ("checkpoint.py", "logger.py", "train_util.py")
@@ -61,7 +60,7 @@ class Moments:
                 self.came("line")
             return line
 
-        moments, really_open = self, Path.open
+        moments, original_open = self, Path.open
 
         class InPieces:
             def __init__(self, file):
@@ -85,7 +84,7 @@ class Moments:
                         moments.came("piece")
 
         def open_in_pieces(path, mode="r", *args, **kwargs):
-            file = really_open(path, mode, *args, **kwargs)
+            file = original_open(path, mode, *args, **kwargs)
             return InPieces(file) if mode == "wb" and ".pt" in path.suffixes else file
 
         Path.open = open_in_pieces
@@ -93,7 +92,7 @@ class Moments:
 
 
 def run(script: str, args: list[str], signals: list, report: Path) -> int:
-    """Run a script in this process; how often each moment came is written to `report`."""
+    """Run a script in this process and write the count of each moment to `report`."""
     sys.argv = [str(REPOSITORY / script), *args]
     moments = Moments(signals)
     moments.watch()
@@ -153,10 +152,10 @@ def main() -> None:
     ):
         importlib.import_module(name)
     importlib.import_module("evaluation.figures")
-    torch.optim.AdamW([torch.zeros(1)])  # imports more, and that slowly, when it is first made
-    torch.set_num_threads(1)  # a fork inherits no threads
+    torch.optim.AdamW([torch.zeros(1)])  # the first optimizer triggers more slow imports
+    torch.set_num_threads(1)  # threads do not survive a fork
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what is printed from here on does not end up among the answers
+    os.dup2(2, 1)  # keeps prints out of the answers
     for line in sys.stdin:
         order = json.loads(line)
         answers.write(json.dumps(kill(order["kill"]) if "kill" in order else fork(order)) + "\n")

@@ -1,4 +1,4 @@
-"""Mistakes of the user's: exit code 2, one sentence on stderr that says what to do, and nothing written."""
+"""User errors: exit code 2, one sentence with the remedy on stderr, and nothing written."""
 
 import json
 import shutil
@@ -17,8 +17,7 @@ DATA = ("--dataset=phantom", "--data_dir=datasets/data")
 DIFFUSION = ("--model_name=diffusion",)
 SCORE_MODEL = "--config.score_model"
 
-# Arguments, and what the sentence must hold; other values that config refuses are in test_config.py.
-# Training gets the flags of a tiny network before these.
+# Training arguments, after a tiny network's flags, and phrases of the error. More config values: test_config.py.
 TRAINING = {
     "modality not preprocessed": (["--trans=t1ce"], ["t1ce", "flair", "t2", "preprocess"]),
     "modality mistyped": (["--input=flar"], ["'flar'", "did you mean 'flair'?"]),
@@ -85,7 +84,7 @@ TRAINING = {
     "config's input outside": (["--config.data.input=../flair"], ["--input '../flair'", "plain name"]),
 }
 
-# Testing gets the phantom's config and the slices before these.
+# Testing arguments, after DATA, and phrases of the error.
 BARE = ["--checkpoint_forward=bare/forward.pt", "--checkpoint_backward=bare/backward.pt"]
 RESPACING = [*DIFFUSION, "--timestep_respacing"]
 TESTING = {
@@ -183,8 +182,8 @@ TESTING = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, in_process, tiny, short):
-    """A working directory with random slices, trained experiments and spoilt ones."""
+def workdir(tmp_path_factory, in_process, tiny, short):
+    """A working directory with random slices, trained experiments and corrupted ones."""
     folder = tmp_path_factory.mktemp("place")
     counts, rng = {"train": 3, "val": 1, "test": 2}, np.random.default_rng(0)
     write_random_slices(folder / "datasets/data", counts, ("flair", "t1", "t2"), rng)
@@ -238,9 +237,9 @@ def place(tmp_path_factory, in_process, tiny, short):
     }.items():
         shutil.copy(experiments / experiment / "ema_0.5_000001.pt", bare / f"{name}.pt")
     (bare / "text.pt").write_text("not a checkpoint")
-    sound = bytearray((bare / "forward.pt").read_bytes())
-    sound[len(sound) // 2] ^= 1  # among the weights
-    (bare / "flipped.pt").write_bytes(sound)
+    intact = bytearray((bare / "forward.pt").read_bytes())
+    intact[len(intact) // 2] ^= 1  # among the weights
+    (bare / "flipped.pt").write_bytes(intact)
     state = torch.load(bare / "forward.pt", weights_only=True)
     first = next(iter(state))
     for name, spoilt in (
@@ -259,31 +258,30 @@ def listing(folder):
 
 
 @pytest.mark.parametrize("mistake", TRAINING)
-def test_training_refuses(place, in_process, tiny, short, mistake):
+def test_training_refuses_mistakes(workdir, in_process, tiny, short, mistake):
     args, phrases = TRAINING[mistake]
-    before = listing(place)
-    done = in_process(TRAIN, *tiny, *short, "--experiment_name=new", *args, cwd=place)
+    before = listing(workdir)
+    done = in_process(TRAIN, *tiny, *short, "--experiment_name=new", *args, cwd=workdir)
     expect_refusal(done, f"{TRAIN}: ", *phrases)
-    assert listing(place) == before
+    assert listing(workdir) == before
 
 
 @pytest.mark.parametrize("mistake", TESTING)
-def test_testing_refuses(place, in_process, tiny, mistake):
+def test_testing_refuses_mistakes(workdir, in_process, tiny, mistake):
     args, phrases = TESTING[mistake]
-    # The tiny network's flags stand before the mistake, so that the mistake is what counts.
+    # The last flag wins, so the mistake follows the tiny network's flags.
     network = [flag for flag in tiny if flag not in DATA] if "@tiny" in args else []
-    before = listing(place)
-    done = in_process(TEST, *DATA, *network, *(arg for arg in args if arg != "@tiny"), cwd=place)
+    before = listing(workdir)
+    done = in_process(TEST, *DATA, *network, *(arg for arg in args if arg != "@tiny"), cwd=workdir)
     expect_refusal(done, f"{TEST}: ", *phrases)
-    assert listing(place) == before
+    assert listing(workdir) == before
 
 
-def test_the_experiments_of_these_tests_are_sound(place, in_process):
-    """Without a mistake the command works: it is the mistake that is refused."""
+def test_commands_without_a_mistake_succeed(workdir, in_process):
     for flags in ((), (*RESPACING, "5")):
-        done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=place)
+        done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=workdir)
         assert done.code == 0, done.stderr
-    shutil.rmtree(place / "experiments/results")
+    shutil.rmtree(workdir / "experiments/results")
 
 
 @pytest.mark.parametrize(
@@ -293,23 +291,23 @@ def test_the_experiments_of_these_tests_are_sound(place, in_process):
         (TEST, [*DATA, "--experiment_name_forward=unet_forward"], ["no experiment 'unet_forward'"]),
     ],
 )
-def test_a_process_ends_with_code_2_and_one_line(place, as_subprocess, repository, script, args, phrases):
-    before = listing(place)
-    expect_refusal(as_subprocess(repository / script, *args, cwd=place), f"{script}: ", *phrases)
-    assert listing(place) == before
+def test_a_subprocess_exits_with_code_2_and_one_line(workdir, as_subprocess, repository, script, args, phrases):
+    before = listing(workdir)
+    expect_refusal(as_subprocess(repository / script, *args, cwd=workdir), f"{script}: ", *phrases)
+    assert listing(workdir) == before
 
 
-def test_the_record_of_an_experiment_is_what_the_spoilt_ones_spoil(place):
-    record = json.loads((place / "experiments" / FORWARD / "config.json").read_text())
+def test_an_intact_experiment_has_a_complete_record(workdir):
+    record = json.loads((workdir / "experiments" / FORWARD / "config.json").read_text())
     assert {"model_name", "training_process", "config"} <= set(record)
 
 
-def test_a_training_of_days_says_so_before_its_first_step(place, in_process, tiny, short):
+def test_long_training_is_announced_before_its_first_step(workdir, in_process, tiny, short):
     long = ("--config.score_model.training.iterations=100_000_000", "--config.score_model.training.batch_size=100")
     flags = [flag for flag in (*tiny, *short) if not flag.startswith(tuple(one.split("=")[0] for one in long))]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("guided_diffusion.train_util.TrainLoop.run", lambda loop: None)
-        done = in_process(TRAIN, *flags, *long, "--experiment_name=long", cwd=place)
-    shutil.rmtree(place / "experiments/long")
+        done = in_process(TRAIN, *flags, *long, "--experiment_name=long", cwd=workdir)
+    shutil.rmtree(workdir / "experiments/long")
     assert done.code == 0, done.stderr
     assert "hours on this CPU: use a GPU or --preset small" in done.stdout

@@ -1,4 +1,4 @@
-"""The command lines from raw volumes to scores, on a cohort of six phantoms and networks that have learnt nothing."""
+"""The scripts from raw volumes to scores, on six phantoms and networks trained for a few steps."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ MASKED = "masked__unet_backward_phantom_t2_flair"
 NO_FLAGS = "unet_forward_brats_t2_flair__unet_backward_brats_t2_flair"
 RESULTS = {"cyclic_unet": UNETS, "mmccd": f"{MASKED}__ddim5_stride8"}
 DATA = ("--dataset=phantom", "--data_dir=datasets/data")
-# What the run named `mmccd` was given, but for its sampling.
+# Flags of the run `mmccd`, without its sampling flags.
 MMCCD = (*DATA, "--model_name=diffusion", "--experiment_name_forward=masked")
 
 SEGMENTATION = ("dice", "jaccard", "sensitivity", "precision", "assd")
@@ -33,16 +33,16 @@ IMAGE_SIZE = 32
 
 @pytest.fixture(scope="module")
 def results(workspace, chain) -> dict[str, Path]:
-    """The results folder of each method."""
+    """Return the results folder of each method."""
     return {method: workspace / "experiments/results" / name for method, name in RESULTS.items()}
 
 
 @pytest.fixture
 def run_mmccd(in_process, workspace, chain, tmp_path):
-    """Call the testing script for MMCCD as the chain did, with other flags; returns its metrics and its maps."""
+    """Return a function that tests MMCCD with further flags and returns its metrics and error maps."""
 
     def run(*flags: str, name: str, stride: int | None = 8) -> tuple[dict, dict]:
-        # Into a folder of its own: the experiments are linked there, so that no test sees another's results.
+        # Link the experiments into a folder of this test, so that tests cannot overwrite each other's results.
         for experiment in ("masked", "unet_backward_phantom_t2_flair"):
             link = tmp_path / experiment
             if not link.exists():
@@ -86,7 +86,7 @@ def without_paths(metrics: dict) -> dict:
         ("masked", "masked", "diffusion", "forward", "flair → t2"),
     ],
 )
-def test_training_leaves_the_files_of_an_experiment(workspace, chain, run, name, model_name, process, direction):
+def test_training_writes_the_files_of_an_experiment(workspace, chain, run, name, model_name, process, direction):
     folder = workspace / "experiments" / name
     checkpoints = {f"{kind}{step:06d}.pt" for kind in ("model", "ema_0.5_", "opt") for step in (2, 4)}
     files = {path.name for path in folder.iterdir()}
@@ -102,7 +102,7 @@ def test_training_leaves_the_files_of_an_experiment(workspace, chain, run, name,
     assert record["config"]["score_model"]["training"]["iterations"] == 4
 
     log = (folder / "log.txt").read_text(encoding="utf-8")
-    for text in (log, chain[run].stdout):  # the whole configuration, before anything runs
+    for text in (log, chain[run].stdout):  # the full configuration is printed before training starts
         assert direction in text
         assert text.index("image_size: 32") < text.index("saved ema_0.5_000002.pt") < text.index("000004.pt")
     assert "no CUDA device" in chain["forward"].stdout
@@ -141,13 +141,13 @@ def test_results_have_the_documented_files(results, method):
     picture = matplotlib.image.imread(folder / "figures/slices.png")[..., :3]
     height, width, _ = picture.shape
     assert width >= 800  # five columns
-    assert height >= 150 * N_TEST  # a row a slice
+    assert height >= 150 * N_TEST  # one row per slice
     assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
-    assert 0.05 < (picture == 1).all(-1).mean() < 0.95  # neither blank nor without a margin
+    assert 0.05 < (picture == 1).all(-1).mean() < 0.95  # not blank, and with margins
 
 
 @pytest.mark.parametrize("method", RESULTS)
-def test_scoring_again_needs_only_the_error_maps(results, in_process, tmp_path, method):
+def test_rescoring_needs_only_the_error_maps(results, in_process, tmp_path, method):
     shutil.copy(results[method] / "error_maps.npz", tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert done.code == 0, done.stderr
@@ -174,15 +174,15 @@ def test_metrics_have_the_documented_keys(results, method):
             assert 0 <= low <= block[choice]["dice"] <= high <= 1
 
 
-def test_both_methods_meet_the_same_baseline(results):
+def test_both_methods_report_the_same_baseline(results):
     one, other = (read_metrics(folder) for folder in results.values())
     assert one["baseline_intensity"] == other["baseline_intensity"]
     assert one["auprc"] != other["auprc"]
 
 
 @pytest.mark.parametrize("method", RESULTS)
-def test_error_maps_give_the_scores_again(results, method):
-    """Computed anew, plainly, from nothing but the file of error maps."""
+def test_metrics_can_be_recomputed_from_the_error_maps(results, method):
+    """Recompute the metrics independently, from error_maps.npz alone."""
     metrics, maps = read_metrics(results[method]), read_maps(results[method])
     for split, n in {"test": N_TEST, "val": 1}.items():
         for key in ("scores", "image", "translation", "reconstruction"):
@@ -196,22 +196,22 @@ def test_error_maps_give_the_scores_again(results, method):
     for key, block in {"scores": metrics, "image": metrics["baseline_intensity"]}.items():
         sign = block.get("sign", 1)
         maps["test_scored"], maps["val_scored"] = (sign * maps[f"{split}_{key}"] for split in ("test", "val"))
-        cut, truth = cut_scores(maps, "test", "scored"), maps["test_truth"]
+        masked_scores, truth = mask_scores(maps, "test", "scored"), maps["test_truth"]
         ranked = maps["test_brainmask"] | truth
-        assert block["auprc"] == pytest.approx(average_precision_score(truth[ranked], cut[ranked]))
-        assert block["auroc"] == pytest.approx(roc_auc_score(truth[ranked], cut[ranked]))
+        assert block["auprc"] == pytest.approx(average_precision_score(truth[ranked], masked_scores[ranked]))
+        assert block["auroc"] == pytest.approx(roc_auc_score(truth[ranked], masked_scores[ranked]))
         assert block["chance"] == pytest.approx(truth[ranked].mean())
         oracle, validation = (block[choice]["threshold"] for choice in ("oracle", "validation"))
-        assert block["oracle"]["dice"] == pytest.approx(dice(cut, truth, oracle).mean())
-        assert block["oracle"]["dice"] == pytest.approx(best_dice(cut, truth))
-        assert block["validation"]["dice"] == pytest.approx(dice(cut, truth, validation).mean())
-        # The validation threshold is the best there is, on slices that are not the test's.
-        val_cut, val_truth = cut_scores(maps, "val", "scored"), maps["val_truth"]
-        assert dice(val_cut, val_truth, validation).mean() == pytest.approx(best_dice(val_cut, val_truth))
+        assert block["oracle"]["dice"] == pytest.approx(dice(masked_scores, truth, oracle).mean())
+        assert block["oracle"]["dice"] == pytest.approx(best_dice(masked_scores, truth))
+        assert block["validation"]["dice"] == pytest.approx(dice(masked_scores, truth, validation).mean())
+        # The validation threshold maximises Dice on the validation slices.
+        val_scores, val_truth = mask_scores(maps, "val", "scored"), maps["val_truth"]
+        assert dice(val_scores, val_truth, validation).mean() == pytest.approx(best_dice(val_scores, val_truth))
 
 
-def cut_scores(maps: dict[str, np.ndarray], split: str, key: str) -> np.ndarray:
-    """Scores with everything that does not count at a value below all others; 1 px is eroded at 32 px."""
+def mask_scores(maps: dict[str, np.ndarray], split: str, key: str) -> np.ndarray:
+    """Return scores, lowered to -1e9 outside the brain mask eroded by 1 px (at 32 px)."""
     cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]])
     scores = maps[f"{split}_{key}"].astype(np.float64)
     return np.where(binary_erosion(maps[f"{split}_brainmask"], cross), scores, -1e9)
@@ -235,13 +235,13 @@ def test_per_slice_has_a_row_for_every_test_slice(results, workspace, method):
     assert {f"{row['subject']}_flair_{row['slice']}.npy" for row in rows} == files
     maps, metrics = read_maps(results[method]), read_metrics(results[method])
     assert [f"{row['subject']}_{row['slice']}" for row in rows] == maps["test_names"].tolist()
-    expected = dice(cut_scores(maps, "test", "scores"), maps["test_truth"], metrics["validation"]["threshold"])
+    expected = dice(mask_scores(maps, "test", "scores"), maps["test_truth"], metrics["validation"]["threshold"])
     assert [float(row["validation_dice"]) for row in rows] == pytest.approx(expected, rel=1e-5)
     assert [int(row["lesion_area"]) for row in rows] == maps["test_truth"].sum((1, 2)).tolist()
 
 
 @pytest.mark.parametrize(("method", "label"), [("cyclic_unet", "Cyclic UNet"), ("mmccd", "MMCCD")])
-def test_the_table_on_the_terminal(chain, results, method, label):
+def test_the_printed_table_matches_the_metrics(chain, results, method, label):
     metrics, printed = read_metrics(results[method]), chain[method].stdout
     rows = {"intensity (flair)": metrics["baseline_intensity"], label: metrics}
     rows |= {f"{start}, chosen": block["chosen"] for start, block in rows.items()}
@@ -249,7 +249,7 @@ def test_the_table_on_the_terminal(chain, results, method, label):
         (row,) = [line for line in printed.splitlines() if line.startswith(f"{start}  ")]
         cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in ("oracle", "validation"))]
         assert re.findall(r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]", row) == cells
-    assert "4 + 4" in row  # the steps each translator was trained for
+    assert "4 + 4" in row  # training steps of each translator
     assert re.search(rf"chance-level AUPRC {metrics['chance']:.3f}", printed)
     assert "lesion pixels outside the scored region" in printed
     assert "95 %" in printed
@@ -266,7 +266,7 @@ def test_batching_does_not_change_error_maps(run_mmccd, results):
             np.testing.assert_allclose(maps[key], expected[key], rtol=1e-6, atol=1e-5)
 
 
-def test_the_same_command_gives_the_same_scores_and_another_seed_others(run_mmccd, results):
+def test_scores_are_reproducible_and_depend_on_the_seed(run_mmccd, results):
     first = read_metrics(results["mmccd"])
     again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5_stride8")
     assert without_paths(again) == without_paths(first)
@@ -275,7 +275,7 @@ def test_the_same_command_gives_the_same_scores_and_another_seed_others(run_mmcc
     assert other["baseline_intensity"] == first["baseline_intensity"]
 
 
-def test_ancestral_sampling_is_another_sampling(run_mmccd):
+def test_ancestral_sampling_differs_from_ddim(run_mmccd):
     ddim, ddim_maps = run_mmccd("--timestep_respacing=4", name=f"{MASKED}__ddim4_stride8")
     ancestral, maps = run_mmccd(
         "--use_ddim", "False", "--timestep_respacing", "4", name=f"{MASKED}__ancestral4_stride8"
@@ -284,13 +284,13 @@ def test_ancestral_sampling_is_another_sampling(run_mmccd):
     assert np.abs(maps["test_scores"] - ddim_maps["test_scores"]).max() > 1e-4
 
 
-def test_respacing_as_the_public_library_spells_it(run_mmccd):
+def test_respacing_accepts_the_syntax_of_guided_diffusion(run_mmccd):
     metrics, _ = run_mmccd("--timestep_respacing=ddim4", name=f"{MASKED}__ddim4_strided_stride8")
     assert metrics["method"] == "mmccd"
 
 
 def test_sampling_presets(run_mmccd, workspace):
-    """Bands are 8 px wide: `fast` sweeps them by 4 px, `paper` pixel by pixel; a flag beside a preset holds."""
+    """With bands of 8 px, `fast` has stride 4 and `paper` stride 1; flags override a preset."""
     fast, maps = run_mmccd("--sampling=fast", name=f"{MASKED}__fast", stride=None)
     assert fast["sampling"] == "fast"
     score = "--config.score_model.sampling.score"
@@ -322,8 +322,8 @@ def test_sampling_presets(run_mmccd, workspace):
     assert np.array_equal(paper["test_scores"], spelt_out["test_scores"])
 
 
-def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
-    """Of brains that all bands hide some of: 4 slices × 8 bands × (5 steps forward and 1 back)."""
+def test_network_passes_are_counted_and_fast_is_suggested(chain, results):
+    """Each of the 8 bands that hides part of a brain costs 5 forward steps and 1 backward pass."""
     brainmask = np.concatenate([read_maps(results["mmccd"])[f"{split}_brainmask"] for split in ("test", "val")])
     rows, columns = (brainmask.any(axis).reshape(4, 4, 8).any(2).sum() for axis in (2, 1))
     metrics, printed = read_metrics(results["mmccd"]), chain["mmccd"].stdout
@@ -337,7 +337,7 @@ def test_the_passes_are_counted_and_fast_is_pointed_to(chain, results):
     assert "pass/s" in bar
 
 
-def test_lower_precision_gives_nearly_the_same_maps(run_mmccd, results):
+def test_bfloat16_maps_are_close_to_float32(run_mmccd, results):
     metrics, maps = run_mmccd("--timestep_respacing=5", "--config.precision=bfloat16", name=RESULTS["mmccd"])
     assert metrics["precision"] == "bfloat16"
     expected = read_maps(results["mmccd"])["test_scores"]
@@ -361,10 +361,10 @@ def test_bare_state_dicts_need_no_experiment(workspace, chain, results, in_proce
 
 
 @pytest.mark.parametrize("folders", ["none", "empty"])
-def test_without_validation_slices_there_is_no_validation_threshold(workspace, results, in_process, tmp_path, folders):
+def test_a_validation_threshold_needs_validation_slices(workspace, results, in_process, tmp_path, folders):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test").symlink_to(workspace / "datasets/data/test")
-    if folders == "empty":  # as preprocessing leaves them for an empty list
+    if folders == "empty":  # preprocessing creates these for an empty list
         for kind in ("flair", "t2", "seg", "brainmask"):
             (tmp_path / "data/val" / kind).mkdir(parents=True)
     experiments = workspace / "experiments"
@@ -379,14 +379,14 @@ def test_without_validation_slices_there_is_no_validation_threshold(workspace, r
         assert block["validation"] is None
         assert block["oracle"] == full["oracle"]
     assert "no validation slices" in done.stdout
-    assert "no val slices" in done.stdout  # in the table, in the place of the Dice
+    assert "no val slices" in done.stdout  # in the table instead of the Dice
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Drawings
 
 
-def test_the_drawings_of_the_docs_are_drawn(workspace, chain, in_process, as_subprocess, repository, tmp_path):
+def test_the_drawings_of_the_docs(workspace, chain, in_process, as_subprocess, repository, tmp_path):
     names = {"diffusion_forward_phantom_t2_flair": "masked"}
     names |= {name: name for name in UNETS.split("__")}
     for name, experiment in names.items():
@@ -404,14 +404,14 @@ def test_the_drawings_of_the_docs_are_drawn(workspace, chain, in_process, as_sub
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
         assert picture.shape[0] / picture.shape[1] == pytest.approx(shape[0] / shape[1], rel=0.02)
         assert len(np.unique((picture * 255).round().astype(int).reshape(-1, 3), axis=0)) > 200
-        assert 0.2 < (picture == 1).all(-1).mean() < 0.95  # slices on white
+        assert 0.2 < (picture == 1).all(-1).mean() < 0.95  # slices on a white background
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Nothing but defaults
+# Defaults
 
 
-def test_the_chain_with_no_flags_is_the_paper(workspace, no_flags):
+def test_the_defaults_are_those_of_the_paper(workspace, no_flags):
     for process in ("forward", "backward"):
         folder = workspace / "experiments" / f"unet_{process}_brats_t2_flair"
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]

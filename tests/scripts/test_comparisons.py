@@ -1,4 +1,4 @@
-"""What the cycles are compared with, by the same scripts: baselines, one-way scores, the cycle the other way around."""
+"""The scripts with reconstruction baselines, one-way scores and the opposite cycle."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_f
 
 
 @pytest.fixture(scope="module")
-def place(workspace, chain, in_process, tiny, short):
-    """The chain's workspace, with all baselines trained."""
+def workdir(workspace, chain, in_process, tiny, short):
+    """Train all baselines in the chain's workspace."""
     for flags in (*((f"--model_name={name}",) for name in BASELINES), *HISTOGRAMS):
         done = in_process(TRAIN, *tiny, *short, *flags, cwd=workspace)
         assert done.code == 0, done.stderr
@@ -50,11 +50,11 @@ def read(folder) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("which", RUNS)
-def test_every_method_is_scored_and_predicts(place, in_process, tmp_path, which):
+def test_every_method_scores_and_predicts(workdir, in_process, tmp_path, which):
     flags, name, method = RUNS[which]
-    done = in_process(TEST, *DATA, *flags, cwd=place)
+    done = in_process(TEST, *DATA, *flags, cwd=workdir)
     assert done.code == 0, done.stderr
-    metrics, maps = read(place / "experiments/results" / name)
+    metrics, maps = read(workdir / "experiments/results" / name)
     assert metrics["method"] == method
     one_way = which.startswith("one way")
     assert set(metrics["checkpoints"]) == {"forward"} | ({"backward"} if which == "histogram" else set())
@@ -63,45 +63,45 @@ def test_every_method_is_scored_and_predicts(place, in_process, tmp_path, which)
     if which != "one way, masked":
         reference = maps["test_image"]
         if one_way:
-            files = sorted((place / "datasets/data/test/t2").glob("*.npy"))
+            files = sorted((workdir / "datasets/data/test/t2").glob("*.npy"))
             assert len(files) == len(reference)
             assert not np.allclose(maps["test_scores"], (reference - maps["test_reconstruction"]) ** 2)
         else:
             error = (reference - maps["test_reconstruction"]) ** 2
             np.testing.assert_allclose(maps["test_scores"], error, rtol=1e-4, atol=1e-5)
 
-    case = sorted(place.glob("datasets/RSNA*/*_00005"))[0]
+    case = sorted(workdir.glob("datasets/RSNA*/*_00005"))[0]
     scans = {kind: case / f"{case.name}_{kind}.nii.gz" for kind in ("flair", "t2")}
     other = (f"--scan_trans={scans['t2']}",) if one_way else ()
     done = in_process(
         PREDICT,
         *("--dataset=phantom", *flags, f"--scan={scans['flair']}", *other, f"--output_dir={tmp_path}"),
         *("--slices", 75, 77),
-        cwd=place,
+        cwd=workdir,
     )
     assert done.code == 0, done.stderr
     assert (tmp_path / f"{case.name}_flair_report.png").is_file()
-    if which == "one way":  # and what it is compared with matters
+    if which == "one way":  # the score depends on the target scan
         done = in_process(
             PREDICT,
             *("--dataset=phantom", *flags, f"--scan={scans['flair']}", f"--scan_trans={scans['flair']}"),
             *(f"--output_dir={tmp_path / 'itself'}", "--slices", 75, 77),
-            cwd=place,
+            cwd=workdir,
         )
         assert done.code == 0, done.stderr
         one, another = (folder / f"{case.name}_flair_anomaly.nii.gz" for folder in (tmp_path, tmp_path / "itself"))
         assert one.read_bytes() != another.read_bytes()
 
 
-def test_the_one_way_score_is_the_error_of_the_translation(place, in_process):
-    done = in_process(TEST, *DATA, "--score=one_way", cwd=place)
+def test_the_one_way_score_is_the_translation_error(workdir, in_process):
+    done = in_process(TEST, *DATA, "--score=one_way", cwd=workdir)
     assert done.code == 0, done.stderr
-    _, maps = read(place / "experiments/results" / f"{FORWARD}__one_way")
-    _, cycle = read(place / "experiments/results" / f"{FORWARD}__{BACKWARD}")
+    _, maps = read(workdir / "experiments/results" / f"{FORWARD}__one_way")
+    _, cycle = read(workdir / "experiments/results" / f"{FORWARD}__{BACKWARD}")
     np.testing.assert_allclose(maps["test_reconstruction"], cycle["test_translation"], rtol=1e-4, atol=1e-5)
-    done = in_process(TEST, *DATA, "--input=t2", "--trans=flair", *REVERSED, cwd=place)
+    done = in_process(TEST, *DATA, "--input=t2", "--trans=flair", *REVERSED, cwd=workdir)
     assert done.code == 0, done.stderr
-    _, reverse = read(place / "experiments/results" / f"{BACKWARD}__{FORWARD}")
+    _, reverse = read(workdir / "experiments/results" / f"{BACKWARD}__{FORWARD}")
     t2 = reverse["test_image"]  # the other modality of the same slices
     np.testing.assert_allclose(maps["test_scores"], (t2 - cycle["test_translation"]) ** 2, rtol=1e-4, atol=1e-5)
 
@@ -109,38 +109,36 @@ def test_the_one_way_score_is_the_error_of_the_translation(place, in_process):
 REVERSED = (f"--experiment_name_forward={BACKWARD}", f"--experiment_name_backward={FORWARD}")
 
 
-def test_where_only_the_other_direction_is_there_the_error_names_the_flags_that_chain_it(place, in_process):
+def test_the_error_suggests_the_networks_of_the_opposite_cycle(workdir, in_process):
     for model_name, flags in (("unet", REVERSED), ("diffusion", REVERSED[1:])):
         cycle = ("--input=t2", "--trans=flair", f"--model_name={model_name}")
-        done = in_process(TEST, *DATA, *cycle, cwd=place)
+        done = in_process(TEST, *DATA, *cycle, cwd=workdir)
         expect_refusal(done, f"or use the networks of the opposite cycle: {' '.join(flags)}")
         assert done.stderr.endswith(f"{flags[-1]}\n")
 
 
 @pytest.mark.parametrize("name", ["dae", "ddpm"])
-def test_interrupted_training_of_a_baseline_ends_where_uninterrupted_training_does(
-    place, in_process, tiny, short, tmp_path, name
-):
+def test_resumed_baseline_matches_uninterrupted_training(workdir, in_process, tiny, short, tmp_path, name):
     import torch
 
     for iterations in (2, 4):
         override = f"--config.score_model.training.iterations={iterations}"
         flags = (f"--model_name={name}", f"--logdir={tmp_path}", override)
-        done = in_process(TRAIN, *tiny, *short, *flags, cwd=place)
+        done = in_process(TRAIN, *tiny, *short, *flags, cwd=workdir)
         assert done.code == 0, done.stderr
     assert "resuming from opt000002.pt" in done.stdout
     folder = f"{name}_forward_phantom_flair_flair"
     one, other = (
         torch.load(experiments / folder / "ema_0.5_000004.pt", weights_only=True)
-        for experiments in (tmp_path, place / "experiments")
+        for experiments in (tmp_path, workdir / "experiments")
     )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_the_validation_slices_choose_the_checkpoint(place, in_process, tmp_path):
+def test_the_checkpoint_is_selected_on_validation_slices(workdir, in_process, tmp_path):
     for name in (FORWARD, BACKWARD):
-        shutil.copytree(place / "experiments" / name, tmp_path / name)
-    done = in_process(TEST, *DATA, "--select=validation", f"--logdir={tmp_path}", cwd=place)
+        shutil.copytree(workdir / "experiments" / name, tmp_path / name)
+    done = in_process(TEST, *DATA, "--select=validation", f"--logdir={tmp_path}", cwd=workdir)
     assert done.code == 0, done.stderr
     found = {}
     for line in done.stdout.splitlines():
@@ -191,19 +189,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_mistakes_are_refused_in_one_sentence(place, in_process, tiny, short, mistake):
+def test_mistakes_are_refused_in_one_sentence(workdir, in_process, tiny, short, mistake):
     script, args, phrases = REFUSED[mistake]
     shared = {TRAIN: (*tiny, *short, "--experiment_name=new"), TEST: DATA, PREDICT: ("--dataset=phantom",)}[script]
     if mistake == "one way without the other scan":
-        scan = next(place.glob("datasets/RSNA*/*/*_flair.nii.gz"))
+        scan = next(workdir.glob("datasets/RSNA*/*/*_flair.nii.gz"))
         args = [f"--scan={scan}", *args[1:]]
-    done = in_process(script, *shared, *args, cwd=place)
+    done = in_process(script, *shared, *args, cwd=workdir)
     expect_refusal(done, *phrases)
-    assert not (place / "experiments/new").exists()
+    assert not (workdir / "experiments/new").exists()
 
 
-def test_slices_without_validation_choose_nothing(place, in_process, tmp_path):
-    shutil.copytree(place / "datasets/data/test", tmp_path / "data/test")
-    done = in_process(TEST, "--dataset=phantom", f"--data_dir={tmp_path / 'data'}", "--select=validation", cwd=place)
+def test_checkpoint_selection_needs_validation_slices(workdir, in_process, tmp_path):
+    shutil.copytree(workdir / "datasets/data/test", tmp_path / "data/test")
+    done = in_process(TEST, "--dataset=phantom", f"--data_dir={tmp_path / 'data'}", "--select=validation", cwd=workdir)
     assert done.code == 2
     assert "--select validation needs validation slices" in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Training and scoring in several processes, by torchrun and by mpiexec: the same as in one."""
+"""Training and scoring in several processes (torchrun, mpiexec) give the results of a single process."""
 
 import contextlib
 import csv
@@ -25,16 +25,16 @@ TRAIN, TEST = (str(REPOSITORY / f"modality_cyclic_{kind}.py") for kind in ("trai
 LAUNCHERS = ("torchrun", "mpiexec")
 STEPS, HALF = 20, 10
 N_TEST = 7
-BATCH_SIZE = 5  # two processes have 2 and 3 of it
+BATCH_SIZE = 5  # two processes get 2 and 3 slices
 DATA = ("--dataset=phantom", "--data_dir=data", "--gpu_id=cpu")
 TRAINING = (
     f"--config.score_model.training.iterations={STEPS}",
     f"--config.score_model.training.batch_size={BATCH_SIZE}",
     "--config.score_model.training.log_interval=1",
-    "--config.score_model.model.norm_groups=4",  # a group of one channel hides its bias, whose gradient is then noise
+    "--config.score_model.model.norm_groups=4",  # groups of one channel cancel the bias: its gradient would be noise
     f"--config.score_model.training.save_interval={HALF}",
 )
-# The demo's dropout is 0 and its precision float32. So few timesteps that the sampler learns them all.
+# The phantom config has no dropout and uses float32. 20 timesteps are few enough to all be sampled.
 DIFFUSION = (
     "--model_name=diffusion",
     "--config.score_model.training.schedule_sampler=loss-second-moment",
@@ -42,13 +42,13 @@ DIFFUSION = (
     "--config.score_model.sampling.timestep_respacing=3",
 )
 EXPERIMENTS = {"unet_forward_phantom_t2_flair": (), "diffusion_forward_phantom_t2_flair": DIFFUSION}
-BACKWARD = "--training_process=backward"  # which scoring needs, too
+BACKWARD = "--training_process=backward"  # scoring needs this network, too
 SCORING = {
     "cyclic_unet": ("--model_name=unet",),
     "mmccd": ("--model_name=diffusion", "--timestep_respacing=3", "--config.score_model.sampling.stride=8"),
 }
 
-# Runs command lines of the scripts one after another, so that imports are waited for once.
+# Runs several scripts one after another, so that imports happen once.
 MANY = """
 import json, runpy, sys
 from guided_diffusion import dist_util
@@ -67,7 +67,7 @@ shut_down()
 
 
 def launch(launcher: str, processes: int, *command: object, cwd: Path) -> subprocess.Popen:
-    """Start a script in several processes, on the CPU; its output goes to files of the folder."""
+    """Start a script in several CPU processes, with output to `cwd/stdout` and `cwd/stderr`."""
     binary = str(Path(sys.executable).with_name(launcher))
     how = ["--standalone", f"--nproc-per-node={processes}"] if launcher == "torchrun" else ["-n", str(processes)]
     python = [] if launcher == "torchrun" else [sys.executable]
@@ -79,7 +79,7 @@ def launch(launcher: str, processes: int, *command: object, cwd: Path) -> subpro
 
 
 def run_many(launcher: str, processes: int, commands: list[tuple[str, ...]], cwd: Path) -> str:
-    """Run command lines in several processes; returns what they said on stdout."""
+    """Run command lines in several processes and return their stdout."""
     (cwd / "many.py").write_text(MANY, encoding="utf-8")
     done = launch(launcher, processes, "many.py", json.dumps(commands), cwd=cwd)
     assert done.wait(timeout=300) == 0, (cwd / "stderr").read_text()
@@ -87,7 +87,7 @@ def run_many(launcher: str, processes: int, commands: list[tuple[str, ...]], cwd
 
 
 def new_folder(folder: Path, data: Path) -> Path:
-    """A working directory with the slices in it."""
+    """Create a working directory with a link to the slices."""
     folder.mkdir()
     (folder / "data").symlink_to(data)
     return folder
@@ -95,7 +95,7 @@ def new_folder(folder: Path, data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A few slices with something to learn: T2 is the negative of FLAIR."""
+    """A few slices that training can learn from: T2 is the negative of FLAIR."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:48, :48]
@@ -114,13 +114,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainings(tiny) -> list[tuple[str, ...]]:
-    """A command line for each experiment."""
+    """Return the training command line of each experiment."""
     return [(TRAIN, *tiny, *DATA, *TRAINING, *flags) for flags in EXPERIMENTS.values()]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, data, trainings, in_process) -> Path:
-    """All trained and scored by one process."""
+def single_process(tmp_path_factory, data, trainings, in_process) -> Path:
+    """Train and score everything in one process."""
     folder = new_folder(tmp_path_factory.mktemp("alone") / "here", data)
     for command in [*trainings, (*trainings[0], BACKWARD), *((TEST, *DATA, *flags) for flags in SCORING.values())]:
         done = in_process(*command, cwd=folder)
@@ -129,11 +129,11 @@ def alone(tmp_path_factory, data, trainings, in_process) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, data, trainings, alone) -> dict[str, Path]:
-    """All trained by two processes; those of mpiexec go on from where one process was halfway, but for the first."""
+def two_processes(tmp_path_factory, data, trainings, single_process) -> dict[str, Path]:
+    """Train with two processes; under mpiexec, all but the first experiment resume `single_process` halfway."""
     folders = {launcher: new_folder(tmp_path_factory.mktemp(launcher) / "here", data) for launcher in LAUNCHERS}
     for name in list(EXPERIMENTS)[1:]:
-        shutil.copytree(alone / "experiments" / name, folders["mpiexec"] / "experiments" / name)
+        shutil.copytree(single_process / "experiments" / name, folders["mpiexec"] / "experiments" / name)
         for last in (folders["mpiexec"] / "experiments" / name).glob(f"*{STEPS}.pt"):
             last.unlink()
     for launcher, folder in folders.items():
@@ -156,8 +156,8 @@ def read(experiment: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_two_processes_learn_what_one_does(alone, together, launcher, name):
-    one, two = (folder / "experiments" / name for folder in (alone, together[launcher]))
+def test_two_processes_train_as_one_does(single_process, two_processes, launcher, name):
+    one, two = (folder / "experiments" / name for folder in (single_process, two_processes[launcher]))
     expected, losses = losses_of(one), losses_of(two)
     assert list(losses) == list(expected) == list(range(1, STEPS + 1))
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -167,19 +167,19 @@ def test_two_processes_learn_what_one_does(alone, together, launcher, name):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_timestep_sampler_learns_from_all_processes(alone, together, launcher):
+def test_the_timestep_sampler_gathers_losses_of_all_processes(single_process, two_processes, launcher):
     one, two = (
         read(folder / "experiments" / "diffusion_forward_phantom_t2_flair", f"opt{STEPS:06d}.pt")["schedule"]
-        for folder in (alone, together[launcher])
+        for folder in (single_process, two_processes[launcher])
     )
     assert two["counts"].sum() == STEPS * BATCH_SIZE
     torch.testing.assert_close(two["counts"], one["counts"])
     torch.testing.assert_close(two["history"], one["history"], rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_first_process_writes_and_speaks(alone, together):
+def test_only_the_first_process_writes_and_prints(single_process, two_processes):
     for name in EXPERIMENTS:
-        one, two = (folder / "experiments" / name for folder in (alone, together["torchrun"]))
+        one, two = (folder / "experiments" / name for folder in (single_process, two_processes["torchrun"]))
         files = [
             sorted("events" if "tfevents" in path.name else path.name for path in folder.iterdir())
             for folder in (one, two)
@@ -187,11 +187,11 @@ def test_only_the_first_process_writes_and_speaks(alone, together):
         assert files[0] == files[1]
         lines = [(folder / "log.txt").read_text(encoding="utf-8").splitlines() for folder in (one, two)]
         assert len(lines[0]) == len(lines[1])
-    stdout = (together["torchrun"] / "stdout").read_text()
+    stdout = (two_processes["torchrun"] / "stdout").read_text()
     assert stdout.count("done, all in") == stdout.count("9 slices, kept in memory") == len(EXPERIMENTS)
     assert stdout.count(f"saved ema_0.995_{STEPS:06d}.pt") == len(EXPERIMENTS)
     assert "on 2 × cpu in float32" in stdout
-    stderr = (together["torchrun"] / "stderr").read_text()
+    stderr = (two_processes["torchrun"] / "stderr").read_text()
     assert stderr.count("reading train: 100%") == len(EXPERIMENTS)
 
 
@@ -200,20 +200,20 @@ def test_only_the_first_process_writes_and_speaks(alone, together):
 
 
 @pytest.fixture(scope="module")
-def scored_by_three(tmp_path_factory, data, alone) -> Path:
+def scored_by_three(tmp_path_factory, data, single_process) -> Path:
     folder = new_folder(tmp_path_factory.mktemp("three") / "here", data)
     (folder / "experiments").mkdir()
-    for experiment in (alone / "experiments").glob("*_*"):
+    for experiment in (single_process / "experiments").glob("*_*"):
         (folder / "experiments" / experiment.name).symlink_to(experiment)
     run_many("torchrun", 3, [(TEST, *DATA, *flags) for flags in SCORING.values()], folder)
     return folder
 
 
 @pytest.mark.parametrize("method", SCORING)
-def test_three_processes_score_as_one_does(alone, scored_by_three, method):
+def test_three_processes_score_as_one_does(single_process, scored_by_three, method):
     one, three = (
         {metrics["method"]: path.parent for path, metrics in read_metrics(folder).items()}[method]
-        for folder in (alone, scored_by_three)
+        for folder in (single_process, scored_by_three)
     )
     with np.load(one / "error_maps.npz") as expected, np.load(three / "error_maps.npz") as maps:
         assert set(maps) == set(expected)
@@ -221,28 +221,28 @@ def test_three_processes_score_as_one_does(alone, scored_by_three, method):
         for key, array in expected.items():
             if array.dtype.kind == "f":
                 np.testing.assert_allclose(maps[key], array, rtol=0, atol=1e-6 * np.abs(array).max())
-            elif key != "run":  # which is compared below, as a part of metrics.json
+            elif key != "run":  # `run` is compared below, as part of metrics.json
                 np.testing.assert_array_equal(maps[key], array)
-    metrics, expected = (dict(leaves(json.loads((run / "metrics.json").read_text()))) for run in (three, one))
+    metrics, expected = (dict(flatten(json.loads((run / "metrics.json").read_text()))) for run in (three, one))
     assert set(metrics) == set(expected)
-    for place, value in expected.items():
-        if isinstance(value, float):  # a threshold, say, is a pixel's score
-            assert metrics[place] == pytest.approx(value, rel=1e-3, abs=1e-6), place
+    for path, value in expected.items():
+        if isinstance(value, float):  # e.g. a threshold, which is one pixel's score
+            assert metrics[path] == pytest.approx(value, rel=1e-3, abs=1e-6), path
         else:
-            assert metrics[place] == value, place
+            assert metrics[path] == value, path
     assert sorted(path.name for path in three.iterdir() if "tfevents" not in path.name) == sorted(
         path.name for path in one.iterdir() if "tfevents" not in path.name
     )
     assert len(list(three.glob("*tfevents*"))) == len(list(one.glob("*tfevents*")))
 
 
-def leaves(tree: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """The values in nested dicts and lists, by their place."""
+def flatten(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the path and value of every leaf of nested dicts and lists."""
     if isinstance(tree, dict | list):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from leaves(value, f"{place}/{key}")
+            yield from flatten(value, f"{path}/{key}")
     else:
-        yield place, tree
+        yield path, tree
 
 
 def read_metrics(folder: Path) -> dict[Path, dict]:
@@ -258,12 +258,12 @@ def test_the_table_is_printed_once(scored_by_three):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ends
+# Signals and crashes
 
 
 @contextlib.contextmanager
 def running(launcher: str, *command: object, cwd: Path) -> Iterator[subprocess.Popen]:
-    """Two processes that are ended with the test, if not before."""
+    """Start two processes and terminate them when the block ends."""
     process = launch(launcher, 2, *command, cwd=cwd)
     try:
         yield process
@@ -273,7 +273,7 @@ def running(launcher: str, *command: object, cwd: Path) -> Iterator[subprocess.P
 
 
 def wait_for(found, process: subprocess.Popen) -> None:
-    """Until `found()`, for as long as the process runs, and two minutes at most."""
+    """Wait for `found()`, for two minutes at most, and fail if the process ends first."""
     for _ in range(1200):
         if found():
             return
@@ -283,7 +283,7 @@ def wait_for(found, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path, data, tiny, in_process, launcher):
+def test_sigterm_saves_once_and_the_same_command_resumes(tmp_path, data, tiny, in_process, launcher):
     folder = new_folder(tmp_path / "here", data)
     experiment = folder / "experiments/unet_forward_phantom_t2_flair"
     command = (TRAIN, *tiny, *DATA, *TRAINING, "--config.score_model.training.save_interval=100000")
@@ -299,13 +299,13 @@ def test_sigterm_saves_once_and_the_same_command_goes_on(tmp_path, data, tiny, i
     assert log.count("saved ") == 1
     assert (folder / "stdout").read_text().count("stopped by SIGTERM") == 1
     longer = f"--config.score_model.training.iterations={step + 3}"
-    done = in_process(*command, longer, cwd=folder)  # by one process
+    done = in_process(*command, longer, cwd=folder)  # in one process
     assert done.code == 0, done.stderr
     assert f"resuming from opt{step:06d}.pt" in done.stdout
     assert list(losses_of(experiment)) == list(range(1, step + 4))
 
 
-# Talks on and on, as training does; the second process may have something against it.
+# Communicates forever, as training does; given `raise`, the second process fails.
 TALK = """
 import os, sys, time
 from pathlib import Path
@@ -332,7 +332,7 @@ def test_a_killed_process_ends_the_job(tmp_path, launcher):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_what_a_process_raises_is_said(tmp_path, launcher):
+def test_the_exception_of_a_process_is_printed(tmp_path, launcher):
     (tmp_path / "talk.py").write_text(TALK, encoding="utf-8")
     with running(launcher, "talk.py", "raise", cwd=tmp_path) as process:
         assert process.wait(timeout=60) != 0
@@ -341,7 +341,7 @@ def test_what_a_process_raises_is_said(tmp_path, launcher):
 
 
 def wait_for_end(pid: int) -> None:
-    """A process that a launcher has ended may take a moment to be gone."""
+    """Wait up to 10 s for a process to disappear after its launcher."""
     for _ in range(100):
         try:
             os.kill(pid, 0)
@@ -352,11 +352,11 @@ def wait_for_end(pid: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is refused
+# User errors
 
 
 @pytest.mark.parametrize("script", [TRAIN, TEST])
-def test_tasks_that_believe_themselves_alone_are_refused(tmp_path, data, in_process, monkeypatch, script):
+def test_slurm_tasks_without_a_launcher_are_refused(tmp_path, data, in_process, monkeypatch, script):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     folder = new_folder(tmp_path / "here", data)
     done = in_process(script, *DATA, cwd=folder)
@@ -366,7 +366,7 @@ def test_tasks_that_believe_themselves_alone_are_refused(tmp_path, data, in_proc
     assert [path.name for path in folder.iterdir()] == ["data"]
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(tmp_path, data, tiny, in_process, monkeypatch):
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(tmp_path, data, tiny, in_process, monkeypatch):
     monkeypatch.setattr(dist_util, "world_size", lambda: BATCH_SIZE + 1)
     folder = new_folder(tmp_path / "here", data)
     done = in_process(TRAIN, *tiny, *DATA, *TRAINING, cwd=folder)

@@ -1,4 +1,4 @@
-"""README and docs: their commands run as they stand there, their links lead somewhere, and they stay short."""
+"""README and docs: commands run as written, links resolve, and pages stay short."""
 
 import csv
 import json
@@ -15,29 +15,29 @@ pytestmark = pytest.mark.xdist_group("docs")  # one process, so that its cohorts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-OWN_DATA = "datasets/mine"  # in the commands that need a cohort of their own
+OWN_DATA = "datasets/mine"  # in commands that need the reader's own cohort
 
-# What the commands of a reader with a real cohort and a GPU leave to their defaults, at a size for tests.
+# Flags that scale the documented commands down from a real cohort and a GPU to a test.
 SMALL = {
     "phantom.py": ("--train=1", "--val=1", "--test=1", "--workers=1"),
     "brats_preprocess.py": ("--workers=1",),
     "modality_cyclic_predict.py": ("--slices", 76, 78),
 }
 
-# Axes to the right, the front and the top, 4 mm: on no grid that slices are cut from.
+# RAS axes and voxels of 4 mm, so that preprocessing has to resample.
 AFFINE = nibabel.affines.from_matvec(np.diag([4, 4, 4]), (-110, -110, -80))
 SHAPE = (56, 58, 42)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The calls of Python in a page's blocks of code."""
+    """Return the arguments of every `python` command in a page's code blocks."""
     blocks = re.findall(r"^```\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_a_page_is_short_and_its_links_lead_somewhere(page):
+def test_a_page_is_short_and_its_links_resolve(page):
     text = page.read_text(encoding="utf-8")
     assert len(text.encode()) <= (12_000 if page.name == "README.md" else 8_000)
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -52,13 +52,13 @@ def test_a_page_is_short_and_its_links_lead_somewhere(page):
 
 @pytest.fixture(scope="module")
 def cohort(workspace, tmp_path_factory) -> Path:
-    """Where a reader stands after registering: a cohort that is named as BraTS 2021 is, and scans to predict."""
+    """A working directory with a cohort named like BraTS 2021, and scans for prediction."""
     folder = tmp_path_factory.mktemp("reader")
     [raw] = [path for path in (workspace / "datasets").iterdir() if path.name.startswith("RSNA")]
     (folder / "datasets").mkdir()
     (folder / "datasets" / raw.name).symlink_to(raw)
-    for room in ("evaluation", "models", "utils"):  # for `python -m`, since a reader stands in the repository
-        (folder / room).symlink_to(REPOSITORY / room)
+    for package in ("evaluation", "models", "utils"):  # for `python -m`, which readers run in the repository
+        (folder / package).symlink_to(REPOSITORY / package)
     (folder / "folder_of_scans").mkdir()
     scan = sorted(raw.glob("*/*_flair.nii.gz"))[-1]
     for copy in ("patient_flair.nii.gz", "folder_of_scans/scan.nii.gz"):
@@ -66,13 +66,13 @@ def cohort(workspace, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_commands_run_as_they_stand(cohort, in_process, as_subprocess, tiny, short):
-    """README first, then the pages in the order in which it names them; benchmarks have tests of their own."""
+def test_the_commands_run_as_written(cohort, in_process, as_subprocess, tiny, short):
+    """Run README, then the pages in the order of its links; benchmarks have their own tests."""
     readme, *docs = PAGES
     text = readme.read_text(encoding="utf-8")
     assert all(f"docs/{page.name}" in text for page in docs)
     network = [flag for flag in tiny if not flag.startswith(("--dataset", "--data_dir"))]
-    # Of 16 px, since the paper's sampling sweeps with all of its steps and bands here.
+    # 16 px, because the paper's sampling runs here with all its steps and bands.
     sizes = SMALL | {"modality_cyclic_train.py": (*network, "--config.data.image_size=16", *short)}
     run = []
     for page in (readme, *sorted(docs, key=lambda page: text.index(f"docs/{page.name}"))):
@@ -94,7 +94,7 @@ def section(repository) -> str:
 
 
 def make_volume(path: Path, seed: int) -> None:
-    """A brain with some texture; a ball where the path says lesion."""
+    """Write a textured brain, or a ball if the file name contains `lesion`."""
     rng = np.random.default_rng(seed)
     away = np.moveaxis(np.indices(SHAPE), 0, -1) - np.divide(SHAPE, 2)
     brain = ((away / (17, 20, 16)) ** 2).sum(-1) < 1
@@ -107,7 +107,7 @@ def make_volume(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def mine(section, tmp_path_factory) -> tuple[Path, list[list[str]]]:
-    """A working directory with the page's table and a cohort that fits it, and the page's commands."""
+    """A working directory with the page's table and the volumes it lists, and the page's commands."""
     folder = tmp_path_factory.mktemp("mine")
     table, text = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line)[1:] for line in text.splitlines()]
@@ -121,7 +121,7 @@ def mine(section, tmp_path_factory) -> tuple[Path, list[list[str]]]:
     return folder, commands
 
 
-def test_the_way_to_a_data_set_of_ones_own(mine, in_process, tiny, short):
+def test_the_commands_for_your_own_data_set(mine, in_process, tiny, short):
     folder, commands = mine
     small = tuple(flag for flag in tiny if not flag.startswith(("--dataset", "--data_dir")))
     assert [Path(script).name for script, *_ in commands] == [
@@ -148,6 +148,6 @@ def test_the_way_to_a_data_set_of_ones_own(mine, in_process, tiny, short):
     assert json.loads(metrics.read_text())["n_slices"] == 1
 
 
-def test_every_column_is_explained(section):
+def test_every_column_is_documented(section):
     for column in ("subject", "seg", "brainmask", "healthy", "split"):
         assert f"| `{column}` |" in section

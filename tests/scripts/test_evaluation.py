@@ -1,4 +1,4 @@
-"""What modality_cyclic_test.py does without a model: `--rescore` error maps, `--compare` two runs."""
+"""modality_cyclic_test.py without a model: `--rescore`, `--compare` and `--combine`."""
 
 import csv
 import functools
@@ -39,7 +39,7 @@ FIGURES = {"slices", "chosen_slices", "precision_recall", "dice_threshold", "his
 
 
 def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]:
-    """Noise in a brain, with a lesion in every slice that stands out by `quality`."""
+    """Return slices of noise, each with a lesion whose error is raised by `quality`."""
     rng = np.random.default_rng(seed)
     brainmask = np.zeros((n_slices, 32, 32), bool)
     brainmask[:, 4:28, 4:28] = True
@@ -67,7 +67,7 @@ def write_run(folder, quality: float = 2.0, seed: int = 0, n_test: int = N_TEST)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, in_process):
-    """Three scored runs, of which `fewer` lacks a slice, and what scoring `good` has printed."""
+    """A folder with three scored runs; `fewer` lacks a slice."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "good", quality=5)
     write_run(folder / "poor", quality=1, seed=5)
@@ -79,8 +79,8 @@ def runs(tmp_path_factory, in_process):
 
 
 @pytest.fixture(scope="module")
-def again(runs, in_process):
-    """What scoring `good` once more has printed; its file of error maps stands for its folder."""
+def rescored(runs, in_process):
+    """Score `good` again, given its error_maps.npz instead of its folder."""
     before = {name: (runs / "good" / name).read_bytes() for name in ("metrics.json", "per_slice.csv")}
     done = in_process(TEST, "--rescore", "good/error_maps.npz", cwd=runs)
     assert done.code == 0, done.stderr
@@ -98,19 +98,19 @@ def read_column(folder, column: str) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Scoring again
+# Rescoring
 
 
-def test_rescoring_leaves_everything_but_the_model(runs, again):
+def test_rescoring_keeps_the_run_and_writes_all_results(runs, rescored):
     files = {path.name for path in (runs / "good").iterdir() if not path.name.startswith("events")}
     assert files == {"error_maps.npz", "figures", "metrics.json", "per_slice.csv"}
     metrics = read_metrics(runs / "good")
     assert {key: metrics[key] for key in RUN} == RUN
     assert metrics["n_slices"] == N_TEST
-    assert "Cyclic UNet" in again.stdout
+    assert "Cyclic UNet" in rescored.stdout
 
 
-def test_the_table_by_lesion_size(runs, again):
+def test_the_table_by_lesion_size(runs, rescored):
     area, metrics = read_column(runs / "good", "lesion_area"), read_metrics(runs / "good")
     order = np.argsort(area)
     assert len(set(area)) == N_TEST
@@ -121,12 +121,12 @@ def test_the_table_by_lesion_size(runs, again):
         assert [block["auprc"], block["oracle_dice"]] == pytest.approx(values, rel=1e-4)
         bounds = f"{area[third].min():.0f} … {area[third].max():.0f} px"
         for method, shown in (("Cyclic UNet", block), ("intensity", third_of_baseline(metrics, size))):
-            (row,) = [line for line in again.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
+            (row,) = [line for line in rescored.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
             assert bounds in row
             assert int(row.split("px")[1].split()[0]) == len(third)
             cells = [f"{shown[key]:.3f}" for key in ("auprc", "oracle_dice", "validation_dice")]
             assert row.split()[-3:] == cells
-    for block in (metrics, metrics["baseline_intensity"]):  # the thirds make up the whole
+    for block in (metrics, metrics["baseline_intensity"]):  # the total is the thirds' weighted mean
         thirds = block["by_lesion_size"].values()
         total = sum(third["n_slices"] * third["auprc"] for third in thirds)
         assert total / N_TEST == pytest.approx(block["auprc_per_slice_mean"])
@@ -136,8 +136,8 @@ def third_of_baseline(metrics: dict, size: str) -> dict:
     return metrics["baseline_intensity"]["by_lesion_size"][size]
 
 
-def test_tensorboard_has_the_pictures_the_curves_and_the_settings(runs, again):
-    """And nothing twice, though the run was scored twice."""
+def test_tensorboard_has_figures_curves_and_scalars(runs, rescored):
+    """Each appears once, although the run was scored twice."""
     accumulator = EventAccumulator(str(runs / "good"))
     accumulator.Reload()
     tags = accumulator.Tags()
@@ -153,8 +153,8 @@ def contents(folder) -> dict:
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_where_no_file_can_grow_further_the_earlier_results_stay(in_process, tmp_path):
-    """As on a disk that is full, wherever in the run it is met."""
+def test_a_full_disk_leaves_the_earlier_results(in_process, tmp_path):
+    """Limits on the file size simulate a disk that fills up at several points of the run."""
     write_run(tmp_path / "run")
     rescore = functools.partial(in_process, TEST, "--rescore", tmp_path / "run", cwd=tmp_path, pictures=True)
     assert rescore().code == 0
@@ -186,7 +186,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(runs, in_process, tmp_path, how):
+def test_invalid_error_maps_leave_the_earlier_results(runs, in_process, tmp_path, how):
     shutil.copytree(runs / "good", tmp_path, dirs_exist_ok=True)
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
     run = RUN
@@ -202,7 +202,7 @@ def test_error_maps_that_cannot_be_scored_leave_the_earlier_results(runs, in_pro
     assert contents(tmp_path) == before
 
 
-def test_scores_that_are_not_finite_are_counted_and_placed(in_process, tmp_path):
+def test_scores_that_are_not_finite_are_counted_and_located(in_process, tmp_path):
     maps = make_maps(N_TEST, 2.0, 0)
     maps["scores"][2, 10, 10:13], maps["scores"][5, 11, 11], maps["scores"][5, 0, 0] = np.nan, np.inf, np.nan
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
@@ -212,7 +212,7 @@ def test_scores_that_are_not_finite_are_counted_and_placed(in_process, tmp_path)
 
 
 @pytest.mark.parametrize("n_test", [1, 2])
-def test_of_one_or_two_slices_there_are_no_thirds(in_process, tmp_path, n_test):
+def test_one_or_two_slices_are_not_split_by_lesion_size(in_process, tmp_path, n_test):
     write_run(tmp_path, n_test=n_test)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
@@ -221,7 +221,7 @@ def test_of_one_or_two_slices_there_are_no_thirds(in_process, tmp_path, n_test):
 
 
 def test_slices_without_any_lesion_are_scored(in_process, tmp_path):
-    """As healthy volunteers' are: what is undefined is said to be."""
+    """For example, of healthy volunteers: undefined metrics are null."""
     maps = make_maps(N_TEST, 2.0, 0)
     maps["truth"][:] = False
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
@@ -231,7 +231,7 @@ def test_slices_without_any_lesion_are_scored(in_process, tmp_path):
     assert "; no lesions\n" in done.stdout
 
 
-def test_a_terminal_that_knows_ascii_only(repository, tmp_path):
+def test_a_terminal_without_unicode(repository, tmp_path):
     write_run(tmp_path)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(repository / TEST), "--rescore", str(tmp_path)]
@@ -249,7 +249,7 @@ def test_without_validation_slices(in_process, tmp_path):
 
 
 def without(key: str):
-    """Rewrite error maps without one array."""
+    """Return a function that removes an array from a file of error maps."""
 
     def spoil(path) -> None:
         with np.load(path) as file:
@@ -278,7 +278,7 @@ def cut_a_slice(path) -> None:
     ],
     ids=["missing", "cut off", "text", "no description", "no scores", "shapes differ"],
 )
-def test_error_maps_that_cannot_be_scored_are_refused(in_process, tmp_path, spoil):
+def test_damaged_error_maps_are_refused(in_process, tmp_path, spoil):
     write_run(tmp_path)
     spoil(tmp_path / "error_maps.npz")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -309,11 +309,11 @@ def test_comparison_has_a_line_for_every_metric(runs, in_process):
         difference, low, high, n_slices = lines[metric]
         expected = read_column(runs / "good", metric) - read_column(runs / "poor", metric)
         assert difference == pytest.approx(expected.mean(), abs=1e-3)
-        assert 0 < low < difference < high  # `good` is better, and seven slices are enough to see it
+        assert 0 < low < difference < high  # `good` is better, and seven slices are enough to show it
         assert n_slices == N_TEST
 
 
-def test_comparison_pairs_slices_by_name_and_not_by_place(runs, in_process, tmp_path):
+def test_comparison_pairs_slices_by_name_not_by_order(runs, in_process, tmp_path):
     lines = (runs / "poor/per_slice.csv").read_text(encoding="utf-8").splitlines()
     (tmp_path / "per_slice.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n", encoding="utf-8")
     done, shuffled = (in_process(TEST, "--compare", runs / "good", b, cwd=runs) for b in ("poor", tmp_path))
@@ -339,7 +339,7 @@ def test_a_run_does_not_differ_from_itself(runs, in_process):
     ],
     ids=["missing", "empty", "no lesion area", "no numbers", "other truth"],
 )
-def test_what_cannot_be_compared_is_refused(runs, in_process, tmp_path, spoil, phrase):
+def test_invalid_comparisons_are_refused(runs, in_process, tmp_path, spoil, phrase):
     for name in ("good", "spoilt"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "per_slice.csv").write_bytes((runs / "good/per_slice.csv").read_bytes())
@@ -352,12 +352,12 @@ def test_runs_of_different_slices_are_not_compared(runs, in_process):
     expect_silent_refusal(done, "good and fewer", "different slices", "1 of 7", "0 of 6")
 
 
-def test_one_thing_at_a_time(runs, in_process):
+def test_rescore_and_compare_exclude_each_other(runs, in_process):
     done = in_process(TEST, "--compare", "good", "poor", "--rescore", "good", cwd=runs)
     expect_silent_refusal(done, "--rescore", "--compare")
 
 
-def test_comparing_does_not_wait_for_torch(runs, repository):
+def test_comparing_does_not_import_torch(runs, repository):
     code = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print(sorted({'torch', 'monai', 'matplotlib'} & set(sys.modules))))\n"
@@ -376,7 +376,7 @@ def test_comparing_does_not_wait_for_torch(runs, repository):
 BLOCK = {"auprc", "auprc_interval", "oracle", "validation", "settings", "constants", "selection"}
 
 
-def test_a_score_is_chosen_beside_the_published_one(runs, again):
+def test_the_chosen_score_is_reported_beside_the_published_one(runs, rescored):
     metrics = read_metrics(runs / "good")
     baseline = metrics["baseline_intensity"]
     for block in (metrics["chosen"], baseline["chosen"]):
@@ -386,7 +386,7 @@ def test_a_score_is_chosen_beside_the_published_one(runs, again):
     published = evaluate(maps["scores"], maps["truth"], maps["brainmask"]).summary
     del published["validation"]
     assert {key: metrics[key] for key in published} == published
-    rows = [line.split("  ")[0] for line in again.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
+    rows = [line.split("  ")[0] for line in rescored.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
     assert rows[:4] == ["intensity (flair)", "intensity (flair), chosen", "Cyclic UNet", "Cyclic UNet, chosen"]
     columns = (read_column(runs / "good", f"{prefix}auprc") for prefix in ("", "chosen_"))
     for values, block in zip(columns, (metrics, metrics["chosen"]), strict=True):
@@ -400,7 +400,7 @@ def fixed(**options: str) -> list[str]:
     return [f"--config.score_model.scoring.{key}={value}" for key, value in options.items()]
 
 
-def test_what_the_user_fixes_is_not_chosen(in_process, tmp_path):
+def test_options_that_the_user_fixes_are_kept(in_process, tmp_path):
     write_run(tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, *fixed(**FIXED), cwd=tmp_path)
     assert done.code == 0, done.stderr
@@ -417,7 +417,7 @@ def test_what_the_user_fixes_is_not_chosen(in_process, tmp_path):
         ({"sgin": "both"}, "did you mean 'score_model.scoring.sign'?"),
     ],
 )
-def test_a_score_that_nobody_knows_is_refused_before_anything(in_process, tmp_path, options, said):
+def test_unknown_score_options_are_refused_before_any_output(in_process, tmp_path, options, said):
     write_run(tmp_path)
     before = contents(tmp_path)
     expect_silent_refusal(in_process(TEST, "--rescore", tmp_path, *fixed(**options), cwd=tmp_path), said)
@@ -442,13 +442,13 @@ def spoilt_val(how: str) -> dict:
 @pytest.mark.parametrize(
     "how", ["without a lesion", "of one slice", "of one subject", "with NaN", "without a healthy pixel"]
 )
-def test_validation_slices_that_say_little(in_process, tmp_path, how):
+def test_uninformative_validation_slices(in_process, tmp_path, how):
     write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), "val": spoilt_val(how)})
     done = in_process(TEST, "--rescore", tmp_path, *fixed(rim="0"), cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "Warning" not in done.stderr
     chosen = read_metrics(tmp_path)["chosen"]
-    assert chosen["settings"]["norm"] != "standardised"  # there are no draws
+    assert chosen["settings"]["norm"] != "standardised"  # it needs several draws
     if how == "without a lesion":
         assert chosen["selection"] is None
         assert chosen["settings"]["sign"] == "bright"
@@ -459,7 +459,7 @@ def test_validation_slices_that_say_little(in_process, tmp_path, how):
     assert 0 <= chosen["auprc"] <= 1
 
 
-def test_training_slices_say_what_error_is_usual_where_there_are_no_others(in_process, tmp_path):
+def test_training_slices_calibrate_the_score_without_validation_slices(in_process, tmp_path):
     train = make_maps(5, 0.0, 3)
     train["truth"][:] = False
     for maps in ({}, {"train": train}):
@@ -473,12 +473,12 @@ def test_training_slices_say_what_error_is_usual_where_there_are_no_others(in_pr
     assert len(chosen["constants"]["usual"]) > 1
 
 
-def test_one_way_runs_are_compared_with_the_other_modality(in_process, tmp_path):
+def test_one_way_scores_use_the_target_modality(in_process, tmp_path):
     run = RUN | {"method": "one_way_unet"}
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
     write_maps(tmp_path / "error_maps.npz", run, maps)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
-    assert "no score can be chosen" in done.stdout  # what it was compared with was not kept
+    assert "no score can be chosen" in done.stdout  # these maps lack the reference image
     assert read_metrics(tmp_path)["chosen"] is None
     found = []
     for scale in (1, 5):
@@ -488,10 +488,10 @@ def test_one_way_runs_are_compared_with_the_other_modality(in_process, tmp_path)
         write_maps(tmp_path / "error_maps.npz", run, maps)
         assert in_process(TEST, "--rescore", tmp_path, *fixed(sign="bright", rim="0"), cwd=tmp_path).code == 0
         found.append(read_metrics(tmp_path)["chosen"]["auprc"])
-    assert found[0] == found[1] > 0.9  # whatever the input is
+    assert found[0] == found[1] > 0.9  # independent of the input image
 
 
-def test_a_scan_that_was_normalised_otherwise_is_named(in_process, tmp_path):
+def test_a_scan_with_unusual_contrast_is_named(in_process, tmp_path):
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
     for group in maps.values():
         group["image"] = group["reconstruction"] + 0.1 * group["image"]
@@ -505,7 +505,7 @@ def test_a_scan_that_was_normalised_otherwise_is_named(in_process, tmp_path):
 
 
 def test_old_results_are_printed_and_compared(runs, in_process, tmp_path):
-    """As a version without a chosen score wrote them."""
+    """Earlier versions wrote no chosen score."""
     shutil.copytree(runs / "good", tmp_path / "old")
     metrics = read_metrics(tmp_path / "old")
     del metrics["chosen"], metrics["baseline_intensity"]["chosen"]
@@ -516,19 +516,19 @@ def test_old_results_are_printed_and_compared(runs, in_process, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Runs combined
+# Combining runs
 
 
 @pytest.fixture(scope="module")
 def combined(runs, in_process):
-    """The folder of `good`, `poor` and the intensity combined, and what was said; both runs are of the same slices."""
+    """Combine two runs of the same slices and the intensity; return the results folder and stdout."""
     folder = runs / "results"
     folder.mkdir()
     for name, quality in (("a", 2.0), ("b", 1.8)):
         (folder / name).mkdir()
         rng = np.random.default_rng(9 if name == "b" else 8)
         maps = {split: make_maps(n, quality, seed) for split, n, seed in (("test", N_TEST, 0), ("val", 3, 1))}
-        for group in maps.values():  # errors of their own, around the same image
+        for group in maps.values():  # independent errors of the same image
             noise = rng.normal(size=group["image"].shape)
             group["reconstruction"] = (group["image"] - quality * group["truth"] + noise).astype(np.float32)
         write_maps(folder / name / "error_maps.npz", RUN, maps)
@@ -539,13 +539,13 @@ def combined(runs, in_process):
     return found, done.stdout
 
 
-def test_a_combination_is_a_run_like_any_other(combined, runs, in_process):
-    folder, said = combined
+def test_a_combination_can_be_rescored_and_compared(combined, runs, in_process):
+    folder, stdout = combined
     metrics, alone = read_metrics(folder), [read_metrics(runs / "results" / name) for name in "ab"]
     assert metrics["method"] == "combined"
     assert metrics["auprc"] > max(one["chosen"]["auprc"] for one in alone) - 0.02
-    assert f"results: {folder}" in said
-    assert "combined runs" in said
+    assert f"results: {folder}" in stdout
+    assert "combined runs" in stdout
     for command in (("--rescore", folder), ("--compare", folder, runs / "results/a")):
         done = in_process(TEST, *command, cwd=runs)
         assert done.code == 0, done.stderr
@@ -574,8 +574,8 @@ def test_a_combination_is_the_sum_of_standardised_scores(combined, runs):
         np.testing.assert_allclose(file["test_scores"], total, rtol=1e-4, atol=1e-5)
 
 
-def other(what: str, folder) -> None:
-    """A run that differs from `write_run`'s in one thing."""
+def write_different_run(what: str, folder) -> None:
+    """Write a run that differs from `write_run`'s in `what`."""
     maps = {"test": make_maps(N_TEST, 2.0, 0), "val": make_maps(3, 2.0, 1)}
     run = RUN | ({"input": "t2"} if what == "input" else {})
     if what == "size":
@@ -595,7 +595,7 @@ def other(what: str, folder) -> None:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, in_process):
-    """A folder with two runs, of which `first` is scored and `unscored` is not; tests only look at it."""
+    """A read-only folder with the runs `first`, which is scored, and `unscored`."""
     folder = tmp_path_factory.mktemp("combine")
     for name in ("first", "unscored"):
         write_run(folder / name)
@@ -613,8 +613,8 @@ def first(tmp_path_factory, in_process):
         ("splits", "has val slices"),
     ],
 )
-def test_runs_of_other_pixels_are_not_combined(first, in_process, tmp_path, what, said):
-    other(what, tmp_path / "other")
+def test_runs_that_do_not_match_are_not_combined(first, in_process, tmp_path, what, said):
+    write_different_run(what, tmp_path / "other")
     assert in_process(TEST, "--rescore", tmp_path / "other", *fixed(rim="0"), cwd=tmp_path).code == 0
     before = contents(tmp_path)
     expect_silent_refusal(in_process(TEST, "--combine", first / "first", tmp_path / "other", cwd=tmp_path), said)
@@ -631,6 +631,6 @@ def test_runs_of_other_pixels_are_not_combined(first, in_process, tmp_path, what
         (["first", "unscored"], "no metrics.json in unscored"),
     ],
 )
-def test_what_cannot_be_combined_is_said(first, in_process, runs_given, said):
+def test_invalid_combinations_are_refused(first, in_process, runs_given, said):
     expect_silent_refusal(in_process(TEST, "--combine", *runs_given, cwd=first), said)
     assert {path.name for path in first.iterdir()} == {"first", "unscored"}

@@ -1,6 +1,6 @@
-"""Training and testing on object storage, against Azurite: a server that speaks Azure's protocol, on this machine.
+"""Training, testing and prediction on object storage, against Azurite, a local emulator of Azure Blob Storage.
 
-Azurite comes from npm (`make azurite`); without it these tests are skipped.
+The tests are skipped without Azurite, which `make azurite` installs from npm.
 """
 
 import csv
@@ -18,15 +18,15 @@ import torch
 
 from utils.storage import Mirror, StorageError
 
-pytestmark = pytest.mark.xdist_group("predict")  # one process, so that the cohort is made once
+pytestmark = pytest.mark.xdist_group("predict")  # one worker, so that the cohort is built once
 
 TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
 FORWARD, BACKWARD = "unet_forward_phantom_t2_flair", "unet_backward_phantom_t2_flair"
-ACCOUNT = "devstoreaccount1"  # it and its key are Azurite's, and public
+ACCOUNT = "devstoreaccount1"  # Azurite's public account and key
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 TWENTY = ("--config.score_model.training.iterations=20", "--config.score_model.training.save_interval=5")
 
-# blobfile, for which Azure is the server at PORT; before the first upload to AT this process gets SIGNAL.
+# Redirect blobfile from Azure to the server at PORT, and send this process SIGNAL before the first upload to AT.
 REDIRECT = """
 import os
 import urllib.parse
@@ -64,7 +64,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory) -> Iterator[int]:
-    """Of a server that keeps all in memory."""
+    """Port of an in-memory Azurite server."""
     azurite = os.environ.get("AZURITE") or shutil.which("azurite-blob")
     if not azurite or not shutil.which("node"):
         pytest.skip("no Azurite: `make azurite` installs it, and AZURITE says where it is")
@@ -77,15 +77,15 @@ def port(tmp_path_factory) -> Iterator[int]:
             yield int(line.strip().rpartition(":")[2])
         finally:
             server.terminate()
-            server.stdout.read()  # it may have more to say than a pipe holds
+            server.stdout.read()  # drain the pipe, or a full one would block the server
 
 
 @pytest.fixture
-def asked(port, monkeypatch, tmp_path) -> list[tuple[str, str]]:
-    """What this process asks of the server, as (method, path); the credentials are set."""
+def calls(port, monkeypatch, tmp_path) -> list[tuple[str, str]]:
+    """Redirect this process to Azurite, with credentials; return its requests as a growing list of (method, path)."""
     monkeypatch.setenv("AZURE_STORAGE_KEY", KEY)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its local folder
-    monkeypatch.setattr(blobfile, "create_context", blobfile.create_context)  # to have it back afterwards
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its local mirror behind
+    monkeypatch.setattr(blobfile, "create_context", blobfile.create_context)  # restored afterwards
     monkeypatch.setattr(blobfile._azure.access_token_manager, "_tokens", {})
     monkeypatch.setattr(blobfile._azure.access_token_manager, "_expirations", {})
     names = {"PORT": port, "SIGNAL": 0, "AT": ""}
@@ -94,8 +94,8 @@ def asked(port, monkeypatch, tmp_path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def logdir(asked) -> str:
-    """An address in a container of its own."""
+def logdir(calls) -> str:
+    """An address in a new container."""
     from blobfile import _azure as azure
 
     container = f"experiments-{uuid.uuid4()}"
@@ -103,7 +103,7 @@ def logdir(asked) -> str:
     url = azure.build_url(ACCOUNT, "/{container}", container=container)
     made = blobfile.Request(url=url, method="PUT", params={"restype": "container"}, success_codes=(201,))
     azure.execute_api_request(context._conf, made)
-    asked.clear()
+    calls.clear()
     return f"az://{ACCOUNT}/{container}/a/b"
 
 
@@ -127,22 +127,22 @@ def read_losses(path: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
 
 
-def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
-    port, asked, logdir, repository, workspace, tiny, short, in_process, as_subprocess, tmp_path
+def test_killed_stopped_and_resumed_training_equals_local_training(
+    port, calls, logdir, repository, workspace, tiny, short, in_process, as_subprocess, tmp_path
 ):
     flags = (*tiny, *short, *TWENTY, "--config.score_model.training.keep_last=2")
     local = tmp_path / "local"
     done = in_process(TRAIN, *flags, f"--logdir={local}", cwd=workspace)
     assert done.code == 0, done.stderr
-    assert asked == []
+    assert calls == []
 
     remote = (repository / TRAIN, *flags, f"--logdir={logdir}")
     killed = interrupted(as_subprocess, port, 9, "/ema_0.5_000010.pt", *remote, cwd=workspace)
     assert killed.code == -9
     assert f"{logdir} has no locks" in killed.stdout
     sets = {f"{kind}000005.pt" for kind in ("model", "ema_0.5_", "opt")}
-    there = names(logdir, FORWARD)
-    assert there == {*sets, "config.json", "log.txt", "progress.csv"}, killed.stderr  # nothing of the second set
+    found = names(logdir, FORWARD)
+    assert found == {*sets, "config.json", "log.txt", "progress.csv"}, killed.stderr  # no file of the second checkpoint
 
     stopped = interrupted(as_subprocess, port, 15, "/model000010.pt", *remote, cwd=workspace)
     assert stopped.code == 143, stopped.stderr
@@ -150,15 +150,15 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     assert {"opt000010.pt", "opt000011.pt"} < names(logdir, FORWARD)
     assert "opt000005.pt" not in names(logdir, FORWARD)
 
-    asked.clear()
+    calls.clear()
     done = in_process(*remote, cwd=workspace)
     assert done.code == 0, done.stderr
     assert "resuming from opt000011.pt" in done.stdout
     assert f"done, all in {logdir}/{FORWARD}" in done.stdout
-    assert [path[-12:] for method, path in asked if method == "PUT" and "/opt" in path] == [
+    assert [path[-12:] for method, path in calls if method == "PUT" and "/opt" in path] == [
         *["opt000015.pt"] * 2,
         *["opt000020.pt"] * 2,
-    ]  # a block each, and the list of blocks
+    ]  # each upload: one block, then the block list
 
     last = {name for name in names(logdir, FORWARD) if name.endswith(".pt")}
     assert last == {path.name for path in (local / FORWARD).glob("*.pt")}
@@ -173,19 +173,19 @@ def test_killed_stopped_and_resumed_training_ends_where_local_training_ends(
     assert "stopped by SIGTERM" in log
 
 
-def test_a_test_run_on_object_storage_is_that_of_a_local_folder(asked, logdir, workspace, chain, in_process, tmp_path):
+def test_a_test_run_on_object_storage_equals_a_local_one(calls, logdir, workspace, chain, in_process, tmp_path):
     context = blobfile.create_context(save_access_token_to_disk=False)
     for name in (FORWARD, BACKWARD):
         for path in (workspace / "experiments" / name).iterdir():
             if path.suffix in (".pt", ".json"):
                 context.copy(str(path), f"{logdir}/{name}/{path.name}")
-    asked.clear()
-    for _ in range(2):  # the second takes the place of the first
+    calls.clear()
+    for _ in range(2):  # the second run replaces the first
         done = in_process(TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace)
         assert done.code == 0, done.stderr
     pulled = {
         path.split("/a/b/")[1]
-        for method, path in asked
+        for method, path in calls
         if method == "GET" and path.endswith((".pt", ".json")) and "/results/" not in path
     }
     assert pulled == {f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")}
@@ -207,34 +207,34 @@ def test_a_test_run_on_object_storage_is_that_of_a_local_folder(asked, logdir, w
     assert theirs == ours
 
 
-def test_a_scan_is_scored_with_what_lies_on_object_storage(asked, logdir, workspace, chain, in_process, tmp_path):
+def test_a_scan_is_scored_with_experiments_on_object_storage(calls, logdir, workspace, chain, in_process, tmp_path):
     context = blobfile.create_context(save_access_token_to_disk=False)
     results = f"results/{FORWARD}__{BACKWARD}"
     for name in (FORWARD, BACKWARD, results):
         for path in (workspace / "experiments" / name).iterdir():
             if path.suffix in (".pt", ".json"):
                 context.copy(str(path), f"{logdir}/{name}/{path.name}")
-    asked.clear()
+    calls.clear()
     scan = next((workspace / "datasets").glob("*/*/*_flair.nii.gz"))
     flags = ("--dataset=phantom", f"--scan={scan}", f"--output_dir={tmp_path / 'out'}", "--slices", 70, 72)
     done = in_process("modality_cyclic_predict.py", *flags, f"--logdir={logdir}", cwd=workspace)
     assert done.code == 0, done.stderr
     assert f"the validation threshold in {logdir}/{results}/metrics.json" in done.stdout
     assert len(list((tmp_path / "out").iterdir())) == 3
-    assert {method for method, _ in asked} <= {"GET", "HEAD"}  # nothing is written there
-    pulled = {path.split("/a/b/")[1] for method, path in asked if method == "GET" and path.endswith((".pt", ".json"))}
+    assert {method for method, _ in calls} <= {"GET", "HEAD"}  # nothing is written there
+    pulled = {path.split("/a/b/")[1] for method, path in calls if method == "GET" and path.endswith((".pt", ".json"))}
     assert pulled == {
         *(f"{name}/{file}" for name in (FORWARD, BACKWARD) for file in ("config.json", "ema_0.5_000004.pt")),
         f"{results}/metrics.json",
     }
 
 
-def test_training_outlasts_a_push_that_fails(asked, logdir, workspace, tiny, short, in_process, monkeypatch):
+def test_training_survives_a_failed_push(calls, logdir, workspace, tiny, short, in_process, monkeypatch):
     push, pushes = Mirror.push, []
 
     def fail_once(mirror: Mirror) -> None:
         pushes.append(mirror)
-        if len(pushes) == 2:  # the first is of config.json
+        if len(pushes) == 2:  # the first pushes config.json
             raise StorageError("no network")
         push(mirror)
 
@@ -245,19 +245,19 @@ def test_training_outlasts_a_push_that_fails(asked, logdir, workspace, tiny, sho
     assert {"opt000002.pt", "opt000004.pt"} < names(logdir, FORWARD)
 
 
-def expect_refusal(done, *said: str) -> None:
+def expect_refusal(done, *phrases: str) -> None:
     assert done.code == 2
     assert "Traceback" not in done.stderr
-    *_, line = done.stderr.splitlines()  # before it, there may be a progress bar
-    for part in ("error: ", *said):
-        assert part in line
+    *_, line = done.stderr.splitlines()  # a progress bar may precede it
+    for phrase in ("error: ", *phrases):
+        assert phrase in line
 
 
-def test_refusals_are_plain(asked, logdir, workspace, tiny, short, in_process, monkeypatch):
+def test_errors_are_one_sentence(calls, logdir, workspace, tiny, short, in_process, monkeypatch):
     nowhere = f"az://{ACCOUNT}/nowhere/a"
     done = in_process(TRAIN, *tiny, *short, f"--logdir={nowhere}", cwd=workspace)
     expect_refusal(done, nowhere, "cannot be written to", "No such file or container")
-    assert "saved" not in done.stdout  # it is known before training begins
+    assert "saved" not in done.stdout  # refused before training begins
     done = in_process(TEST, "--dataset=phantom", "--data_dir=datasets/data", f"--logdir={logdir}", cwd=workspace)
     expect_refusal(done, f"no experiment '{FORWARD}' in {logdir}; train it first")
     done = in_process(TEST, f"--rescore={logdir}/results/a", cwd=workspace)

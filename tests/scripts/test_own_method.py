@@ -1,4 +1,4 @@
-"""The page about a method of one's own: its text makes a method that all scripts handle."""
+"""docs/your-own-method.md: the method built from the page's code works with every script."""
 
 import json
 import re
@@ -14,7 +14,7 @@ import torch
 pytestmark = pytest.mark.xdist_group("docs")
 
 ROOMS = ("config", "datasets", "evaluation", "guided_diffusion", "models", "scoring", "utils")
-# Runs the command lines in its input one after another, as Python would, but imports torch once.
+# Runs the command lines on stdin in one process, so that torch is imported once.
 RUN_ALL = """
 import runpy, shlex, sys
 for line in sys.stdin:
@@ -34,7 +34,7 @@ def page(repository) -> str:
 
 @pytest.fixture(scope="module")
 def project(page, repository, workspace, tmp_path_factory) -> Path:
-    """A copy of the project with the page's module, its line and its setting; the workspace's slices and a scan."""
+    """A copy of the project with the page's three snippets applied, the workspace's slices and a scan."""
     folder = tmp_path_factory.mktemp("project")
     for room in ROOMS:
         shutil.copytree(
@@ -52,13 +52,13 @@ def project(page, repository, workspace, tmp_path_factory) -> Path:
     ):
         code = (folder / path).read_text(encoding="utf-8")
         assert code.count(before) == 1
-        where = code.index(before) + (len(before) if before.endswith("\n") else 0)
-        (folder / path).write_text(code[:where] + text + code[where:], encoding="utf-8")
+        position = code.index(before) + (len(before) if before.endswith("\n") else 0)
+        (folder / path).write_text(code[:position] + text + code[position:], encoding="utf-8")
     return folder
 
 
-def test_the_method_of_the_page(page, project, tiny, short):
-    """It trains, resumes, is tested, compared, rescored and predicts by the page's commands, at the tests' size."""
+def test_the_pages_commands_run(page, project, tiny, short):
+    """Train, resume, test, compare, rescore and predict by the page's commands, with the tests' tiny networks."""
     forward, backward, test, compare, predict = re.findall(r"^python (.*)$", page, re.MULTILINE)
     flags, data = " ".join(shlex.quote(flag) for flag in (*tiny, *short)), "--data_dir=datasets/data"
     results, unet = (Path(one) for one in compare.split()[-2:])
@@ -83,23 +83,20 @@ def test_the_method_of_the_page(page, project, tiny, short):
     ]
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
     metrics = json.loads((project / results / "metrics.json").read_text(encoding="utf-8"))
-    assert (metrics["method"], metrics["network_passes"]) == (
-        "cyclic_patch",
-        2 * 4,
-    )  # of 3 test slices and 1 to validate
+    assert (metrics["method"], metrics["network_passes"]) == ("cyclic_patch", 2 * 4)  # 3 test + 1 validation slice
     assert f"A: {results}" in run.stdout
     assert f"B: {unet}" in run.stdout
-    assert len(re.findall(r"^patch cycle ", run.stdout, re.MULTILINE)) >= 2  # tested and rescored
+    assert len(re.findall(r"^patch cycle ", run.stdout, re.MULTILINE)) >= 2  # by testing and by rescoring
     assert (project / "marked/patient_flair_mask.nii.gz").is_file()
 
 
-def test_the_method_of_the_page_is_in_the_help(project):
+def test_help_lists_the_pages_method(project):
     run = run_all(project, "modality_cyclic_train.py --help")
     assert "patch: patch cycle" in " ".join(run.stdout.split())
 
 
 def run_all(project: Path, *commands: str) -> subprocess.CompletedProcess:
-    """Run command lines one after another in a process that imports torch once."""
+    """Run command lines one after another in one process."""
     return subprocess.run(
         [sys.executable, "-c", RUN_ALL],
         cwd=project,

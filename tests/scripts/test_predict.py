@@ -1,4 +1,4 @@
-"""Scans of a user's own: the scores are those of the test script, and lie where the scan lies."""
+"""Prediction on a user's own scans: scores equal the test script's, and results keep the scan's grid and header."""
 
 import json
 import os
@@ -31,10 +31,10 @@ from scoring.scan import (
 from tests.scripts.conftest import expect_refusal
 from utils.grid import SliceGeometry
 
-pytestmark = pytest.mark.xdist_group("predict")  # one process, so that its place is made once
+pytestmark = pytest.mark.xdist_group("predict")  # one worker, so that its fixtures are built once
 
 PREDICT, TEST = "modality_cyclic_predict.py", "modality_cyclic_test.py"
-SHAPE = (32, 32, 14)  # in-plane the tiny networks' image size: resizing changes nothing
+SHAPE = (32, 32, 14)  # in-plane, the tiny networks' image size: no resizing
 SPACING = 5.0  # mm
 AFFINE = from_matvec(np.diag([-SPACING, -SPACING, SPACING]), [80, 90, -30])
 GRID = SliceGeometry("LPS", (SPACING,) * 3, SHAPE[:2])
@@ -57,19 +57,19 @@ RESULTS = {
 
 
 def head(seed: int, modality: str = "flair", shape=SHAPE, affine=AFFINE) -> np.ndarray:
-    """A stripped head with texture and a lesion, int16; its volume has as much of them wherever its voxels lie."""
-    place = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    away = (place - apply_affine(AFFINE, (np.array(SHAPE) - 1) / 2)) / [62, 70, 28]
-    texture = 400 + 80 * np.sin(place / 9 + seed).sum(-1) + 60 * away[..., 1]
+    """Return a skull-stripped int16 head with texture and a lesion; its anatomy does not depend on the grid."""
+    position = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    offset = (position - apply_affine(AFFINE, (np.array(SHAPE) - 1) / 2)) / [62, 70, 28]
+    texture = 400 + 80 * np.sin(position / 9 + seed).sum(-1) + 60 * offset[..., 1]
     if modality == "t2":
         texture = 900 - texture
     texture[lesion(shape, affine)] = 2500
-    return np.where((away**2).sum(-1) < 1, texture, 0).astype(np.int16)
+    return np.where((offset**2).sum(-1) < 1, texture, 0).astype(np.int16)
 
 
 def lesion(shape=SHAPE, affine=AFFINE) -> np.ndarray:
-    place = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    return np.linalg.norm(place - LESION, axis=-1) < 13
+    position = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    return np.linalg.norm(position - LESION, axis=-1) < 13
 
 
 def save(path: Path, volume: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
@@ -83,8 +83,8 @@ def save(path: Path, volume: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, workspace, chain, as_subprocess, in_process, repository) -> Path:
-    """A small cohort with three subjects, and the chain's translators as though they had been trained on its grid."""
+def workdir(tmp_path_factory, workspace, chain, as_subprocess, in_process, repository) -> Path:
+    """A working directory with three subjects and the chain's translators, as if trained on their grid."""
     folder = tmp_path_factory.mktemp("predict")
     for part, subject, seed in (("training", "A", 0), ("validation", "B", 1), ("testing", "C", 2)):
         for kind in ("flair", "t2"):
@@ -109,27 +109,27 @@ def place(tmp_path_factory, workspace, chain, as_subprocess, in_process, reposit
 
 
 @pytest.fixture(scope="module")
-def predict(place, in_process) -> Callable:
-    """Call the script in the folder of `place` on the CPU, for the published score unless flags say otherwise."""
+def predict(workdir, in_process) -> Callable:
+    """Call the script in `workdir` on the CPU, with the published score unless the flags select another."""
 
     def run(scan: Path | str, output_dir: Path | str, *flags: object, pictures: bool = False):
-        where = (f"--scan={scan}", f"--output_dir={output_dir}")
+        paths = (f"--scan={scan}", f"--output_dir={output_dir}")
         if not any(str(flag).startswith(("--scoring", "--combined")) for flag in flags):
-            where += ("--scoring=published",)
-        return in_process(PREDICT, "--dataset=phantom", *where, *flags, cwd=place, pictures=pictures)
+            paths += ("--scoring=published",)
+        return in_process(PREDICT, "--dataset=phantom", *paths, *flags, cwd=workdir, pictures=pictures)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def whole(place, predict) -> dict[str, tuple[Path, str]]:
-    """Subject C, by both methods: the folder of the results, and what was said on stdout."""
+def results(workdir, predict) -> dict[str, tuple[Path, str]]:
+    """Results folder and stdout of subject C's prediction, by method."""
     outputs = {}
     for method, flags in METHODS.items():
         done = predict("raw/C/C_flair.nii.gz", f"out_{method}", *flags, pictures=True)
         assert done.code == 0, done.stderr
         assert "Warning" not in done.stderr
-        outputs[method] = place / f"out_{method}", done.stdout
+        outputs[method] = workdir / f"out_{method}", done.stdout
     return outputs
 
 
@@ -142,51 +142,51 @@ def voxels(image: nibabel.Nifti1Image) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What comes out
+# Results
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_anomaly_of_a_test_slice_is_the_test_scripts_error(place, whole, method):
-    folder, _ = whole[method]
+def test_the_anomaly_map_of_a_test_slice_equals_the_test_scripts_scores(workdir, results, method):
+    folder, _ = results[method]
     anomaly = voxels(load(folder, "C_flair"))
-    with np.load(place / "experiments/results" / RESULTS[method] / "error_maps.npz") as maps:
+    with np.load(workdir / "experiments/results" / RESULTS[method] / "error_maps.npz") as maps:
         (name,) = maps["test_names"].tolist()
-        of_slice = anomaly[:, :, int(name.removeprefix("C_"))]
+        slice_scores = anomaly[:, :, int(name.removeprefix("C_"))]
         inside = scored_region(maps["test_brainmask"])[0]
         assert 100 < np.count_nonzero(inside) < np.count_nonzero(maps["test_brainmask"])
         scores = smooth_scores(maps["test_scores"], "median3" if method == "standardised" else "none")[0]
-        np.testing.assert_allclose(of_slice[inside], scores[inside], rtol=1e-5, atol=1e-5)
-    assert not of_slice[~inside].any()
+        np.testing.assert_allclose(slice_scores[inside], scores[inside], rtol=1e-5, atol=1e-5)
+    assert not slice_scores[~inside].any()
     assert np.count_nonzero(anomaly.any(axis=(0, 1))) == np.count_nonzero(head(2).any(axis=(0, 1)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_marked_is_what_reaches_the_validation_threshold(place, whole, method):
-    folder, said = whole[method]
-    path = place / "experiments/results" / RESULTS[method] / "metrics.json"
+def test_the_mask_marks_scores_at_or_above_the_validation_threshold(workdir, results, method):
+    folder, stdout = results[method]
+    path = workdir / "experiments/results" / RESULTS[method] / "metrics.json"
     threshold = json.loads(path.read_text())["validation"]["threshold"]
-    assert f"threshold: {threshold:.6g}, the validation threshold in experiments/results/{RESULTS[method]}" in said
+    assert f"threshold: {threshold:.6g}, the validation threshold in experiments/results/{RESULTS[method]}" in stdout
     mask = voxels(load(folder, "C_flair", "mask"))
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, voxels(load(folder, "C_flair")) >= threshold)
     assert 0 < mask.mean() < 1
-    assert f"{mask.sum() * SPACING**3 / 1000:.1f} ml at or above the threshold" in said
-    assert "network passes, on 1 × cpu" in said
+    assert f"{mask.sum() * SPACING**3 / 1000:.1f} ml at or above the threshold" in stdout
+    assert "network passes, on 1 × cpu" in stdout
 
 
-def test_the_report_is_a_picture(whole):
-    folder, said = whole["cyclic_unet"]
+def test_the_report_is_an_image(results):
+    folder, stdout = results["cyclic_unet"]
     picture = matplotlib.image.imread(folder / "C_flair_report.png")
     assert picture.shape[1] > picture.shape[0] > 300
     assert picture.std() > 0.05
-    assert f"{folder.name}/C_flair_report.png" in said
+    assert f"{folder.name}/C_flair_report.png" in stdout
     assert {path.name for path in folder.iterdir()} == {
         f"C_flair_{result}" for result in ("anomaly.nii.gz", "mask.nii.gz", "report.png")
     }
 
 
 @pytest.mark.parametrize("kind", ["plain", "codes", "nifti2, scaled", "big-endian"])
-def test_results_lie_where_the_scan_lies(place, predict, tmp_path, kind):
+def test_results_keep_the_scans_grid_and_header(workdir, predict, tmp_path, kind):
     volume = head(2)
     image_class = nibabel.Nifti2Image if kind == "nifti2, scaled" else nibabel.Nifti1Image
     header = image_class.header_class(endianness=">" if kind == "big-endian" else "<")
@@ -211,12 +211,12 @@ def test_results_lie_where_the_scan_lies(place, predict, tmp_path, kind):
         assert found.get_data_dtype().newbyteorder("=") == dtype
         assert found.header["cal_max"] == 0
         assert voxels(found).max() > 0
-    whole = voxels(load(place / "out_cyclic_unet", "C_flair"))
-    np.testing.assert_allclose(voxels(load(tmp_path / "out", "scan")), whole, atol=1e-4)
+    expected = voxels(load(workdir / "out_cyclic_unet", "C_flair"))
+    np.testing.assert_allclose(voxels(load(tmp_path / "out", "scan")), expected, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The chosen score, and runs combined
+# Chosen scores and combined runs
 
 CHOSEN = [
     ("cyclic_unet", {"sign": "bright", "norm": "squared", "smoothing": "none", "match": "none", "rim": "0"}),
@@ -226,11 +226,11 @@ CHOSEN = [
 ]
 
 
-def rescore(place: Path, in_process: Callable, method: str, **options: str) -> dict:
-    """Score a test run again with some options fixed; its metrics."""
-    folder = place / "experiments/results" / RESULTS[method]
+def rescore(workdir: Path, in_process: Callable, method: str, **options: str) -> dict:
+    """Rescore a test run with some options fixed; return its metrics."""
+    folder = workdir / "experiments/results" / RESULTS[method]
     flags = (f"--config.score_model.scoring.{key}={value}" for key, value in options.items())
-    done = in_process(TEST, "--rescore", folder, *flags, cwd=place)
+    done = in_process(TEST, "--rescore", folder, *flags, cwd=workdir)
     assert done.code == 0, done.stderr
     return json.loads((folder / "metrics.json").read_text())
 
@@ -246,10 +246,10 @@ def error_maps(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize(("method", "options"), CHOSEN)
-def test_the_chosen_score_of_a_slice_is_that_of_the_test_run(place, predict, in_process, tmp_path, method, options):
-    chosen = rescore(place, in_process, method, **options)["chosen"]
+def test_the_chosen_score_of_a_slice_equals_the_test_runs(workdir, predict, in_process, tmp_path, method, options):
+    chosen = rescore(workdir, in_process, method, **options)["chosen"]
     settings, constants = chosen_score(chosen)
-    maps = error_maps(place / "experiments/results" / RESULTS[method])
+    maps = error_maps(workdir / "experiments/results" / RESULTS[method])
     number = slice_of(maps)
     flags = (*METHODS[method], "--scoring=chosen", "--slices", number, number + 1)
     done = predict("raw/C/C_flair.nii.gz", tmp_path, *flags)
@@ -264,24 +264,24 @@ def test_the_chosen_score_of_a_slice_is_that_of_the_test_run(place, predict, in_
     assert not np.delete(found, number, axis=2).any()
 
 
-def test_the_chosen_score_is_the_default_and_is_said_to_be(place, in_process, tmp_path):
-    rescore(place, in_process, "cyclic_unet", rim="0")
+def test_the_chosen_score_is_the_default_and_is_printed(workdir, in_process, tmp_path):
+    rescore(workdir, in_process, "cyclic_unet", rim="0")
     flags = ("--dataset=phantom", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
-    done = in_process(PREDICT, *flags, cwd=place)
+    done = in_process(PREDICT, *flags, cwd=workdir)
     assert done.code == 0, done.stderr
     assert "score: chosen on validation slices, " in done.stdout
     assert "whole brain" in done.stdout
-    done = in_process(PREDICT, *flags, "--scoring=published", cwd=place)
+    done = in_process(PREDICT, *flags, "--scoring=published", cwd=workdir)
     assert "score: published\n" in done.stdout
 
 
-def test_a_combined_run_predicts_its_own_scores(place, in_process, predict, tmp_path):
+def test_prediction_reproduces_the_scores_of_a_combined_run(workdir, in_process, predict, tmp_path):
     runs = [f"experiments/results/{RESULTS[method]}" for method in ("cyclic_unet", "mmccd")]
     for method in ("cyclic_unet", "mmccd"):
-        rescore(place, in_process, method, sign="both", match="none", rim="0")
-    done = in_process(TEST, "--combine", *runs, "intensity", cwd=place)
+        rescore(workdir, in_process, method, sign="both", match="none", rim="0")
+    done = in_process(TEST, "--combine", *runs, "intensity", cwd=workdir)
     assert done.code == 0, done.stderr
-    (folder,) = (place / "experiments/results").glob("combined__*")
+    (folder,) = (workdir / "experiments/results").glob("combined__*")
     maps = error_maps(folder)
     number = slice_of(maps)
     flags = (f"--combined={folder}", "--slices", number, number + 1)
@@ -290,22 +290,22 @@ def test_a_combined_run_predicts_its_own_scores(place, in_process, predict, tmp_
     found = voxels(load(tmp_path, "C_flair"))[:, :, number]
     np.testing.assert_allclose(found, maps["scores"][0], rtol=1e-4, atol=1e-4)
     assert found.any()
-    for flags, said in (
+    for flags, message in (
         ((f"--combined={runs[0]}",), "is not a combined run"),
         ((f"--combined={folder}", "--scoring=published"), "leave out --scoring published"),
     ):
         done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
         assert done.code == 2
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Where it lies
+# Orientation and grid
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LIP", "SRA"])
-def test_another_order_of_axes_gives_the_same_in_that_order(whole, predict, tmp_path, axcodes):
-    folder, _ = whole["cyclic_unet"]
+def test_results_do_not_depend_on_the_order_of_axes(results, predict, tmp_path, axcodes):
+    folder, _ = results["cyclic_unet"]
     turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt(axcodes))
     turned = nibabel.Nifti1Image(head(2), AFFINE).as_reoriented(turn)
     save(tmp_path / "turned.nii.gz", voxels(turned), turned.affine)
@@ -327,7 +327,7 @@ OTHER_GRIDS = {
 
 
 @pytest.mark.parametrize("name", OTHER_GRIDS)
-def test_on_another_grid_the_anomaly_lies_at_the_same_place(place, whole, predict, tmp_path, name):
+def test_the_anomaly_is_at_the_same_position_on_another_grid(workdir, results, predict, tmp_path, name):
     shape, axes = OTHER_GRIDS[name]
     middle = apply_affine(AFFINE, (np.array(SHAPE) - 1) / 2)
     affine = from_matvec(axes, middle - axes @ ((np.array(shape) - 1) / 2))
@@ -343,8 +343,8 @@ def test_on_another_grid_the_anomaly_lies_at_the_same_place(place, whole, predic
     centre = (weight[..., None] * apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))).sum((0, 1, 2))
     voxel = max(SPACING, *np.linalg.norm(axes, axis=0))
     assert np.linalg.norm(centre / weight.sum() - LESION) < voxel
-    # and so it does on the grid of the slices: the lesion is what these networks cannot make
-    reference = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    # The same on the training grid: these networks cannot reproduce the lesion.
+    reference = voxels(load(results["cyclic_unet"][0], "C_flair"))
     assert reference[lesion()].mean() > 3 * reference[(head(2) != 0) & ~lesion()].mean()
 
 
@@ -352,8 +352,8 @@ def test_on_another_grid_the_anomaly_lies_at_the_same_place(place, whole, predic
 # Flags
 
 
-def test_slices_are_those_of_the_scans_own_axis(whole, predict, tmp_path):
-    folder, _ = whole["cyclic_unet"]
+def test_slices_are_counted_along_the_scans_own_axial_axis(results, predict, tmp_path):
+    folder, _ = results["cyclic_unet"]
     turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt("IRA"))
     turned = nibabel.Nifti1Image(head(2), AFFINE).as_reoriented(turn)
     save(tmp_path / "turned.nii.gz", voxels(turned), turned.affine)
@@ -367,33 +367,33 @@ def test_slices_are_those_of_the_scans_own_axis(whole, predict, tmp_path):
     assert expected.any()
 
 
-THIN = (*SHAPE[:2], 56)  # four slices to one of the training data
+THIN = (*SHAPE[:2], 56)  # four slices per slice of the training grid
 
 
 def thin_affine() -> np.ndarray:
-    """Of slices a quarter as thick, every fourth of which lies where one of `AFFINE` does."""
+    """Return `AFFINE` with slices a quarter as thick: every fourth coincides with one of `AFFINE`'s."""
     return from_matvec(AFFINE[:3, :3] @ np.diag([1, 1, 0.25]), AFFINE[:3, 3])
 
 
-def test_slices_thinner_than_the_training_datas_are_scored_as_in_the_whole(predict, tmp_path):
-    """Even where no training slice lies in them: the score comes from those on either side."""
+def test_selected_thin_slices_score_as_in_the_whole_scan(predict, tmp_path):
+    """Even if no slice of the training grid is among them: the score then comes from the slices on either side."""
     scan = save(tmp_path / "thin.nii.gz", head(2, shape=THIN, affine=thin_affine()), thin_affine())
     found = {}
     for slices in ((), (30, 31), (27, 34), (28, 29)):
         done = predict(scan, tmp_path / "out", *(("--slices", *slices) if slices else ()))
         assert done.code == 0, done.stderr
         found[slices] = voxels(load(tmp_path / "out", "thin"))
-    everything = found.pop(())
-    for slices, some in found.items():
+    whole = found.pop(())
+    for slices, selected in found.items():
         inside = (..., slice(*slices))
-        assert everything[inside].any()
-        np.testing.assert_allclose(some[inside], everything[inside], rtol=1e-4, atol=1e-5)
-        assert not np.delete(some, range(*slices), axis=2).any()
+        assert whole[inside].any()
+        np.testing.assert_allclose(selected[inside], whole[inside], rtol=1e-4, atol=1e-5)
+        assert not np.delete(selected, range(*slices), axis=2).any()
 
 
 @pytest.mark.parametrize("in_a_folder", [False, True])
-def test_slices_with_nothing_but_stray_voxels_are_refused(predict, tmp_path, in_a_folder):
-    """Specks between two slices of the training data, far from the brain; a folder's other scans are judged."""
+def test_slices_with_only_stray_voxels_are_refused(predict, tmp_path, in_a_folder):
+    """Specks between two slices of the training grid, far from the brain; a folder's other scans are still scored."""
     volume, slices, scans = head(2, shape=THIN, affine=thin_affine()), ("--slices", 49, 52), tmp_path / "scans"
     volume[:, :, 46:] = 0
     volume[[9, 20], [12, 7], [49, 50]] = 400
@@ -410,17 +410,17 @@ def test_slices_with_nothing_but_stray_voxels_are_refused(predict, tmp_path, in_
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_batches_do_not_change_the_score(whole, predict, tmp_path, method):
-    folder, _ = whole[method]
-    one = "--config.score_model.sampling.batch_size=3"
-    done = predict("raw/C/C_flair.nii.gz", tmp_path, one, "--slices", 5, 8, *METHODS[method])
+def test_scores_do_not_depend_on_the_batch_size(results, predict, tmp_path, method):
+    folder, _ = results[method]
+    batch_size = "--config.score_model.sampling.batch_size=3"
+    done = predict("raw/C/C_flair.nii.gz", tmp_path, batch_size, "--slices", 5, 8, *METHODS[method])
     assert done.code == 0, done.stderr
     expected = voxels(load(folder, "C_flair"))[:, :, 5:8]
     np.testing.assert_allclose(voxels(load(tmp_path, "C_flair"))[:, :, 5:8], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_threshold_by_flag_needs_no_test_run(experiments, whole, predict, tmp_path):
-    anomaly = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+def test_a_threshold_by_flag_needs_no_test_run(experiments, results, predict, tmp_path):
+    anomaly = voxels(load(results["cyclic_unet"][0], "C_flair"))
     threshold = float(np.quantile(anomaly[anomaly > 0], 0.9))
     forget_the_test(experiments)
     flags = (f"--threshold={threshold!r}", f"--logdir={experiments}")
@@ -430,8 +430,8 @@ def test_a_threshold_by_flag_needs_no_test_run(experiments, whole, predict, tmp_
     np.testing.assert_array_equal(voxels(load(tmp_path, "C_flair", "mask")), anomaly >= threshold)
 
 
-def test_the_standardised_score_needs_a_test_run_even_so(experiments, predict, tmp_path):
-    """Which says what an error is usual, if not which threshold to take."""
+def test_the_standardised_score_needs_a_test_run_even_with_a_threshold(experiments, predict, tmp_path):
+    """The test run provides the error floor, a term of the score."""
     flags = ("--threshold=3", f"--logdir={experiments}", "--slices", 7, 8, *STANDARDISED)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
     assert done.code == 0, done.stderr
@@ -451,12 +451,12 @@ def test_the_standardised_score_needs_a_test_run_even_so(experiments, predict, t
 
 
 @pytest.fixture
-def experiments(place, tmp_path) -> Path:
-    """A copy of the experiments to spoil."""
-    return shutil.copytree(place / "experiments", tmp_path / "copy")
+def experiments(workdir, tmp_path) -> Path:
+    """A copy of the experiments that a test may modify."""
+    return shutil.copytree(workdir / "experiments", tmp_path / "copy")
 
 
-def test_a_copy_of_the_experiments_keeps_its_threshold(experiments, predict, tmp_path):
+def test_the_threshold_is_found_in_a_copy_of_the_experiments(experiments, predict, tmp_path):
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}", "--slices", 7, 8)
     assert done.code == 0, done.stderr
 
@@ -500,7 +500,7 @@ STALE = {
 
 
 @pytest.mark.parametrize("why", STALE)
-def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp_path, why):
+def test_a_missing_or_stale_threshold_is_refused(experiments, predict, tmp_path, why):
     spoil, phrases = STALE[why]
     spoil(experiments)
     flags = (f"--logdir={experiments}", "--input=flair", "--config.score_model.sampling.batch_size=4")
@@ -525,8 +525,7 @@ def test_without_a_threshold_that_fits_nothing_is_done(experiments, predict, tmp
         ("smooth", "median3"),
     ],
 )
-def test_a_threshold_of_another_sampling_is_refused(experiments, predict, tmp_path, key, value):
-    """Whatever differs, and whatever the folder of the results is called."""
+def test_a_threshold_for_other_sampling_settings_is_refused(experiments, predict, tmp_path, key, value):
     path = experiments / "results" / RESULTS["mmccd"] / "metrics.json"
     metrics = json.loads(path.read_text())
     assert metrics["sampling_settings"][key] != value
@@ -537,7 +536,7 @@ def test_a_threshold_of_another_sampling_is_refused(experiments, predict, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-OTHERS = {
+VARIANTS = {
     "eta": ("mmccd", "--config.score_model.sampling.eta=0.5"),
     "seed": ("mmccd", "--seed=1"),
     "timesteps": ("mmccd", "--timestep_respacing=ddim5"),
@@ -545,25 +544,25 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_what_is_tested_otherwise_has_a_threshold_of_its_own(
-    experiments, workspace, place, in_process, predict, tmp_path, what
+@pytest.mark.parametrize("what", VARIANTS)
+def test_each_setting_and_checkpoint_has_its_own_threshold(
+    experiments, workspace, workdir, in_process, predict, tmp_path, what
 ):
-    """One that no other test run overwrites, and that no other prediction takes."""
-    method, other = OTHERS[what]
+    """Other test runs do not overwrite it, and other predictions do not use it."""
+    method, variant = VARIANTS[what]
     shutil.copy(workspace / "experiments" / FORWARD / "ema_0.5_000002.pt", experiments / FORWARD)
-    other = other.format(experiments=experiments, forward=FORWARD)
+    variant = variant.format(experiments=experiments, forward=FORWARD)
     flags = (f"--logdir={experiments}", *METHODS[method])
     scan, slices = "raw/C/C_flair.nii.gz", ("--slices", 7, 8)
-    done = predict(scan, tmp_path / "out", *flags, other, *slices)
+    done = predict(scan, tmp_path / "out", *flags, variant, *slices)
     assert done.code == 2
     assert "no metrics.json in" in done.stderr
     before = (experiments / "results" / RESULTS[method] / "metrics.json").read_bytes()
-    done = in_process(TEST, "--dataset=phantom", "--data_dir=slices", *flags, other, cwd=place)
+    done = in_process(TEST, "--dataset=phantom", "--data_dir=slices", *flags, variant, cwd=workdir)
     assert done.code == 0, done.stderr
     assert (experiments / "results" / RESULTS[method] / "metrics.json").read_bytes() == before
     thresholds = set()
-    for more in ((), (other,)):
+    for more in ((), (variant,)):
         done = predict(scan, tmp_path / "out", *flags, *more, *slices)
         assert done.code == 0, done.stderr
         thresholds.add(*[line for line in done.stdout.splitlines() if line.startswith("threshold: ")])
@@ -571,7 +570,7 @@ def test_what_is_tested_otherwise_has_a_threshold_of_its_own(
 
 
 def change_data(experiments: Path, names: tuple[str, ...], **changes: object) -> None:
-    """What the records say of the slices that the translators were trained on."""
+    """Edit the records of the slices that the translators were trained on."""
     for name in names:
         path = experiments / name / "config.json"
         record = json.loads(path.read_text())
@@ -586,7 +585,7 @@ def change_data(experiments: Path, names: tuple[str, ...], **changes: object) ->
         ((FORWARD, BACKWARD), {"axcodes": "LPS"}, f"{FORWARD}/config.json is damaged (data.grid"),
     ],
 )
-def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp_path, names, grid, phrase):
+def test_grids_that_differ_or_are_invalid_are_refused(experiments, predict, tmp_path, names, grid, phrase):
     change_data(experiments, names, grid=grid)
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}")
     assert done.code == 2
@@ -594,10 +593,10 @@ def test_grids_that_do_not_fit_or_are_none_are_refused(experiments, predict, tmp
     assert "Traceback" not in done.stderr
 
 
-def test_a_scan_is_normalised_as_the_training_slices_were(experiments, place, whole, predict, tmp_path):
-    """Whatever slices lie about where those of the data set would be."""
+def test_a_scan_is_normalised_as_the_training_slices_were(experiments, workdir, results, predict, tmp_path):
+    """The quantiles come from the experiments, not from slices in the data set's default folder."""
     made_with = NORMALISATION | {"percentage_upper": 0.7}
-    record = place / "datasets/phantom/subjects/X.json"
+    record = workdir / "datasets/phantom/subjects/X.json"
     record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"made_with": made_with, "files": {}}))
     scan, flags = "raw/C/C_flair.nii.gz", (f"--logdir={experiments}", "--threshold=1", "--slices", 7, 8)
@@ -605,7 +604,7 @@ def test_a_scan_is_normalised_as_the_training_slices_were(experiments, place, wh
         change_data(experiments, (FORWARD, BACKWARD), normalisation=quantiles)
         done = predict(scan, tmp_path, *flags)
         assert done.code == 0, done.stderr
-        found, expected = (voxels(load(folder, "C_flair"))[:, :, 7] for folder in (tmp_path, whole["cyclic_unet"][0]))
+        found, expected = (voxels(load(folder, "C_flair"))[:, :, 7] for folder in (tmp_path, results["cyclic_unet"][0]))
         assert np.allclose(found, expected, rtol=1e-4, atol=1e-4) == same
 
 
@@ -613,14 +612,14 @@ def test_a_scan_is_normalised_as_the_training_slices_were(experiments, place, wh
 # Folders and processes
 
 
-def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predict, tmp_path):
+def test_a_damaged_scan_in_a_folder_does_not_stop_the_others(workdir, results, predict, tmp_path):
     for name, subject in (("a.nii.gz", "C"), ("b.nii.gz", "B")):
-        shutil.copy(place / f"raw/{subject}/{subject}_flair.nii.gz", tmp_path / name)
+        shutil.copy(workdir / f"raw/{subject}/{subject}_flair.nii.gz", tmp_path / name)
     (tmp_path / "aa.nii").write_bytes(b"cut off")
     (tmp_path / ".hidden.nii").write_bytes(b"what file managers leave")
     (tmp_path / "note.txt").write_text("no scan")
     (tmp_path / "c_mask.nii").write_bytes(b"a mask of someone's")
-    for _ in range(2):  # the second passes over what the first has written among the scans
+    for _ in range(2):  # the second run skips the results that the first wrote among the scans
         done = predict(tmp_path, tmp_path)
         assert done.code == 1
         lines = [line for line in done.stderr.splitlines() if "error" in line]
@@ -631,18 +630,18 @@ def test_a_damaged_scan_in_a_folder_does_not_keep_the_others(place, whole, predi
         assert written == {
             f"{name}_{result}" for name in "ab" for result in ("anomaly.nii.gz", "mask.nii.gz", "report.png")
         }
-    expected = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    expected = voxels(load(results["cyclic_unet"][0], "C_flair"))
     np.testing.assert_array_equal(voxels(load(tmp_path, "a")), expected)
 
 
-def test_two_processes_predict_what_one_does(place, whole, repository, tmp_path):
+def test_two_processes_predict_the_same_as_one(workdir, results, repository, tmp_path):
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     flags = ("--dataset=phantom", "--gpu_id=cpu", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
     flags += ("--scoring=published",)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
         [*command, str(repository / PREDICT), *flags],
-        cwd=place,
+        cwd=workdir,
         env=environment,
         capture_output=True,
         text=True,
@@ -652,19 +651,19 @@ def test_two_processes_predict_what_one_does(place, whole, repository, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "on 2 × cpu" in done.stdout
     assert done.stdout.count("ml at or above the threshold") == 1
-    expected = voxels(load(whole["cyclic_unet"][0], "C_flair"))
+    expected = voxels(load(results["cyclic_unet"][0], "C_flair"))
     np.testing.assert_allclose(voxels(load(tmp_path, "C_flair")), expected, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is warned about
+# Warnings
 
 
 def skull_and_brain(litres: float, air: int = 0) -> np.ndarray:
-    """An ellipsoid of so many litres in a field of 240 × 240 × 200 mm, in voxels of 4 mm."""
-    place = (np.moveaxis(np.indices((60, 60, 50)), 0, -1) - [29.5, 29.5, 24.5]) * 4
+    """Return an ellipsoid of this volume in a field of 240 × 240 × 200 mm, with 4 mm voxels."""
+    position = (np.moveaxis(np.indices((60, 60, 50)), 0, -1) - [29.5, 29.5, 24.5]) * 4
     radius = (litres * 1e6 * 3 / 4 / np.pi) ** (1 / 3)
-    inside = np.linalg.norm(place * [1, 0.9, 1 / 0.9], axis=-1) < radius
+    inside = np.linalg.norm(position * [1, 0.9, 1 / 0.9], axis=-1) < radius
     rng = np.random.default_rng(0)
     return np.where(inside, rng.integers(300, 600, inside.shape), air * rng.integers(1, 20, inside.shape))
 
@@ -673,7 +672,7 @@ def skull_and_brain(litres: float, air: int = 0) -> np.ndarray:
     ("litres", "air", "warned"),
     [(1.0, 0, False), (1.5, 0, False), (1.9, 0, False), (2.6, 0, True), (3.6, 0, True), (1.5, 1, True)],
 )
-def test_a_head_with_its_skull_is_warned_about(tmp_path, litres, air, warned):
+def test_a_scan_that_is_not_skull_stripped_gives_a_warning(tmp_path, litres, air, warned):
     affine = np.diag([-4.0, -4, 4, 1])
     path = save(tmp_path / "head.nii.gz", skull_and_brain(litres, air).astype(np.int16), affine)
     scan = read_scan(path, SliceGeometry("LPS", (4.0,) * 3, (60, 60)), NORMALISATION, None)
@@ -681,11 +680,11 @@ def test_a_head_with_its_skull_is_warned_about(tmp_path, litres, air, warned):
     if warned:
         (warning,) = scan.warnings
         assert "the scan is not skull-stripped or its background is not 0" in warning
-        assert f"{11.5 if air else litres:.1f} litres" in warning  # all of the air is not 0
+        assert f"{11.5 if air else litres:.1f} litres" in warning  # every voxel of air is non-zero
         assert f"more than any brain ({MAX_BRAIN_LITRES}):" in warning
 
 
-def test_a_brain_that_the_field_cuts_and_a_header_without_orientation_are_warned_about(tmp_path, predict):
+def test_a_cropped_brain_and_a_header_without_orientation_give_warnings(tmp_path, predict):
     wide = SHAPE[0] + 40
     affine = from_matvec(np.diag([-SPACING * SHAPE[0] / wide * 2, -SPACING, SPACING]), [0, 0, 0])
     volume = np.repeat(head(2), 3, axis=0)
@@ -703,7 +702,7 @@ def test_a_brain_that_the_field_cuts_and_a_header_without_orientation_are_warned
 
 
 @pytest.mark.parametrize("axcodes", ["LPS", "RAI", "IRA", "PSL"])
-def test_the_report_shows_slices_front_up_and_numbered_as_in_the_file(tmp_path, axcodes):
+def test_the_report_shows_slices_anterior_up_and_numbered_as_in_the_file(tmp_path, axcodes):
     turn = ornt_transform(io_orientation(AFFINE), axcodes2ornt(axcodes))
     anomaly = np.zeros(SHAPE, np.float32)
     anomaly[18:21, 10:12, 4] = 8
@@ -728,11 +727,11 @@ def test_the_report_picks_slices_that_are_apart():
     assert pick_slices(marked, scores, 2) == [2, 6, 8, 4]
     assert pick_slices(marked, scores, 0) == [2, 3, 1, 6, 8, 7]
     assert len(pick_slices(np.ones(50), np.ones(50), 1)) == REPORT_SLICES
-    assert pick_slices(np.zeros(5), np.zeros(5), 1) == [2]  # nothing anywhere: the middle
+    assert pick_slices(np.zeros(5), np.zeros(5), 1) == [2]  # nothing marked: the middle slice
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Mistakes
+# Invalid scans and arguments
 
 SCAN = "--scan=raw/C/C_flair.nii.gz"
 MISTAKES = {
@@ -769,11 +768,11 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def spoilt(place) -> Path:
+def invalid_scans(workdir) -> Path:
     volume = head(2)
-    speckled = (volume != 0).astype(np.int16)  # once it is resampled, more than a tenth is brighter
+    speckled = (volume != 0).astype(np.int16)  # after resampling, more than a tenth of the voxels are brighter
     speckled[::4, ::4] *= 2
-    bad = place / "bad"
+    bad = workdir / "bad"
     for name, voxels, affine in (
         ("empty", volume * 0, AFFINE),
         ("constant", (volume != 0).astype(np.int16), AFFINE),
@@ -790,30 +789,30 @@ def spoilt(place) -> Path:
     flat.to_filename(bad / "flat.nii.gz")
     (bad / "text.nii").write_text("not a volume")
     save(bad / "masks/C_flair_mask.nii.gz", (volume != 0).astype(np.uint8))
-    return place
+    return workdir
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_refused_before_anything_is_written(spoilt, whole, in_process, mistake):
+def test_a_mistake_is_refused_before_anything_is_written(invalid_scans, results, in_process, mistake):
     args, phrases = MISTAKES[mistake]
-    before = {path: path.stat().st_mtime_ns for path in spoilt.rglob("*")}
-    done = in_process(PREDICT, "--dataset=phantom", "--output_dir=new", *args, cwd=spoilt)
+    before = {path: path.stat().st_mtime_ns for path in invalid_scans.rglob("*")}
+    done = in_process(PREDICT, "--dataset=phantom", "--output_dir=new", *args, cwd=invalid_scans)
     expect_refusal(done, f"{PREDICT}: ", *phrases)
-    assert {path: path.stat().st_mtime_ns for path in spoilt.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in invalid_scans.rglob("*")} == before
 
 
-def test_a_pipe_is_no_scan(predict, tmp_path):
-    """Reading it would never end."""
+def test_a_named_pipe_is_refused(predict, tmp_path):
+    """Reading it would block forever."""
     os.mkfifo(tmp_path / "C_flair.nii.gz")
     done = predict(tmp_path / "C_flair.nii.gz", tmp_path / "out")
     expect_refusal(done, "C_flair.nii.gz is not a regular file")
 
 
-def test_scans_may_have_any_names(place, whole, predict, tmp_path):
+def test_scans_may_have_any_name(workdir, results, predict, tmp_path):
     names = ("$\\nonsense_{$", "a$b", "caf\udce9")
     (tmp_path / "scans").mkdir()
     for name in names:
-        shutil.copy(place / "raw/C/C_flair.nii.gz", tmp_path / f"scans/{name}.nii.gz")
+        shutil.copy(workdir / "raw/C/C_flair.nii.gz", tmp_path / f"scans/{name}.nii.gz")
     done = predict(tmp_path / "scans", tmp_path / "out", "--slices", 7, 8, pictures=True)
     assert done.code == 0, done.stderr
     for name in names:

@@ -12,7 +12,7 @@ UNETS = "unet_forward_phantom_t2_flair__unet_backward_phantom_t2_flair"
 MASKED = "masked__unet_backward_phantom_t2_flair__ddim5_stride8"
 
 
-def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subprocess, repository):
+def test_the_table_has_both_methods_and_one_baseline(workspace, chain, as_subprocess, repository):
     folders = [workspace / "experiments/results" / name for name in (UNETS, MASKED)]
     done = as_subprocess("-m", "evaluation.tables", *folders, cwd=repository)
     assert done.code == 0, done.stderr
@@ -20,12 +20,12 @@ def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subpr
     lines = done.stdout.splitlines()
     methods = ("intensity (flair)", "Cyclic UNet", "MMCCD")
     starts = ("method  ", *(f"{name}{kind}  " for name in methods for kind in ("", ", chosen")))
-    places = []
+    positions = []
     for start in starts:
-        (place,) = [i for i, line in enumerate(lines) if line.startswith(start)]
-        places.append(place)
-    assert places == sorted(places)
-    # A row is the one that the run itself printed.
+        (position,) = [i for i, line in enumerate(lines) if line.startswith(start)]
+        positions.append(position)
+    assert positions == sorted(positions)
+    # Each row equals the one that the test run printed.
     for run, start in (("cyclic_unet", "Cyclic UNet  "), ("mmccd", "MMCCD, chosen  ")):
         (printed,) = [line for line in chain[run].stdout.splitlines() if line.startswith(start)]
         (row,) = [line for line in lines if line.startswith(start)]
@@ -34,8 +34,8 @@ def test_one_table_with_both_methods_and_one_baseline(workspace, chain, as_subpr
         assert str(folder / "figures") in done.stdout
 
 
-def test_results_of_an_earlier_version_are_to_be_made_again(workspace, chain, in_process, tmp_path):
-    """Which said nothing of smoothing, or of what error is usual; its error maps lack the variance."""
+def test_results_of_an_earlier_version_are_refused(workspace, chain, in_process, tmp_path):
+    """Its metrics.json lacks the score, the error floor and the unsmoothed metrics."""
     metrics = json.loads((workspace / "experiments/results" / UNETS / "metrics.json").read_text(encoding="utf-8"))
     for key in ("score", "usual_error", "unsmoothed"):
         del metrics[key]

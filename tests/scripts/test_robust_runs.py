@@ -1,6 +1,6 @@
-"""A training run that cannot be lost: killed, stopped, shared, changed or full, it goes on, or says plainly why not.
+"""Training that is killed, stopped, started twice, reconfigured or out of disk space resumes or refuses with a reason.
 
-Bit for bit: what a run that was killed and resumed ends with is compared by `torch.equal`, never to a tolerance.
+A resumed run must equal an uninterrupted one bit for bit: checkpoints are compared by `torch.equal`.
 """
 
 import csv
@@ -27,12 +27,12 @@ from datasets.brats2021 import fingerprint
 from guided_diffusion import checkpoint
 from guided_diffusion.logger import Logger
 
-pytestmark = pytest.mark.xdist_group("robust runs")  # one process, so that its fixtures are made once
+pytestmark = pytest.mark.xdist_group("robust runs")  # one worker, so that its fixtures are built once
 
 TRAIN = "modality_cyclic_train.py"
 CPU = torch.device("cpu")
 TRAINING = "--config.score_model.training"
-# A network and an image so small that a step takes milliseconds; dropout, so that randomness counts.
+# Network and images are small, for steps of milliseconds; dropout makes the result depend on the random state.
 FLAGS = (
     "--gpu_id=cpu",
     "--dataset=phantom",
@@ -56,7 +56,7 @@ UNET = (*FLAGS, f"{TRAINING}.iterations=6", f"{TRAINING}.save_interval=2")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workdir(tmp_path_factory) -> Path:
     """A working directory with random slices."""
     folder, rng = tmp_path_factory.mktemp("robust"), np.random.default_rng(0)
     for kind in ("flair", "t2"):
@@ -68,15 +68,15 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Callable[[dict], dict]]:
-    """Give an order to killable.py, and get its answer."""
+    """Send an order to killable.py and return its answer."""
     script = Path(__file__).with_name("killable.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     with subprocess.Popen(
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
 
-        def order(what: dict) -> dict:
-            process.stdin.write(json.dumps(what) + "\n")
+        def order(request: dict) -> dict:
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             watchdog = threading.Timer(300, process.kill)
             watchdog.start()
@@ -92,20 +92,20 @@ def forks() -> Iterator[Callable[[dict], dict]]:
 
 
 @pytest.fixture
-def train(forks, place, tmp_path) -> Callable[..., tuple[dict, str]]:
-    """Run the training script as a process of its own, with signals at moments; its end, and what it printed."""
+def train(forks, workdir, tmp_path) -> Callable[..., tuple[dict, str]]:
+    """Run the training script in a fork that signals itself at given moments; return its exit and its output."""
 
     def run(*args: str, signals: tuple = ()) -> tuple[dict, str]:
         output = tmp_path / "output.txt"
-        order = {"script": TRAIN, "args": args, "cwd": str(place), "output": str(output)}
+        order = {"script": TRAIN, "args": args, "cwd": str(workdir), "output": str(output)}
         end = forks(order | {"signals": signals})
         return end, output.read_text(encoding="utf-8")
 
     return run
 
 
-def sets_in(directory: Path) -> dict[str, dict]:
-    """All checkpoints, by file name; each is loaded, so whole."""
+def load_checkpoints(directory: Path) -> dict[str, dict]:
+    """Load all checkpoints, by file name; fails if one is incomplete."""
     return {path.name: checkpoint.read_state(path, CPU) for path in sorted(directory.glob("*.pt"))}
 
 
@@ -120,8 +120,8 @@ def equal(one, other) -> bool:
 
 
 def expect_same_end(directory: Path, uninterrupted: Path) -> None:
-    """The same checkpoints, to the last bit of the optimizer's state; the same rows of progress.csv."""
-    one, other = sets_in(directory), sets_in(uninterrupted)
+    """Compare all checkpoints, including the optimizer's state, bit for bit, and the rows of progress.csv."""
+    one, other = load_checkpoints(directory), load_checkpoints(uninterrupted)
     assert set(one) == set(other)
     for name in one:
         assert equal(one[name], other[name]), name
@@ -138,7 +138,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def expect_sentence(done, *phrases: str) -> None:
-    """The command ended with code 2 and one sentence after what it had to show."""
+    """Check that the command exited with code 2 and that the last line of stderr is the error."""
     assert done.code == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -151,11 +151,11 @@ def expect_sentence(done, *phrases: str) -> None:
 # Killed and stopped
 
 
-def test_killed_five_times_it_ends_as_if_never_killed(train, place):
-    """SIGKILL at five seeded moments of steps, of writing and of reading; the same command each time.
+def test_a_run_killed_five_times_equals_one_never_killed(train, workdir):
+    """SIGKILL at five random but seeded moments: in steps, in file writes and between lines of the checkpoint code.
 
-    The model is a diffusion with dropout, in float32. The batch is so large that after some steps the sampler has
-    seen each timestep often enough to draw by the losses so far.
+    The batch is large enough for the loss-second-moment sampler to collect, within a few steps, the ten losses per
+    timestep that it needs before it draws timesteps by their losses.
     """
     rounds = 8
     flags = (
@@ -171,61 +171,61 @@ def test_killed_five_times_it_ends_as_if_never_killed(train, place):
     end, output = train(*flags, "--experiment_name=never_killed")
     assert end["code"] == 0, output
 
-    rng, directory = random.Random(0), place / "experiments/killed"
+    rng, directory = random.Random(0), workdir / "experiments/killed"
     half_written = 0
     for moment in ("piece", "line", "step", "piece", "line"):
-        of_a_round = end["moments"][moment] / rounds
-        count = rng.randint(round(0.8 * of_a_round), round(1.8 * of_a_round))
+        per_round = end["moments"][moment] / rounds
+        count = rng.randint(round(0.8 * per_round), round(1.8 * per_round))
         kill = [signal.SIGKILL, moment, count]
         killed, output = train(*flags, "--experiment_name=killed", signals=(kill,))
         assert killed["code"] == -signal.SIGKILL, output
-        whole = sets_in(directory)
+        whole = load_checkpoints(directory)
         for step in checkpoint.list_checkpoints(directory):
             assert {path.name for path in checkpoint.paths_of(directory, 0.5, step).values()} <= set(whole)
         half_written += len(list(directory.glob("*.pt.tmp")))
-    assert half_written >= 2  # all that were killed at a piece
+    assert half_written >= 2  # both kills at a "piece"
     end, output = train(*flags, "--experiment_name=killed")
     assert end["code"] == 0, output
     assert "resuming from opt" in output
     assert "warning" not in (directory / "log.txt").read_text()
-    expect_same_end(directory, place / "experiments/never_killed")
+    expect_same_end(directory, workdir / "experiments/never_killed")
     (*_, resumed) = [state for name, state in whole.items() if name.startswith("opt")]
-    assert (resumed["schedule"]["counts"] >= 10).all()  # from its first step on it drew by the losses before
+    assert (resumed["schedule"]["counts"] >= 10).all()  # it drew by earlier losses from its first step on
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(place, in_process) -> Path:
-    """The experiment of a UNet that nothing interrupted; tests only look at it."""
-    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=place)
+def uninterrupted(workdir, in_process) -> Path:
+    """Experiment of a UNet trained without interruption; tests must not modify it."""
+    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=workdir)
     assert done.code == 0, done.stderr
-    return place / "experiments/uninterrupted"
+    return workdir / "experiments/uninterrupted"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_by_a_signal_it_saves_first(train, place, uninterrupted, number, code):
+def test_a_run_stopped_by_a_signal_saves_first(train, workdir, uninterrupted, number, code):
     name = f"stopped_by_{number.name}"
     end, output = train(*UNET, f"--experiment_name={name}", signals=([number, "step", 3],))
     assert end["code"] == code, output
     assert f"stopped by {number.name}: run the same command again to resume" in output
     assert "Traceback" not in output
-    directory = place / "experiments" / name
+    directory = workdir / "experiments" / name
     assert list(checkpoint.list_checkpoints(directory)) == [2, 3]
     end, output = train(*UNET, f"--experiment_name={name}")
     assert end["code"] == 0, output
     assert "resuming from opt000003.pt" in output
     for path in checkpoint.paths_of(directory, 0.5, 3).values():
-        path.unlink()  # the one set more
+        path.unlink()  # the extra checkpoint
     expect_same_end(directory, uninterrupted)
 
 
-def test_a_second_signal_does_not_wait(train, place, uninterrupted):
-    """Ctrl-C twice: it ends in the middle of saving, and what was saved before is sound."""
+def test_a_second_signal_stops_at_once(train, workdir, uninterrupted):
+    """A second Ctrl-C interrupts the save; earlier checkpoints stay intact."""
     name, twice = "stopped_twice", ([signal.SIGINT, "step", 4], [signal.SIGINT, "piece", 30])
     end, output = train(*UNET, f"--experiment_name={name}", signals=twice)
     assert end["code"] == 130, output
     assert f"{TRAIN}: error: interrupted" in output
     assert "Traceback" not in output
-    directory = place / "experiments" / name
+    directory = workdir / "experiments" / name
     assert len(list(directory.glob("*.pt.tmp"))) == 1
     assert list(checkpoint.list_checkpoints(directory)) == [2]
     end, output = train(*UNET, f"--experiment_name={name}")
@@ -234,31 +234,31 @@ def test_a_second_signal_does_not_wait(train, place, uninterrupted):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Two at once
+# Concurrent runs
 
 
-def test_two_processes_do_not_share_an_experiment(train, forks, in_process, place, uninterrupted):
-    """The second is refused, with --overwrite too; the lock of a killed process is free."""
-    flags, directory = (*UNET, "--experiment_name=shared"), place / "experiments/shared"
+def test_two_processes_cannot_share_an_experiment(train, forks, in_process, workdir, uninterrupted):
+    """The second is refused, even with --overwrite; killing the first releases its lock."""
+    flags, directory = (*UNET, "--experiment_name=shared"), workdir / "experiments/shared"
     first, output = train(*flags, signals=([signal.SIGSTOP, "step", 3],))
     assert first["code"] is None, output
     try:
         before = contents(directory)
         for more in ((), ("--overwrite",)):
-            done = in_process(TRAIN, *flags, *more, cwd=place)
+            done = in_process(TRAIN, *flags, *more, cwd=workdir)
             expect_sentence(done, "another process is writing to experiments/shared", "--experiment_name")
             assert contents(directory) == before
     finally:
         assert forks({"kill": first["pid"]}) == {"code": -signal.SIGKILL}
-    done = in_process(TRAIN, *flags, cwd=place)
+    done = in_process(TRAIN, *flags, cwd=workdir)
     assert done.code == 0, done.stderr
     assert "resuming from opt000002.pt" in done.stdout
     expect_same_end(directory, uninterrupted)
 
 
-def test_a_finished_run_says_so(in_process, place, uninterrupted):
+def test_a_finished_run_says_so(in_process, workdir, uninterrupted):
     before = contents(uninterrupted)
-    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=place)
+    done = in_process(TRAIN, *UNET, "--experiment_name=uninterrupted", cwd=workdir)
     assert done.code == 0, done.stderr
     assert "already finished: 6 of 6 steps" in done.stdout
     assert "saved" not in done.stdout
@@ -272,18 +272,18 @@ def test_a_finished_run_says_so(in_process, place, uninterrupted):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# With other settings
+# Changed settings and data
 
 
 @pytest.fixture
 def copy(uninterrupted, request) -> Path:
-    """The finished experiment of a UNet, as the test may change it."""
+    """A copy of the finished experiment that a test may modify."""
     name = request.node.name.replace("/", "_")
     shutil.copytree(uninterrupted, uninterrupted.with_name(name))
     return uninterrupted.with_name(name)
 
 
-def test_all_settings_that_differ_are_named(in_process, place, copy):
+def test_all_changed_settings_are_named(in_process, workdir, copy):
     others = {
         "config.score_model.training.lr": "0.02",
         "config.score_model.training.ema_rate": "0.9",
@@ -297,7 +297,7 @@ def test_all_settings_that_differ_are_named(in_process, place, copy):
     before = contents(copy)
     overrides = [f"--{key}={value}" for key, value in others.items()]
     done = in_process(
-        TRAIN, *UNET, *overrides, "--training_process=backward", f"--experiment_name={copy.name}", cwd=place
+        TRAIN, *UNET, *overrides, "--training_process=backward", f"--experiment_name={copy.name}", cwd=workdir
     )
     expect_sentence(done, *others, "training_process=forward, not backward", "--overwrite", "lr=0.01, not 0.02")
     assert "--experiment_name" in done.stderr
@@ -306,7 +306,7 @@ def test_all_settings_that_differ_are_named(in_process, place, copy):
     assert contents(copy) == before
 
 
-def test_what_does_not_change_the_result_may_change(in_process, place, copy):
+def test_settings_that_do_not_affect_the_result_may_change(in_process, workdir, copy):
     changes = {
         "score_model.training.iterations": 8,
         "score_model.training.log_interval": 2,
@@ -318,7 +318,7 @@ def test_what_does_not_change_the_result_may_change(in_process, place, copy):
         "score_model.sampling.batch_size": 5,
     }
     overrides = (f"--config.{key}={value}" for key, value in changes.items())
-    done = in_process(TRAIN, *UNET, *overrides, f"--experiment_name={copy.name}", cwd=place)
+    done = in_process(TRAIN, *UNET, *overrides, f"--experiment_name={copy.name}", cwd=workdir)
     assert done.code == 0, done.stderr
     assert "resuming from opt000006.pt" in done.stdout
     assert list(checkpoint.list_checkpoints(copy)) == [8]
@@ -328,30 +328,30 @@ def test_what_does_not_change_the_result_may_change(in_process, place, copy):
         assert record["score_model"][section][name] == value
 
 
-def test_the_data_may_move_but_not_change(in_process, place, copy, tmp_path):
+def test_the_data_may_move_but_not_change(in_process, workdir, copy, tmp_path):
     longer = (*UNET, f"{TRAINING}.iterations=7", f"--experiment_name={copy.name}")
-    shutil.copytree(place / "data", tmp_path / "more")
+    shutil.copytree(workdir / "data", tmp_path / "more")
     for kind in ("flair", "t2"):
         np.save(tmp_path / f"more/train/{kind}/S9_{kind}_80.npy", np.zeros((16, 16), np.float32))
     before = contents(copy)
-    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'more'}", cwd=place)
+    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'more'}", cwd=workdir)
     expect_sentence(done, "data.slices=5, not 6", "data.sha256=", "--overwrite")
     assert contents(copy) == before
-    shutil.copytree(place / "data", tmp_path / "moved")
-    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'moved'}", cwd=place)
+    shutil.copytree(workdir / "data", tmp_path / "moved")
+    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'moved'}", cwd=workdir)
     assert done.code == 0, done.stderr
     assert "resuming from opt000006.pt" in done.stdout
 
 
-def test_overwriting_starts_anew_and_leaves_other_files_alone(in_process, place, copy):
-    """Names that only look like those of checkpoints are the user's, too."""
+def test_overwriting_starts_over_and_keeps_other_files(in_process, workdir, copy):
+    """Files with names similar to a checkpoint's belong to the user and stay."""
     own = ("notes.txt", "model_best.pt", "ema_good.pt", "optimum.pt", "config.json.bak")
     for name in own:
         (copy / name).write_text("the user's")
     (copy / "opt000900.pt.tmp").write_text("half")
     (copy / "figures").mkdir()
     flags = (*UNET, f"{TRAINING}.lr=0.02", f"{TRAINING}.iterations=2", f"--experiment_name={copy.name}")
-    done = in_process(TRAIN, *flags, "--overwrite", cwd=place)
+    done = in_process(TRAIN, *flags, "--overwrite", cwd=workdir)
     assert done.code == 0, done.stderr
     assert "going on" not in (copy / "log.txt").read_text()
     assert list(checkpoint.list_checkpoints(copy)) == [2]
@@ -364,45 +364,45 @@ def test_overwriting_starts_anew_and_leaves_other_files_alone(in_process, place,
     assert (copy / "figures").is_dir()
 
 
-def test_overwriting_is_refused_before_anything_is_removed(in_process, place, copy):
+def test_overwriting_is_refused_before_anything_is_removed(in_process, workdir, copy):
     before = contents(copy)
     flags = (*UNET, f"--experiment_name={copy.name}", "--overwrite")
-    done = in_process(TRAIN, *flags, "--data_dir=nowhere", cwd=place)
+    done = in_process(TRAIN, *flags, "--data_dir=nowhere", cwd=workdir)
     expect_sentence(done, "nowhere")
     assert contents(copy) == before
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What goes wrong
+# Failures
 
 
-def test_a_loss_that_is_not_finite(in_process, place):
-    """It stops with what to try; the checkpoint from before is whole, and its weights are finite."""
+def test_a_loss_that_is_not_finite(in_process, workdir):
+    """Training stops with advice; the checkpoints saved before are complete and their weights finite."""
     name = "diverging"
     flags = (*UNET, f"--experiment_name={name}", f"{TRAINING}.save_interval=1", f"{TRAINING}.lr=1e30")
-    done = in_process(TRAIN, *flags, cwd=place)
+    done = in_process(TRAIN, *flags, cwd=workdir)
     expect_sentence(done)
     assert re.search(r" after \d steps: .*training\.lr, .*float16", done.stderr.splitlines()[-1])
     assert "the weights are not finite" in done.stderr or re.search("the loss is (nan|inf)", done.stderr)
-    directory = place / "experiments" / name
-    there = sets_in(directory)
-    assert {"model000001.pt", "ema_0.5_000001.pt", "opt000001.pt"} <= set(there)
-    for file, state in there.items():
+    directory = workdir / "experiments" / name
+    checkpoints = load_checkpoints(directory)
+    assert {"model000001.pt", "ema_0.5_000001.pt", "opt000001.pt"} <= set(checkpoints)
+    for file, state in checkpoints.items():
         if not file.startswith("opt"):
             assert all(value.isfinite().all() for value in state.values()), file
 
 
-def test_a_log_that_is_a_folder(in_process, place):
-    (place / "experiments/folder/log.txt").mkdir(parents=True)
-    done = in_process(TRAIN, *UNET, "--experiment_name=folder", cwd=place)
+def test_a_log_path_that_is_a_folder(in_process, workdir):
+    (workdir / "experiments/folder/log.txt").mkdir(parents=True)
+    done = in_process(TRAIN, *UNET, "--experiment_name=folder", cwd=workdir)
     expect_sentence(done, "experiments/folder cannot be written to (Is a directory): check --logdir")
 
 
-def test_checkpoints_of_which_none_can_be_read(in_process, place, copy):
+def test_no_readable_checkpoint(in_process, workdir, copy):
     for path in copy.glob("model*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
     before = {path.name: path.read_bytes() for path in copy.glob("*.pt")}
-    done = in_process(TRAIN, *UNET, f"--experiment_name={copy.name}", cwd=place)
+    done = in_process(TRAIN, *UNET, f"--experiment_name={copy.name}", cwd=workdir)
     expect_sentence(done, f"no checkpoint in experiments/{copy.name} can be read", "--overwrite")
     assert "make room" not in done.stderr
     assert {path.name: path.read_bytes() for path in copy.glob("*.pt")} == before
@@ -410,46 +410,46 @@ def test_checkpoints_of_which_none_can_be_read(in_process, place, copy):
     assert all(f"warning: checkpoint {step} cannot be used" in log for step in (2, 4, 6))
 
 
-def test_a_disk_that_is_too_small(in_process, place, monkeypatch):
-    """Known before the first step."""
-    really = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: really(path)._replace(free=1000))
-    done = in_process(TRAIN, *UNET, "--experiment_name=no_room", cwd=place)
+def test_a_disk_that_is_too_small(in_process, workdir, monkeypatch):
+    """Refused before the first step."""
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk_usage(path)._replace(free=1000))
+    done = in_process(TRAIN, *UNET, "--experiment_name=no_room", cwd=workdir)
     expect_sentence(done, "3 checkpoints of", "experiments/no_room", "make room", "keep_last")
-    assert not list((place / "experiments/no_room").glob("*.pt*"))
+    assert not list((workdir / "experiments/no_room").glob("*.pt*"))
 
 
-def test_a_disk_that_becomes_full_while_it_logs(in_process, place, uninterrupted, monkeypatch):
-    """One sentence, though no file can be closed in order either; with space again, it goes on."""
+def test_a_disk_that_fills_up_during_logging(in_process, workdir, uninterrupted, monkeypatch):
+    """One error line, although closing the event file fails too; the run resumes once there is space."""
 
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    flags, really_scalars = (*UNET, "--experiment_name=full"), Logger.scalars
+    flags, original_scalars = (*UNET, "--experiment_name=full"), Logger.scalars
     with monkeypatch.context() as full:
-        full.setattr(Logger, "scalars", lambda *args: (refuse if args[1] == 4 else really_scalars)(*args))
+        full.setattr(Logger, "scalars", lambda *args: (refuse if args[1] == 4 else original_scalars)(*args))
         full.setattr(SummaryWriter, "close", refuse)
-        done = in_process(TRAIN, *flags, cwd=place)
+        done = in_process(TRAIN, *flags, cwd=workdir)
     expect_sentence(done, "experiments/full cannot be written to (No space left on device)", "make room")
-    assert list(checkpoint.list_checkpoints(place / "experiments/full")) == [2]
-    done = in_process(TRAIN, *flags, cwd=place)
+    assert list(checkpoint.list_checkpoints(workdir / "experiments/full")) == [2]
+    done = in_process(TRAIN, *flags, cwd=workdir)
     assert done.code == 0, done.stderr
-    expect_same_end(place / "experiments/full", uninterrupted)
+    expect_same_end(workdir / "experiments/full", uninterrupted)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a run was
+# Records
 
 
-def test_the_record_says_what_a_run_was(repository, place, uninterrupted):
+def test_the_record_describes_the_run(repository, workdir, uninterrupted):
     record = json.loads((uninterrupted / "config.json").read_text(encoding="utf-8"))
     assert record["config"]["seed"] == 0
     assert record["config"]["data"]["data_dir"] == "data"
     assert record["config"]["score_model"]["training"]["iterations"] == 6
-    assert record["config"]["score_model"]["training"]["weight_decay"] == 0.0  # a default that nobody gave
+    assert record["config"]["score_model"]["training"]["weight_decay"] == 0.0  # a default, not set by a flag
     run = record["run"]
     assert run["command"].startswith(f"{TRAIN} --gpu_id=cpu --dataset=phantom ")
-    assert "'--config.score_model.model.channel_mult=(1, 1)'" in run["command"]  # as a shell takes it
+    assert "'--config.score_model.model.channel_mult=(1, 1)'" in run["command"]  # quoted for a shell
     assert run["device"] == "cpu, 1 threads"
     expected = {name: version(name) for name in ("torch", "monai", "numpy")}
     assert run["versions"] == {"python": sys.version.split()[0], **expected}
@@ -464,13 +464,13 @@ def test_the_record_says_what_a_run_was(repository, place, uninterrupted):
     else:
         assert run["git_commit"] is run["git_dirty"] is None
     kinds = ["flair", "t2"]
-    assert record["data"] == fingerprint(place / "data", "train", kinds)
+    assert record["data"] == fingerprint(workdir / "data", "train", kinds)
     assert record["data"]["slices"] == 5
 
 
-def test_the_fingerprint_is_that_of_the_slices_wherever_they_lie(place, tmp_path):
-    first = fingerprint(place / "data", "train", ["flair", "t2"])
-    shutil.copytree(place / "data", tmp_path / "moved")
+def test_the_fingerprint_depends_on_the_slices_and_not_on_their_folder(workdir, tmp_path):
+    first = fingerprint(workdir / "data", "train", ["flair", "t2"])
+    shutil.copytree(workdir / "data", tmp_path / "moved")
     assert fingerprint(tmp_path / "moved", "train", ["t2", "flair"]) == first
     for kind in ("flair", "t2"):
         shutil.copy(
@@ -479,7 +479,7 @@ def test_the_fingerprint_is_that_of_the_slices_wherever_they_lie(place, tmp_path
     more = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
     assert (first["slices"], more["slices"]) == (5, 6)
     assert more["sha256"] != first["sha256"]
-    for kind in ("flair", "t2"):  # as many as before, but others
+    for kind in ("flair", "t2"):  # the same number of slices, but other ones
         (tmp_path / f"moved/train/{kind}/S0_{kind}_80.npy").unlink()
     other = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
     assert other["slices"] == 5

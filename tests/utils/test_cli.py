@@ -1,4 +1,4 @@
-"""What `run` does around every script: how threads wait, and how errors end it."""
+"""`run`, which wraps every script: spinning of threads, and exit codes and messages of errors."""
 
 import errno
 import os
@@ -10,31 +10,31 @@ from utils.cli import SPIN_COUNT, SPIN_VARIABLES, UserError, run
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    """Nobody has said how threads wait, whatever the environment of these tests says; afterwards all is as before."""
+def unset_spin_variables(monkeypatch):
+    """Unset SPIN_VARIABLES; restore them and threading.excepthook afterwards."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     for name in SPIN_VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
-def ended(main) -> int:
+def exit_code(main) -> int:
     with pytest.raises(SystemExit) as end:
         run(main)
     return end.value.code
 
 
-def test_threads_wait_within_bounds():
+def test_spin_count_is_limited():
     found = []
-    assert ended(lambda: found.append(os.environ["GOMP_SPINCOUNT"])) == 0
+    assert exit_code(lambda: found.append(os.environ["GOMP_SPINCOUNT"])) == 0
     assert found == [SPIN_COUNT]
 
 
 @pytest.mark.parametrize("name", SPIN_VARIABLES)
-def test_what_the_user_says_of_waiting_holds(monkeypatch, name):
+def test_spin_variables_set_by_the_user_are_kept(monkeypatch, name):
     monkeypatch.setenv(name, "7")
     found = []
-    ended(lambda: found.append({name: os.environ[name] for name in SPIN_VARIABLES if name in os.environ}))
+    exit_code(lambda: found.append({name: os.environ[name] for name in SPIN_VARIABLES if name in os.environ}))
     assert found == [{name: "7"}]
 
 
@@ -54,8 +54,8 @@ def fail(error: BaseException):
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )
-def test_what_no_code_can_mend_is_one_sentence(capsys, error, code, said):
-    assert ended(fail(error)) == code
+def test_expected_errors_print_one_line(capsys, error, code, said):
+    assert exit_code(fail(error)) == code
     assert capsys.readouterr().err.endswith(said)
 
 
@@ -65,11 +65,11 @@ def test_other_errors_are_not_swallowed():
 
 
 @pytest.mark.parametrize(("error", "shown"), [(OSError(errno.ENOSPC, "No space left"), False), (ValueError("x"), True)])
-def test_a_full_disk_is_no_traceback_of_a_thread(capsys, error, shown):
+def test_a_full_disk_in_a_thread_prints_no_traceback(capsys, error, shown):
     def main():
         thread = threading.Thread(target=fail(error))
         thread.start()
         thread.join()
 
-    assert ended(main) == 0
+    assert exit_code(main) == 0
     assert ("Traceback" in capsys.readouterr().err) == shown

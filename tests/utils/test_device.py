@@ -1,4 +1,4 @@
-"""Precision, memory layout and batches that do not fit, with devices that are not there played by stand-ins."""
+"""Memory, precision, layout, batch sizes, prefetching and GPU settings, with mocked GPUs."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
 @pytest.mark.parametrize(("limit", "expected"), [("max", 8000 * 1024), ("5000", 4000), ("900000000", 8000 * 1024)])
-def test_available_memory_is_that_of_the_control_group_too(monkeypatch, limit, expected):
+def test_available_memory_is_limited_by_the_control_group(monkeypatch, limit, expected):
     files = {
         "/proc/meminfo": "MemTotal:       9000 kB\nMemAvailable:   8000 kB\n",
         "/proc/self/cgroup": "0::/job/step\n",
@@ -52,7 +52,7 @@ def test_available_memory_is_that_of_the_control_group_too(monkeypatch, limit, e
     ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
 @pytest.mark.parametrize("device", [CPU, GPU])
-def test_a_precision_that_is_asked_for_is_taken(name, dtype, device):
+def test_explicit_precision_is_used(name, dtype, device):
     assert pick_precision(name, device) == dtype
 
 
@@ -66,7 +66,7 @@ def test_a_precision_that_is_asked_for_is_taken(name, dtype, device):
         ((9, 0), torch.bfloat16),
     ],
 )
-def test_auto_on_a_gpu_depends_on_its_generation(monkeypatch, capability, dtype):
+def test_auto_precision_on_a_gpu_depends_on_its_generation(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert pick_precision("auto", GPU) == dtype
 
@@ -80,12 +80,12 @@ def test_auto_on_a_gpu_depends_on_its_generation(monkeypatch, capability, dtype)
         ({"neon": True}, torch.float32),
     ],
 )
-def test_auto_on_a_cpu_depends_on_its_instructions(monkeypatch, features, dtype):
+def test_auto_precision_on_a_cpu_depends_on_its_instructions(monkeypatch, features, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert pick_precision("auto", CPU) == dtype
 
 
-def test_autocast_computes_products_in_the_precision():
+def test_autocast_computes_matrix_products_in_the_precision():
     a = torch.randn(4, 4)
     with autocast(CPU, torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
@@ -104,12 +104,12 @@ def network(randomise):
 
 
 @pytest.mark.parametrize(("training", "layout"), [(False, torch.channels_last), (True, torch.contiguous_format)])
-def test_the_layout_on_a_cpu_changes_no_value(network, training, layout):
+def test_layout_on_a_cpu_does_not_change_the_output(network, training, layout):
     plain = copy.deepcopy(network)
     fast = speed_up(network, CPU, training=training)
     weight = fast.input_blocks[1][0].in_layers[2].weight
     assert weight.is_contiguous(memory_format=layout)
-    assert weight.shape[1] > 1  # else both layouts are one
+    assert weight.shape[1] > 1  # with 1 channel both layouts are the same
     x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_layout_on_a_cpu_changes_no_value(network, training, layout):
 
 
 class Recorder:
-    """Does batches of up to `capacity` items and runs out of memory beyond."""
+    """Processes batches of up to `capacity` items and runs out of memory on larger ones."""
 
     def __init__(self, capacity=1000):
         self.capacity, self.done, self.tried, self.progress = capacity, [], [], []
@@ -134,14 +134,14 @@ class Recorder:
         in_batches(self, list(range(n_items)), batch_size, self.progress.append, CPU)
 
 
-def test_items_are_done_in_order_and_once():
+def test_items_are_processed_once_and_in_order():
     work = Recorder()
     work.run(10, batch_size=4)
     assert work.done == list(range(10))
     assert work.tried == work.progress == [4, 4, 2]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_tried_again():
+def test_a_batch_that_does_not_fit_is_halved_and_retried():
     work = Recorder(capacity=3)
     with pytest.warns(UserWarning, match="does not fit.*continuing with") as warned:
         work.run(11, batch_size=8)
@@ -151,7 +151,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_tried_again():
     assert work.progress == work.tried[2:]
 
 
-def test_a_single_item_that_does_not_fit_is_a_plain_error():
+def test_a_single_item_that_does_not_fit_is_a_user_error():
     with pytest.warns(UserWarning, match="continuing with 1"), pytest.raises(UserError, match="batch of 1"):
         Recorder(capacity=0).run(5, batch_size=2)
 
@@ -174,30 +174,30 @@ def test_no_items():
     in_batches(lambda batch: pytest.fail("nothing to do"), [], 4, lambda done: None, GPU)
 
 
-def test_batches_fill_the_memory_of_a_gpu(monkeypatch):
-    # 300 bytes are in use; a batch of 4 takes 100 more; 400 of those the allocator holds, and 600 others, are free.
+def test_batches_grow_to_fill_gpu_memory(monkeypatch):
+    # 300 bytes are in use and a batch of 4 takes 100 more; 400 bytes of the allocator and 600 others are free.
     facts = {"memory_allocated": 300, "max_memory_allocated": 400, "memory_reserved": 700, "mem_get_info": (600, 1300)}
     for name, fact in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, fact=fact: fact)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     work = Recorder()
     in_batches(work, list(range(80)), 4, work.progress.append, GPU)
-    assert work.tried == work.progress == [4, 32, 32, 12]  # 32: four fifths of 1000 bytes, by 25
+    assert work.tried == work.progress == [4, 32, 32, 12]  # 32: 80 % of 1000 bytes, at 25 bytes an item
     assert work.done == list(range(80))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Draws
+# Prefetching
 
 
 class Draws:
-    """Draws that tell their step by their shape, and note who asked for them."""
+    """Draws with the step as shape; records each request and whether it came from the main thread."""
 
     def __init__(self):
-        self.asked: list[tuple[int, bool]] = []
+        self.requests: list[tuple[int, bool]] = []
 
     def __call__(self, step):
-        self.asked.append((step, threading.current_thread() is threading.main_thread()))
+        self.requests.append((step, threading.current_thread() is threading.main_thread()))
         return torch.zeros(step), torch.zeros(2, step)
 
 
@@ -206,35 +206,35 @@ def shapes(draws) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("ahead", "steps"), [(1, [4, 5, 6]), (-1, [2, 1, 0])])
-def test_a_second_thread_draws_the_next_step_for_another_device(ahead, steps):
+def test_the_next_step_is_drawn_in_a_thread_except_on_a_cpu(ahead, steps):
     draws = Draws()
-    drawn_ahead = Prefetcher(draws, torch.device("meta"), ahead)
+    prefetcher = Prefetcher(draws, torch.device("meta"), ahead)
     for step in steps:
-        found = drawn_ahead(step)
+        found = prefetcher(step)
         assert shapes(found) == [(step,), (2, step)]
         assert all(one.device.type == "meta" for one in found)
-    drawn_ahead(8)  # none follows: it has to be drawn at once
-    drawn_ahead._pool.shutdown()
-    in_main = [step for step, in_main in draws.asked if in_main]
+    prefetcher(8)  # not prefetched, so drawn in the main thread
+    prefetcher._pool.shutdown()
+    in_main = [step for step, in_main in draws.requests if in_main]
     assert in_main == [steps[0], 8]
-    assert sorted({step for step, _ in draws.asked}) == sorted({*steps, 8, 8 + ahead, max(steps[-1] + ahead, 0)})
+    assert sorted({step for step, _ in draws.requests}) == sorted({*steps, 8, 8 + ahead, max(steps[-1] + ahead, 0)})
 
 
 @pytest.mark.parametrize(("device", "ahead"), [("cpu", 1), ("meta", 0)])
-def test_draws_are_made_when_asked_for_on_a_cpu_or_where_one_depends_on_the_other(device, ahead):
+def test_no_prefetching_on_a_cpu_or_with_ahead_0(device, ahead):
     draws = Draws()
-    drawn_ahead = Prefetcher(draws, torch.device(device), ahead)
-    assert [shapes(drawn_ahead(step)) for step in (3, 4)] == [[(3,), (2, 3)], [(4,), (2, 4)]]
-    assert draws.asked == [(3, True), (4, True)]
+    prefetcher = Prefetcher(draws, torch.device(device), ahead)
+    assert [shapes(prefetcher(step)) for step in (3, 4)] == [[(3,), (2, 3)], [(4,), (2, 4)]]
+    assert draws.requests == [(3, True), (4, True)]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is set on a GPU
+# GPU settings
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Two pretended GPUs; which of them was made the current one."""
+    """Mock two GPUs; return the list of devices that were made current."""
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -246,7 +246,7 @@ def two_gpus(monkeypatch):
     torch.backends.cuda.enable_mem_efficient_sdp(True)
 
 
-def test_the_device_asked_for_is_the_current_one_in_true_float32(two_gpus):
+def test_the_requested_gpu_is_made_current_without_tf32(two_gpus):
     assert pick_device("1") == torch.device("cuda", 1)
     assert two_gpus == [torch.device("cuda", 1)]
     assert torch.backends.cudnn.allow_tf32 is False
@@ -255,14 +255,14 @@ def test_the_device_asked_for_is_the_current_one_in_true_float32(two_gpus):
         pick_device("2")
 
 
-def test_determinism_is_set_where_it_is_asked_for(two_gpus):
+def test_deterministic_algorithms_are_enabled_on_request(two_gpus):
     pick_device("0", deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
-def test_the_cpu_opens_no_gpu(two_gpus):
+def test_cpu_does_not_initialise_a_gpu(two_gpus):
     assert pick_device("cpu", deterministic=True) == CPU
     assert two_gpus == []
     assert not torch.are_deterministic_algorithms_enabled()
@@ -277,7 +277,7 @@ def test_the_cpu_opens_no_gpu(two_gpus):
         (CPU, MIN_COMPILE_CALLS, True, False),
     ],
 )
-def test_a_network_is_compiled_where_it_pays_and_can_be(monkeypatch, capsys, device, calls, there, compiled):
+def test_a_network_is_compiled_only_if_worthwhile_and_possible(monkeypatch, capsys, device, calls, there, compiled):
     done = []
     network = torch.nn.Linear(1, 1)
     monkeypatch.setattr(network, "compile", lambda: done.append(True))

@@ -1,4 +1,4 @@
-"""What an experiment says of itself, and what it is held to when it goes on."""
+"""The check of an experiment's recorded settings when training is resumed."""
 
 import json
 
@@ -11,7 +11,7 @@ from utils.experiment import require_same_settings
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
     [
-        ({}, {"grid": {"axcodes": "LPS"}}, False),  # begun before grids were recorded
+        ({}, {"grid": {"axcodes": "LPS"}}, False),  # started before grids were recorded
         ({"grid": None}, {"grid": {"axcodes": "LPS"}}, False),
         ({"grid": {"axcodes": "LPS"}}, {"grid": None}, False),
         ({}, {"grid": None}, False),
@@ -19,7 +19,7 @@ from utils.experiment import require_same_settings
         ({"grid": {"axcodes": "LPS"}}, {"grid": {"axcodes": "RAS"}}, True),
     ],
 )
-def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, before, now, refused):
+def test_training_resumes_unless_the_grid_is_known_to_differ(tmp_path, before, now, refused):
     (tmp_path / "opt000002.pt").touch()
     complete = {"spacing": [1, 1, 1], "shape": [48, 48]}
     before, now = ({"grid": data["grid"] | complete} if data.get("grid") else data for data in (before, now))
@@ -33,7 +33,7 @@ def test_training_goes_on_unless_the_grid_is_known_to_be_another(tmp_path, befor
 
 
 @pytest.mark.parametrize("unused", [(), ("config.score_model.mask.",)])
-def test_training_is_not_held_to_settings_that_it_has_no_use_for(tmp_path, unused):
+def test_unused_settings_may_change(tmp_path, unused):
     def record(width: int) -> dict:
         score_model = {"mask": {"width": width}}
         return {"model_name": "unet", "training_process": "forward", "config": {"data": {}, "score_model": score_model}}

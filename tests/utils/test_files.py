@@ -1,4 +1,4 @@
-"""Folders that one process at a time works in."""
+"""Locks on folders, and atomic replacement of their files."""
 
 import errno
 import fcntl
@@ -13,8 +13,8 @@ import pytest
 from utils.cli import UserError
 from utils.files import locked, replaced
 
-# Takes the lock on a folder, forks a child as a data loader forks its workers, names it, and holds the lock until it
-# is killed. The child ends with the test that reads its pipe.
+# Locks a folder, forks a child as a data loader forks its workers, prints its process id, and holds the lock. Both
+# processes exit when the test closes their stdin.
 HOLDER = """
 import os, sys
 from pathlib import Path
@@ -29,26 +29,26 @@ with locked(Path(sys.argv[1]), "--logdir", "name another"):
 
 @pytest.fixture
 def holder():
-    """Begin a process that holds the lock on a folder: `begin(folder)`, with its child's process id."""
-    begun = []
+    """Return `start(folder)`, which starts a process that locks the folder; it returns this and its child's id."""
+    started = []
 
-    def begin(folder: Path) -> tuple[subprocess.Popen, int]:
+    def start(folder: Path) -> tuple[subprocess.Popen, int]:
         repository = Path(__file__).resolve().parents[2]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         process = subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=repository, **pipes)
-        begun.append(process)
+        started.append(process)
         return process, int(process.stdout.readline())
 
-    yield begin
-    for process in begun:
-        process.stdin.close()  # both end: nothing more to read
-        process.stdout.read()  # until the child, too, has closed it
+    yield start
+    for process in started:
+        process.stdin.close()  # both exit at the end of their input
+        process.stdout.read()  # until the child, too, has exited
         process.wait()
         process.stdout.close()
 
 
-def test_a_killed_process_leaves_the_lock_though_its_child_lives(holder, tmp_path):
-    """While it lives, others are refused; what it forked has no part in its lock."""
+def test_a_killed_process_releases_the_lock_although_its_child_runs(holder, tmp_path):
+    """Others are refused as long as it runs; its child does not hold the lock."""
     process, child = holder(tmp_path / "new")
     with (
         pytest.raises(UserError, match=r"another process is writing to .*new: wait for it, or name another"),
@@ -58,16 +58,16 @@ def test_a_killed_process_leaves_the_lock_though_its_child_lives(holder, tmp_pat
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with locked(tmp_path / "new", "--logdir", "name another"):
-        os.kill(child, 0)  # is there
+        os.kill(child, 0)  # still runs
 
 
-def test_the_lock_is_free_after_the_block(tmp_path):
+def test_the_lock_is_released_after_the_block(tmp_path):
     for _ in range(2):
         with locked(tmp_path, "--logdir", "name another"):
             pass
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with (
         pytest.raises(UserError, match=r"file/new cannot be written to \(.*\): check --logdir"),
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_not_another_process(monkeypatch, tmp_path):
+def test_a_file_system_without_locks_has_its_own_error(monkeypatch, tmp_path):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -91,7 +91,7 @@ def test_a_file_system_without_locks_is_not_another_process(monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.ENOSPC, "make room and run the same command again"), (errno.EROFS, "check --logdir")]
 )
-def test_files_are_replaced_together_or_not_at_all(tmp_path, number, remedy):
+def test_files_are_replaced_atomically(tmp_path, number, remedy):
     folder = tmp_path / "run"
     for content in ("first", "second"):
         with replaced(folder, "--logdir", ["old*"]) as new:

@@ -1,4 +1,4 @@
-"""Scans of any orientation and voxel size on the grid of the training data, and back: exact wherever it can be."""
+"""Resampling of scans of any orientation and voxel size onto the training grid and back."""
 
 import itertools
 
@@ -24,27 +24,27 @@ ORIENTATIONS = [
 
 @pytest.fixture(scope="module")
 def scan() -> np.ndarray:
-    """A brain with texture, some voxels below 0 and a bright blob off its middle, on the grid; int16."""
+    """A textured brain on the grid, with some negative voxels and an off-centre bright blob; int16."""
     return sample(SHAPE, LPS).astype(np.int16)
 
 
 def sample(shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
-    """The same head wherever its voxels lie: an ellipsoid that no flip or exchange of axes leaves as it is."""
-    place = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    away = place - CENTRE
-    brain = ((away / [17, 19, 12]) ** 2).sum(-1) < 1
-    texture = 300 + 6 * away[..., 0] + 4 * away[..., 1] - 9 * away[..., 2] + 100 * np.sin(place).sum(-1)
-    texture[np.linalg.norm(place - BLOB, axis=-1) < 3.2] = 4000
+    """Sample the same head on any grid: an ellipsoid that is not symmetric under flips or swaps of axes."""
+    position = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    offset = position - CENTRE
+    brain = ((offset / [17, 19, 12]) ** 2).sum(-1) < 1
+    texture = 300 + 6 * offset[..., 0] + 4 * offset[..., 1] - 9 * offset[..., 2] + 100 * np.sin(position).sum(-1)
+    texture[np.linalg.norm(position - BLOB, axis=-1) < 3.2] = 4000
     return np.where(brain, np.where(np.abs(texture) < 1, 1, texture), 0)
 
 
 def centre_of_blob(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """In mm."""
+    """Return the blob's centre in mm."""
     return apply_affine(affine, np.argwhere(volume > 2000).mean(axis=0))
 
 
 def reoriented(volume: np.ndarray, affine: np.ndarray, axcodes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same voxels in another order of axes, and their affine."""
+    """Return the same voxels in another orientation, and their affine."""
     image = nibabel.Nifti1Image(volume, affine)
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(axcodes))
     turned = image.as_reoriented(turn)
@@ -62,13 +62,13 @@ def rotation(degrees: float, axis: int) -> np.ndarray:
 
 
 def head(axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A scan whose axes are the columns of [3, 3] in mm, large enough for the whole head, and its affine."""
+    """Return a scan of the whole head with the columns of `axes` as voxel axes in mm, and its affine."""
     shape = tuple(int(n) for n in np.ceil(56 / np.linalg.norm(axes, axis=0)))
     affine = from_matvec(axes, CENTRE - axes @ ((np.array(shape) - 1) / 2))
     return sample(shape, affine), affine
 
 
-OTHER_GEOMETRYS = {
+OTHER_GEOMETRIES = {
     "2 mm": np.diag([-2.0, -2.0, 2.0]),
     "2 mm, turned round": np.diag([2.0, 2.0, -2.0]),
     "thick slices": np.diag([-0.8, -0.8, 3.0]),
@@ -87,7 +87,7 @@ def test_brats_is_the_default():
     assert SliceGeometry.of_volume(VoxelGrid((240, 240, 155), brats)) == BRATS
 
 
-def test_a_grid_survives_json():
+def test_json_round_trip():
     grid = SliceGeometry("RAS", (0.9, 0.9, 1.2), (192, 256))
     record = grid.to_json()
     assert record == {"axcodes": "RAS", "spacing": [0.9, 0.9, 1.2], "shape": [192, 256]}
@@ -97,19 +97,19 @@ def test_a_grid_survives_json():
 @pytest.mark.parametrize(
     "change", [{"axcodes": "LPQ"}, {"spacing": [1.0, 1.0]}, {"shape": 240}, {"spacing": ["wide", 1, 1]}]
 )
-def test_what_is_no_grid_is_refused(change):
+def test_invalid_geometries_are_refused(change):
     with pytest.raises((KeyError, TypeError, ValueError)):
         SliceGeometry.from_json(BRATS.to_json() | change)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What must be exact
+# Exact cases
 
 
 @pytest.mark.parametrize("depth", [None, SHAPE[2]])
-def test_a_scan_on_the_grid_stays_as_it_is(scan, depth):
+def test_a_scan_on_the_grid_is_unchanged(scan, depth):
     affine = LPS.copy()
-    affine[0, 1], affine[2, 2] = 2e-4, 1 + 4e-4  # as headers have it, in single precision
+    affine[0, 1], affine[2, 2] = 2e-4, 1 + 4e-4  # rounding errors, as in headers
     field, cut = place_grid(GEOMETRY, scan != 0, affine, depth)
     assert cut == 0
     assert field.shape == SHAPE
@@ -119,7 +119,7 @@ def test_a_scan_on_the_grid_stays_as_it_is(scan, depth):
 
 
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
-def test_axes_in_another_order_or_direction_are_moved_exactly_and_back(scan, axcodes):
+def test_permuted_and_flipped_axes_round_trip_exactly(scan, axcodes):
     volume, affine = reoriented(scan, LPS, axcodes)
     field, cut = place_grid(GEOMETRY, volume != 0, affine)
     assert cut == 0
@@ -133,8 +133,8 @@ def test_axes_in_another_order_or_direction_are_moved_exactly_and_back(scan, axc
 
 
 @pytest.mark.parametrize("axcodes", ["LPS", "RAS", "PIR"])
-def test_padding_and_cropping_is_exact(scan, axcodes):
-    """The scan in a smaller and in a larger box than the grid's: its voxels are found again, one by one."""
+def test_padding_and_cropping_are_exact(scan, axcodes):
+    """Voxels of a scan that is smaller or larger than the grid are recovered exactly."""
     box = (slice(2, 46), slice(1, 43), slice(3, 29))
     cropped = scan[box]
     padded = np.pad(cropped, ((9, 3), (0, 17), (5, 0)))
@@ -151,14 +151,14 @@ def test_padding_and_cropping_is_exact(scan, axcodes):
         np.testing.assert_allclose(offset[:3, :3], np.eye(3), atol=1e-9)
         np.testing.assert_allclose(offset[:3, 3], np.rint(offset[:3, 3]), atol=1e-9)
         low, high = (end(np.argwhere(moved), axis=0)[:2] for end in (np.min, np.max))
-        assert np.abs((low + high) - (np.array(GEOMETRY.shape) - 1)).max() <= 1  # in the middle of the slice
+        assert np.abs((low + high) - (np.array(GEOMETRY.shape) - 1)).max() <= 1  # centred in the slice
         brain = volume != 0
         back = resample(moved, field.affine, VoxelGrid(volume.shape, affine))
         np.testing.assert_array_equal(back[brain], volume[brain])
 
 
-def test_coordinates_a_hair_outside_keep_the_border():
-    """Rounding puts the border's voxels at -1e-15, where an interpolation that stops at the border has zeros."""
+def test_rounding_does_not_lose_border_voxels():
+    """Rounding can put border voxels at -1e-15, where interpolation that ends at the border returns 0."""
     volume = np.full((6, 6, 6), 5, np.float32)
     affine = from_matvec(rotation(1e-9, 2), [0.1, 0.2, 0.3])
     field = VoxelGrid((3, 3, 3), affine @ from_matvec(2 * np.eye(3), [-1e-14, 1e-14, 0]))
@@ -167,8 +167,8 @@ def test_coordinates_a_hair_outside_keep_the_border():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.dtype(">i2"), np.float64, bool])
-def test_every_dtype_is_moved(scan, dtype):
-    """Labels keep theirs; intensities that are interpolated become float32."""
+def test_dtypes(scan, dtype):
+    """Labels keep their dtype; interpolated intensities become float32."""
     labels = np.clip(scan, 0, 1).astype(dtype)
     coarse = VoxelGrid((24, 22, 16), LPS @ np.diag([2.0, 2, 2, 1]))
     np.testing.assert_array_equal(resample(labels, LPS, coarse, 0), labels[::2, ::2, ::2])
@@ -180,30 +180,30 @@ def test_every_dtype_is_moved(scan, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is interpolated
+# Interpolation
 
 
-@pytest.mark.parametrize("name", OTHER_GEOMETRYS)
-def test_a_place_in_the_head_stays_where_it_is(name):
-    volume, affine = head(OTHER_GEOMETRYS[name])
+@pytest.mark.parametrize("name", OTHER_GEOMETRIES)
+def test_positions_in_mm_are_preserved(name):
+    volume, affine = head(OTHER_GEOMETRIES[name])
     field, cut = place_grid(GEOMETRY, volume != 0, affine)
     assert cut == 0
     assert "".join(nibabel.aff2axcodes(field.affine)) == "LPS"
     np.testing.assert_allclose(np.abs(field.affine[:3, :3]), np.eye(3), atol=1e-12)
     moved = resample_intensities(volume, affine, field)
-    voxel = max(1, *np.linalg.norm(OTHER_GEOMETRYS[name], axis=0))
+    voxel = max(1, *np.linalg.norm(OTHER_GEOMETRIES[name], axis=0))
     assert np.linalg.norm(centre_of_blob(moved, field.affine) - BLOB) < voxel / 2
-    # all of the brain is there, and what is there is what lies at that place in the head
+    # the brain's volume is preserved
     litres = [np.count_nonzero(v) * abs(np.linalg.det(a[:3, :3])) for v, a in ((volume, affine), (moved, field.affine))]
     assert litres[1] == pytest.approx(litres[0], rel=0.05)
-    # the way back, over what was interpolated
+    # resample the interpolated volume back
     back = resample(moved, field.affine, VoxelGrid(volume.shape, affine))
     assert back.shape == volume.shape
     assert np.linalg.norm(centre_of_blob(back, affine) - BLOB) < voxel / 2
 
 
-def test_two_modalities_of_two_grids_meet_on_one_field(scan):
-    coarse, affine = head(OTHER_GEOMETRYS["oblique, coronal, anisotropic"])
+def test_modalities_on_different_grids_align_on_one_field(scan):
+    coarse, affine = head(OTHER_GEOMETRIES["oblique, coronal, anisotropic"])
     field, _ = place_grid(GEOMETRY, scan != 0, LPS)
     moved = resample_intensities(coarse, affine, field)
     assert moved.shape == scan.shape
@@ -212,8 +212,8 @@ def test_two_modalities_of_two_grids_meet_on_one_field(scan):
     assert np.count_nonzero(inside) > 0.9 * np.count_nonzero(scan)
 
 
-def test_no_edge_is_smeared_into_the_background():
-    volume, affine = head(OTHER_GEOMETRYS["2 mm"])
+def test_edges_are_not_blurred_into_the_background():
+    volume, affine = head(OTHER_GEOMETRIES["2 mm"])
     volume = np.where(volume != 0, 100, 0)
     field, _ = place_grid(GEOMETRY, volume != 0, affine)
     moved = resample_intensities(volume, affine, field)
@@ -221,9 +221,9 @@ def test_no_edge_is_smeared_into_the_background():
     assert np.count_nonzero(resample(volume, affine, field)) > np.count_nonzero(moved)
 
 
-def test_coarse_voxels_are_met_by_fine_ones():
-    """What is carried there and back at a place that both have is the same value."""
-    volume, affine = head(OTHER_GEOMETRYS["2 mm, turned round"])
+def test_coarse_voxels_round_trip():
+    """Positions on both grids keep their values there and back."""
+    volume, affine = head(OTHER_GEOMETRIES["2 mm, turned round"])
     field, _ = place_grid(GEOMETRY, volume != 0, affine)
     back = resample(resample(volume, affine, field), field.affine, VoxelGrid(volume.shape, affine))
     brain = volume != 0
@@ -240,15 +240,15 @@ def test_a_grid_of_another_direction_and_spacing(scan):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# How much there is
+# Extent
 
 
-def test_by_default_every_slice_of_the_scan_has_one():
-    volume, affine = head(OTHER_GEOMETRYS["thick slices"])
+def test_default_depth_covers_every_slice_of_the_scan():
+    volume, affine = head(OTHER_GEOMETRIES["thick slices"])
     field, _ = place_grid(GEOMETRY, volume != 0, affine)
     assert field.shape[2] == 3 * (volume.shape[2] - 1) + 1
-    places = apply_affine(np.linalg.inv(field.affine) @ affine, [[0, 0, 0], [0, 0, volume.shape[2] - 1]])
-    np.testing.assert_allclose(places[:, 2], [0, field.shape[2] - 1], atol=TOLERANCE)
+    positions = apply_affine(np.linalg.inv(field.affine) @ affine, [[0, 0, 0], [0, 0, volume.shape[2] - 1]])
+    np.testing.assert_allclose(positions[:, 2], [0, field.shape[2] - 1], atol=TOLERANCE)
 
 
 def test_a_fixed_depth_is_centred_on_the_brain(scan):
@@ -264,7 +264,7 @@ def test_a_fixed_depth_is_centred_on_the_brain(scan):
     np.testing.assert_allclose(fields[0].affine, fields[1].affine)  # the same head, the same slice numbers
 
 
-def test_specks_that_skull_stripping_left_do_not_move_the_field(scan):
+def test_specks_left_by_skull_stripping_do_not_move_the_field(scan):
     speckled = np.pad(scan, ((0, 0), (60, 0), (30, 0)))
     speckled[3, 2, 1] = speckled[40, 5, 2] = 7
     affine = LPS @ from_matvec(np.eye(3), [0, -60, -30])
@@ -275,7 +275,7 @@ def test_specks_that_skull_stripping_left_do_not_move_the_field(scan):
     assert fields[1][1] == pytest.approx(2 / np.count_nonzero(speckled))
 
 
-def test_a_brain_that_does_not_fit_says_how_much_is_lost(scan):
+def test_share_lost_of_a_brain_that_does_not_fit(scan):
     brain = scan != 0
     narrow = BRATS._replace(shape=(48, 20))
     field, cut = place_grid(narrow, brain, LPS)
@@ -300,6 +300,6 @@ def test_a_brain_that_does_not_fit_says_how_much_is_lost(scan):
         (np.ones((4, 4, 4), bool), nibabel.affines.from_matvec([[4, -1e5, 0], [0, 4, 0], [0, 0, 4]]), "300012 mm long"),
     ],
 )
-def test_what_lies_nowhere_is_refused(brain, affine, message):
+def test_invalid_brains_and_affines_are_refused(brain, affine, message):
     with pytest.raises(ValueError, match=message):
         place_grid(GEOMETRY, brain, affine)

@@ -1,4 +1,4 @@
-"""Reading volumes: whatever the bytes of a file, it is refused plainly or read as nibabel reads it."""
+"""Reading volumes: any file is refused with a clear error or read as nibabel reads it."""
 
 import gzip
 import math
@@ -20,14 +20,14 @@ from utils.cli import UserError
 from utils.nifti import MAX_BYTES, checksum, explain_errors, read_header, read_volume, write_like
 
 SHAPE = (6, 5, 4)
-MEMORY = 8 * 2**20  # bytes, what reading a volume of some hundred bytes may take: some chunks
+MEMORY = 8 * 2**20  # bytes: the limit for reading a volume of a few hundred bytes; a few chunks
 HEADERS = {"nifti1": nibabel.Nifti1Header, "nifti2": nibabel.Nifti2Header}
 IMAGES = {"nifti1": nibabel.Nifti1Image, "nifti2": nibabel.Nifti2Image}
 DTYPES = (np.uint8, np.int16, np.dtype(">i2"), np.float32, np.float64)
 
 
 def volume_bytes(version: str, dtype: np.dtype, voxels: np.ndarray | None = None) -> bytes:
-    """A small volume as it lies in an uncompressed file; by default with negative voxels, where it can have them."""
+    """Return an uncompressed file of a small volume, by default with negative voxels if the dtype allows."""
     if voxels is None:
         voxels = np.random.default_rng(0).integers(-99, 99, SHAPE)
     header = HEADERS[version](endianness=">" if np.dtype(dtype).byteorder == ">" else "<")
@@ -36,11 +36,11 @@ def volume_bytes(version: str, dtype: np.dtype, voxels: np.ndarray | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Any bytes
+# Corrupted files
 
 
 def numbers(dtype: np.dtype) -> st.SearchStrategy:
-    """Values of a header field: ordinary ones, those at the ends of its range, and what is no number."""
+    """Draw values of a header field: ordinary, extreme and non-finite ones."""
     if dtype.kind == "f":
         special = [0, 1, -1, 0.5, 352, 400, 1e9, -1e9, 3e38, math.nan, math.inf]
         return st.sampled_from(special) | st.floats(width=32)
@@ -51,8 +51,8 @@ def numbers(dtype: np.dtype) -> st.SearchStrategy:
 
 
 @st.composite
-def spoil_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
-    """Set some fields, or elements of fields, of the header."""
+def corrupt_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
+    """Overwrite some fields of the header, or elements of them."""
     header = HEADERS[version](data[: HEADERS[version].sizeof_hdr], check=False)
     known = ["dim", "datatype", "vox_offset", "scl_slope", "scl_inter", "pixdim", "srow_x", "sform_code", "magic"]
     for name in draw(st.lists(st.sampled_from(known + list(header.keys())), min_size=1, max_size=3)):
@@ -67,39 +67,39 @@ def spoil_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
 
 
 @st.composite
-def spoil_bytes(draw, data: bytes, much: int) -> bytes:
-    """Change single bytes, cut the end off, or add to it, up to `much`."""
+def corrupt_bytes(draw, data: bytes, much: int) -> bytes:
+    """Change single bytes, truncate the data, or append up to `much` bytes."""
     how = draw(st.sampled_from(["change", "cut", "add"]))
     if how == "cut":
         return data[: draw(st.integers(0, len(data)))]
     if how == "add":
         return data + draw(st.binary(min_size=1, max_size=20) | st.just(bytes(much)))
-    spoilt = bytearray(data)
+    corrupted = bytearray(data)
     for place in draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=4)):
-        spoilt[place] = draw(st.integers(0, 255))
-    return bytes(spoilt)
+        corrupted[place] = draw(st.integers(0, 255))
+    return bytes(corrupted)
 
 
 @st.composite
 def files(draw) -> tuple[str, bytes]:
-    """The suffix and the bytes of a file, spoilt in none, one or several ways."""
+    """Draw the suffix and the bytes of a file that is corrupted in zero or more ways."""
     version = draw(st.sampled_from(list(HEADERS)))
     dtype = np.dtype(draw(st.sampled_from(DTYPES)))
     data = volume_bytes(version, dtype)
     how = draw(st.sets(st.sampled_from(["header", "bytes", "gzip"])))
     if "header" in how:
-        data = draw(spoil_header(data, version, dtype))
+        data = draw(corrupt_header(data, version, dtype))
     if "bytes" in how:
-        data = draw(spoil_bytes(data, 2**24))
+        data = draw(corrupt_bytes(data, 2**24))
     if "gzip" not in how:
         suffix = draw(st.sampled_from([".nii", ".nii.gz"]))
         return suffix, gzip.compress(data, mtime=0) if suffix == ".nii.gz" else data
-    return ".nii.gz", draw(spoil_bytes(gzip.compress(data, 1, mtime=0), 2**12))
+    return ".nii.gz", draw(corrupt_bytes(gzip.compress(data, 1, mtime=0), 2**12))
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
-    """A folder with subject A, that has a sound segmentation; its flair, of the same grid, is to be written."""
+    """Return a folder with subject A and its valid segmentation; tests write its flair on the same grid."""
     folder = tmp_path_factory.mktemp("subject")
     (folder / "raw/A").mkdir(parents=True)
     seg = volume_bytes("nifti1", np.uint8, np.arange(4) * np.ones(SHAPE) * (np.arange(4) < 2))
@@ -126,7 +126,7 @@ def check_a_file(raw: Path, file: tuple[str, bytes]) -> None:
 
 
 def expect_volume(path: Path) -> np.ndarray | None:
-    """Read a file, None where it is refused: what is read is what nibabel reads."""
+    """Read a file and compare it with nibabel's result; return None if it is refused."""
     tracemalloc.start()
     try:
         (voxels, grid), refusal = read_volume(path), ""
@@ -152,7 +152,7 @@ def expect_volume(path: Path) -> np.ndarray | None:
 
 
 def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
-    """The subject is refused by the name of a file, or its slices are those of the volume, in full."""
+    """Check that the subject is refused with the name of a file, or that its slices match the volume."""
     try:
         (made_with, slices, *_), refusal = slice_subject(SETTINGS, "train", read_brats(raw).subjects["A"]), ""
     except UserError as error:
@@ -174,17 +174,17 @@ def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
     outcomes["made"] += 1
 
 
-def test_any_file_is_refused_plainly_or_read_as_nibabel_does(raw):
+def test_any_file_is_refused_or_read_as_by_nibabel(raw):
     check_a_file(raw)
     assert min(outcomes.values()) > 50, f"one-sided examples: {outcomes}"
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Claims
+# Headers with wrong sizes
 
 
 def claiming(dim: tuple[int, ...], data: bytes = b"", **fields: object) -> bytes:
-    """A header, sound but for what it claims, and what follows it."""
+    """Return a valid header with the given dimensions and fields, followed by `data`."""
     header = nibabel.Nifti1Header()
     header["magic"], header["vox_offset"] = b"n+1", 352
     header["dim"][: len(dim) + 1] = [len(dim), *dim]
@@ -208,7 +208,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_memory_is_spent_on_what_a_file_has_not_on_what_it_claims(tmp_path, claim, suffix):
+def test_memory_does_not_depend_on_the_size_in_the_header(tmp_path, claim, suffix):
     data, message = CLAIMS[claim]
     path = tmp_path / f"A{suffix}"
     path.write_bytes(gzip.compress(data, 1) if suffix == ".nii.gz" else data)
@@ -220,8 +220,8 @@ def test_memory_is_spent_on_what_a_file_has_not_on_what_it_claims(tmp_path, clai
     assert peak < MEMORY
 
 
-def test_no_more_is_decompressed_than_the_header_claims(tmp_path, monkeypatch):
-    """A gigabyte of zeros in a megabyte."""
+def test_decompression_stops_at_the_size_in_the_header(tmp_path, monkeypatch):
+    """The file holds 1 GiB of compressed zeros."""
     path = tmp_path / "A.nii.gz"
     million = gzip.compress(bytes(2**20), 1)
     path.write_bytes(gzip.compress(claiming((6, 5, 4), bytes(240))) + 1024 * million)
@@ -239,17 +239,17 @@ def test_no_more_is_decompressed_than_the_header_claims(tmp_path, monkeypatch):
     assert sum(reads) <= 2**20
 
 
-def test_the_bound_leaves_room_for_the_largest_scans():
+def test_the_size_limit_allows_the_largest_scans():
     assert 512**3 * 8 < MAX_BYTES < 2**31
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sound files
+# Valid files
 
 
 @pytest.mark.parametrize("version", HEADERS)
 @pytest.mark.parametrize("dtype", [*DTYPES, np.int8, np.uint16, np.int32, np.uint64])
-def test_what_is_sound_is_read(tmp_path, version, dtype):
+def test_valid_volumes_are_read(tmp_path, version, dtype):
     voxels = np.random.default_rng(1).integers(0, 99, SHAPE)
     data = volume_bytes(version, dtype, voxels)
     (tmp_path / "A.nii").write_bytes(data)
@@ -270,8 +270,8 @@ def test_a_header_with_an_extension_is_read(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "A.nii.gz")[0], voxels)
 
 
-def test_what_is_odd_but_readable_is_read_in_silence(tmp_path, caplog):
-    """nibabel warns of the extension's length and logs the voxels' offset, neither being divisible by 16."""
+def test_unusual_but_readable_volumes_cause_no_warnings(tmp_path, caplog):
+    """nibabel alone would warn of an extension length and log a voxel offset that are not divisible by 16."""
     extension = np.array([24, 6], "<i4").tobytes() + bytes(16)
     data = claiming((6, 5, 4), vox_offset=376)[:348] + b"\1\0\0\0" + extension + bytes(240)
     (tmp_path / "A.nii").write_bytes(data)
@@ -284,7 +284,7 @@ def test_what_is_odd_but_readable_is_read_in_silence(tmp_path, caplog):
 
 @pytest.mark.parametrize("version", HEADERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_volume_like_another_lies_where_that_one_does(tmp_path, version, dtype):
+def test_write_like_preserves_the_geometry(tmp_path, version, dtype):
     affine = np.array([[0, -2, 0, 5], [1, 0, 0, 6], [0, 0, 3, -7], [0, 0, 0, 1.0]])
     header = HEADERS[version](endianness=">" if np.dtype(dtype).byteorder == ">" else "<")
     image = IMAGES[version](np.ones(SHAPE, dtype), affine, header)
@@ -307,14 +307,14 @@ def test_a_volume_like_another_lies_where_that_one_does(tmp_path, version, dtype
     assert found.header.get_slope_inter() in ((1, 0), (None, None))
 
 
-def test_an_error_of_several_lines_becomes_one():
+def test_multiline_errors_become_one_line():
     with pytest.raises(UserError) as refusal, explain_errors(Path("A.nii")):
         raise OSError("Expected 8 bytes,\n  got 4")
     assert str(refusal.value) == "A.nii cannot be read (OSError, Expected 8 bytes, got 4)"
 
 
-def test_subjects_of_any_size_with_voxels_below_0_are_made(tmp_path):
-    """Read, cut, stored and found again: here as an example, above for any bytes."""
+def test_negative_voxels_and_unequal_sides_are_preprocessed(tmp_path):
+    """Preprocess and store one subject; the fuzz test above covers other files."""
     (tmp_path / "raw/B").mkdir(parents=True)
     voxels = np.random.default_rng(2).integers(-50, 90, (3, 17, 5))
     for kind, volume in {"flair": voxels, "seg": 0 * voxels}.items():

@@ -1,4 +1,4 @@
-"""Mirrors of object storage, on a stand-in that keeps its blobs in a local folder and notes what is asked of it."""
+"""Mirrors of object storage, with a fake that keeps its blobs in a local folder and records requests."""
 
 import json
 import subprocess
@@ -15,16 +15,16 @@ from utils.cli import UserError
 from utils.storage import Folder, Mirror, StorageError, open_folder
 
 REMOTE = "fake://bucket/experiments"
-FIGURES = ("config.json", "log.txt", "progress.csv")  # what training goes on from, beside checkpoints
+LOGS = ("config.json", "log.txt", "progress.csv")  # needed to resume training, besides checkpoints
 
 
 class Blobs:
-    """What `Mirror` uses of a blobfile context, for addresses that begin with fake://."""
+    """Fake of the blobfile context that `Mirror` uses, for addresses that start with fake://."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.done: list[tuple[str, str]] = []
-        self.fails: str | None = None  # what is asked of a name that ends so
+        self.fails: str | None = None  # requests for names with this suffix fail
         self._local = blobfile.create_context()
 
     def _note(self, verb: str, address: str) -> str:
@@ -49,22 +49,22 @@ class Blobs:
     def remove(self, address: str) -> None:
         self._local.remove(self._note("remove", address))
 
-    def taken(self) -> list[tuple[str, str]]:
-        """What was asked since this was asked last."""
+    def take_requests(self) -> list[tuple[str, str]]:
+        """Return the requests since the last call."""
         done, self.done = self.done, []
         return done
 
 
 @pytest.fixture
 def blobs(tmp_path, monkeypatch) -> Blobs:
-    stand_in = Blobs(tmp_path / "bucket")
-    monkeypatch.setattr(blobfile, "create_context", lambda **_: stand_in)
-    return stand_in
+    fake = Blobs(tmp_path / "bucket")
+    monkeypatch.setattr(blobfile, "create_context", lambda **_: fake)
+    return fake
 
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch) -> Path:
-    """Where mirrors lie."""
+    """Create mirrors in a folder of this test."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(storage.tempfile, "tempdir", str(folder))
@@ -81,7 +81,7 @@ def checkpoints(*steps: int) -> list[str]:
     return [f"{kind}{step:06d}.pt" for step in steps for kind in ("model", "ema_0.9999_", "opt")]
 
 
-def there(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -89,7 +89,7 @@ def there(folder: Path) -> set[str]:
 # Local folders
 
 
-def test_a_local_folder_is_itself_and_needs_no_blobfile(tmp_path):
+def test_a_local_folder_is_used_directly_without_blobfile(tmp_path):
     code = (
         "import sys; from pathlib import Path; from utils.storage import open_folder\n"
         "with open_folder('./somewhere') as folder:\n"
@@ -102,7 +102,7 @@ def test_a_local_folder_is_itself_and_needs_no_blobfile(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/a", "az://account/container", "https://a.blob.core.windows.net/c"])
-def test_addresses_are_told_from_paths(address):
+def test_addresses_are_distinguished_from_paths(address):
     with pytest.raises(storage.argparse.ArgumentTypeError, match="copy it here first"):
         storage.local_path(address)
     for path in ("./experiments", "gs:/bucket", "C:/a", "gs"):
@@ -117,47 +117,47 @@ def test_opt_is_pushed_last_and_removed_first(blobs):
     with Mirror(REMOTE) as mirror:
         write(mirror.local, *(f"run/{name}" for name in checkpoints(5, 10)), "run/progress.csv", "run/zzz")
         mirror.push()
-        pushed = [name for verb, name in blobs.taken() if verb == "push"]
-        assert set(pushed) == there(blobs.folder) == there(mirror.local)
+        pushed = [name for verb, name in blobs.take_requests() if verb == "push"]
+        assert set(pushed) == files_in(blobs.folder) == files_in(mirror.local)
         assert pushed[-2:] == ["run/opt000005.pt", "run/opt000010.pt"]
         for name in checkpoints(5):
             (mirror.local / "run" / name).unlink()
         mirror.push()
-        removed = blobs.taken()
+        removed = blobs.take_requests()
         assert removed[0] == ("remove", "run/opt000005.pt")
         assert sorted(removed) == sorted(("remove", f"run/{name}") for name in checkpoints(5))
-    assert blobs.taken() == []
+    assert blobs.take_requests() == []
 
 
-def test_nothing_is_pushed_twice(blobs):
+def test_unchanged_files_are_not_pushed_again(blobs):
     with Mirror(REMOTE) as mirror:
         write(mirror.local, "run/log.txt", "run/figures/a.png", text="one")
         mirror.push()
-        assert sorted(blobs.taken()) == [("push", "run/figures/a.png"), ("push", "run/log.txt")]
+        assert sorted(blobs.take_requests()) == [("push", "run/figures/a.png"), ("push", "run/log.txt")]
         mirror.push()
-        assert blobs.taken() == []
-        write(mirror.local, "run/log.txt", text="two")  # as long as before
+        assert blobs.take_requests() == []
+        write(mirror.local, "run/log.txt", text="two")  # same size as before
         mirror.push()
-        assert blobs.taken() == [("push", "run/log.txt")]
+        assert blobs.take_requests() == [("push", "run/log.txt")]
         assert (blobs.folder / "run/log.txt").read_text() == "two"
 
 
-def test_what_is_half_written_or_hidden_stays_here(blobs):
+def test_temporary_and_hidden_files_are_not_pushed(blobs):
     with Mirror(REMOTE) as mirror:
         write(mirror.local, "run/.lock", "run/opt000005.pt.tmp", "run/config.json")
-    assert there(blobs.folder) == {"run/config.json"}
+    assert files_in(blobs.folder) == {"run/config.json"}
 
 
-def test_what_was_never_pulled_is_left_alone(blobs):
+def test_files_that_were_not_pulled_are_not_removed(blobs):
     write(blobs.folder, "run/events.out.1", "run/log.txt", "other/log.txt")
     with Mirror(REMOTE) as mirror:
         mirror.pull("run", "log.txt")
         assert sorted(mirror.list_files("run")) == ["events.out.1", "log.txt"]
-    assert there(blobs.folder) == {"run/events.out.1", "run/log.txt", "other/log.txt"}
-    assert {verb for verb, _ in blobs.taken()} == {"list", "pull"}
+    assert files_in(blobs.folder) == {"run/events.out.1", "run/log.txt", "other/log.txt"}
+    assert {verb for verb, _ in blobs.take_requests()} == {"list", "pull"}
 
 
-def test_only_one_process_writes(blobs):
+def test_a_mirror_that_is_not_writable_changes_nothing(blobs):
     write(blobs.folder, "run/log.txt")
     with Mirror(REMOTE) as mirror:
         mirror.writable = False
@@ -165,60 +165,60 @@ def test_only_one_process_writes(blobs):
         write(mirror.local, "run/log.txt", "run/config.json", text="mine")
         mirror.remove("run", "*")
         mirror.push()
-    assert there(blobs.folder) == {"run/log.txt"}
+    assert files_in(blobs.folder) == {"run/log.txt"}
     assert (blobs.folder / "run/log.txt").read_text() == "x"
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is pulled
+# Pulling
 
 
-def test_going_on_pulls_the_figures_and_the_newest_two_sets(blobs):
+def test_resuming_pulls_logs_and_the_newest_two_sets(blobs):
     names = [*checkpoints(5, 999_990, 999_995, 1_000_000), "model1000005.pt", "config.json", "log.txt", "progress.csv"]
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.list_files("run"), keep_last=0))
+        mirror.pull("run", *LOGS, *needed_to_resume(mirror.list_files("run"), keep_last=0))
         expected = {*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"}
-        assert there(mirror.local / "run") == expected
+        assert files_in(mirror.local / "run") == expected
 
 
-def test_where_old_sets_are_removed_all_are_pulled(blobs):
+def test_all_sets_are_pulled_if_old_ones_will_be_removed(blobs):
     names = {*checkpoints(5, 10, 15), "model000020.pt"}
     write(blobs.folder, *(f"run/{name}" for name in (*names, "events.out.1")))
     with Mirror(REMOTE) as mirror:
-        mirror.pull("run", *FIGURES, *needed_to_resume(mirror.list_files("run"), keep_last=1))
-        assert there(mirror.local / "run") == names
+        mirror.pull("run", *LOGS, *needed_to_resume(mirror.list_files("run"), keep_last=1))
+        assert files_in(mirror.local / "run") == names
 
 
-def test_testing_pulls_a_config_and_the_newest_average(blobs):
+def test_testing_pulls_the_config_and_the_newest_ema(blobs):
     names = [*checkpoints(999_995, 1_000_000), "config.json", "log.txt", "progress.csv"]
     write(blobs.folder, *(f"run/{name}" for name in names))
     with Mirror(REMOTE) as mirror:
         assert newest_ema(mirror, "run") == mirror.local / "run" / "ema_0.9999_1000000.pt"
-        assert there(mirror.local) == {"run/config.json", "run/ema_0.9999_1000000.pt"}
+        assert files_in(mirror.local) == {"run/config.json", "run/ema_0.9999_1000000.pt"}
 
 
-def test_an_experiment_that_is_not_there_is_missed_by_its_address(blobs):
+def test_error_for_a_missing_experiment_names_its_address(blobs):
     with pytest.raises(UserError, match=f"no experiment 'run' in {REMOTE}; train it first"), Mirror(REMOTE) as mirror:
         newest_ema(mirror, "run")
 
 
-def test_overwriting_removes_what_training_wrote_and_nothing_else(blobs):
+def test_overwriting_removes_only_the_files_of_training(blobs):
     written = [*checkpoints(5), "config.json", "log.txt", "progress.csv", "events.out.tfevents.1"]
     write(blobs.folder, *(f"run/{name}" for name in (*written, "notes.txt")), "other/log.txt")
     with Mirror(REMOTE) as mirror:
         mirror.remove("run", *TRAINING_FILES, "config.json")
-        removed = [name for verb, name in blobs.taken() if verb == "remove"]
+        removed = [name for verb, name in blobs.take_requests() if verb == "remove"]
         assert removed[0] == "run/opt000005.pt"
-    assert there(blobs.folder) == {"run/notes.txt", "other/log.txt"}
+    assert files_in(blobs.folder) == {"run/notes.txt", "other/log.txt"}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Ends and errors
+# Exit and errors
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, UserError, ZeroDivisionError, None])
-def test_however_a_run_ends_it_is_pushed_and_the_local_folder_removed(blobs, scratch, end):
+def test_every_exit_pushes_and_removes_the_local_folder(blobs, scratch, end):
     def go() -> None:
         with open_folder(f"{REMOTE}/") as mirror:
             assert list(scratch.iterdir()) == [mirror.local]
@@ -231,11 +231,11 @@ def test_however_a_run_ends_it_is_pushed_and_the_local_folder_removed(blobs, scr
             go()
     else:
         go()
-    assert there(blobs.folder) == {"run/log.txt"}
+    assert files_in(blobs.folder) == {"run/log.txt"}
     assert not list(scratch.iterdir())
 
 
-def test_a_pull_cut_short_is_not_pushed_back(blobs, monkeypatch):
+def test_an_interrupted_pull_is_not_pushed_back(blobs, monkeypatch):
     write(blobs.folder, "run/opt000005.pt", text="whole")
 
     def cut(source: str, target: str, overwrite: bool) -> None:
@@ -251,7 +251,7 @@ def test_a_pull_cut_short_is_not_pushed_back(blobs, monkeypatch):
     assert (blobs.folder / "run/opt000005.pt").read_text() == "whole"
 
 
-def test_storage_that_cannot_be_read_is_a_plain_error(blobs, scratch):
+def test_unreadable_storage_is_a_storage_error(blobs, scratch):
     blobs.fails = "run"
     expected = rf"^{REMOTE} cannot be read \(unexpected status 503\): check [^\n]+$"
     with pytest.raises(StorageError, match=expected), Mirror(REMOTE) as mirror:
@@ -259,35 +259,35 @@ def test_storage_that_cannot_be_read_is_a_plain_error(blobs, scratch):
     assert not list(scratch.iterdir())
 
 
-def test_a_first_push_that_fails_is_not_tried_again(blobs, scratch):
+def test_a_failed_first_push_is_not_retried(blobs, scratch):
     blobs.fails = "config.json"
     mirror = Mirror(REMOTE)
     write(mirror.local, "run/config.json")
     with pytest.raises(StorageError, match=r"cannot be written to \(unexpected"), mirror:
         mirror.push()
-    assert blobs.taken() == [("push", "run/config.json")]
+    assert blobs.take_requests() == [("push", "run/config.json")]
     assert not list(scratch.iterdir())
 
 
-def test_what_a_failed_push_left_out_follows_with_the_next(blobs):
+def test_the_next_push_completes_a_failed_one(blobs):
     with Mirror(REMOTE) as mirror:
         write(mirror.local, *(f"run/{name}" for name in checkpoints(5)))
         blobs.fails = "model000005.pt"
         with pytest.raises(StorageError):
             mirror.push()
-        assert there(blobs.folder) == {"run/ema_0.9999_000005.pt"}  # opt would make it valid
-        blobs.taken()
+        assert files_in(blobs.folder) == {"run/ema_0.9999_000005.pt"}  # opt would make the set valid
+        blobs.take_requests()
         blobs.fails = None
         mirror.push()
-        assert blobs.taken() == [("push", "run/model000005.pt"), ("push", "run/opt000005.pt")]
+        assert blobs.take_requests() == [("push", "run/model000005.pt"), ("push", "run/opt000005.pt")]
 
 
-def test_a_last_push_that_fails_loses_nothing(blobs, scratch):
+def test_a_failed_last_push_keeps_the_local_folder(blobs, scratch):
     blobs.fails = "log.txt"
     with pytest.raises(StorageError, match="files not yet uploaded are in") as error, Mirror(REMOTE) as mirror:
         write(mirror.local, "run/log.txt")
     assert str(mirror.local) in str(error.value)
-    assert there(mirror.local) == {"run/log.txt"}
+    assert files_in(mirror.local) == {"run/log.txt"}
 
 
 def test_errors_and_addresses_name_the_storage_and_not_the_local_folder(blobs):
@@ -298,12 +298,12 @@ def test_errors_and_addresses_name_the_storage_and_not_the_local_folder(blobs):
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/a", "https://example.com/a", "gs://"])
-def test_addresses_of_nothing_are_refused(address):
+def test_unsupported_addresses_are_refused(address):
     with pytest.raises(StorageError, match="cannot be read"), open_folder(address) as folder:
         folder.list_files("run")
 
 
-def test_no_key_is_left_in_the_home_folder_and_no_try_lasts_for_ever(monkeypatch):
+def test_no_token_is_saved_and_retries_are_limited(monkeypatch):
     given = {}
     monkeypatch.setattr(blobfile, "create_context", lambda **kwargs: given.update(kwargs))
     with Mirror("gs://bucket/a"):
@@ -312,7 +312,7 @@ def test_no_key_is_left_in_the_home_folder_and_no_try_lasts_for_ever(monkeypatch
     assert given["retry_limit"] < 10
 
 
-def test_a_folder_of_ones_own_is_a_folder(tmp_path):
+def test_newest_ema_in_a_local_folder(tmp_path):
     write(tmp_path, "run/config.json", text=json.dumps({}))
     write(tmp_path, *(f"run/{name}" for name in checkpoints(5, 10)))
     assert newest_ema(Folder(tmp_path), "run").name == "ema_0.9999_000010.pt"
