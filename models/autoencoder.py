@@ -38,6 +38,8 @@ class Autoencoder(nn.Sequential):
 
 
 class AutoencoderBaseline(Method):
+    """An autoencoder trained with a mean squared error."""
+
     fixed = ("score_model.model.", "score_model.baselines.latent_channels")
 
     def create_network(self, score_model: ConfigDict) -> nn.Module:

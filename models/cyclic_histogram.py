@@ -45,6 +45,8 @@ class HistogramTranslator(nn.Module):
 
 
 class HistogramCycle(Method):
+    """Two histogram translators, fitted without gradient descent."""
+
     fixed = ()
 
     def create_network(self, score_model: ConfigDict) -> nn.Module:

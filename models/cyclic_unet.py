@@ -36,6 +36,8 @@ def translation_losses(network: nn.Module, image: Tensor, target: Tensor, draws:
 
 
 class CyclicUNet(Method):
+    """Two UNets, each trained with a mean squared error."""
+
     def create_network(self, score_model: ConfigDict) -> nn.Module:
         return UNetTranslator(**score_model.model)
 

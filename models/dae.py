@@ -51,6 +51,8 @@ def denoising_losses(network: nn.Module, image: Tensor, target: Tensor, draws: S
 
 
 class DenoisingAutoencoder(Method):
+    """A UNet trained to remove coarse noise, applied to slices without noise."""
+
     def create_network(self, score_model: ConfigDict) -> nn.Module:
         return UNetTranslator(**score_model.model)
 

@@ -98,6 +98,8 @@ def mmccd(
 
 
 class MMCCD(Method):
+    """A masked conditional diffusion forward, a UNet backward."""
+
     fixed = ("score_model.model.", "score_model.diffusion.", "score_model.mask.width")
     samples_are = "slices with a band hidden"
     sampling_settings = staticmethod(sampling_settings)

@@ -14,7 +14,7 @@ import config as configs
 from benchmarks import phantom_fidelity, scoring, training
 from benchmarks.shared import work
 from datasets import phantom
-from tests.scripts.conftest import run_here
+from tests.scripts.conftest import GRID, run_here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ("--gpu_id", "cpu", "--dataset", "phantom", "--repeats", "1", "--batch_size", "1")
@@ -72,6 +72,14 @@ def slices(write_slices, tmp_path) -> Path:
     return tmp_path / "slices"
 
 
+@pytest.fixture
+def small_grid(monkeypatch) -> None:
+    """Let validation slices choose among a tenth of the scores."""
+    config = configs.get_config("phantom")
+    configs.override(config, GRID)
+    monkeypatch.setitem(configs.CONFIGS, "phantom", config.copy_and_resolve_references)
+
+
 def test_a_second_learning_curve_run_reuses_the_first(slices, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'curve'}", "--workers=2", "--saves=2"]
     flags += [f"--csv={tmp_path / 'curve.csv'}", f"--figure={tmp_path / 'curve.png'}", "--seeds", "1"]
@@ -93,7 +101,7 @@ def test_a_second_learning_curve_run_reuses_the_first(slices, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scores_prints_the_gain_of_the_chosen_score(slices, tmp_path):
+def test_scores_prints_the_gain_of_the_chosen_score(slices, small_grid, tmp_path):
     flags = (f"--data_dir={slices}", "--test", str(slices), "--gpu_id=cpu", "--seeds", "1", "--iterations=1")
     flags += ("--methods", "dae", "cyclic_unet", "--cycles", "flair:t2", "--workers=2", "--draws=0")
     flags += (f"--logdir={tmp_path / 'all'}", f"--maps={tmp_path / 'maps'}")
@@ -110,7 +118,7 @@ def test_scores_prints_the_gain_of_the_chosen_score(slices, tmp_path):
     assert "pass/s" not in done.stderr  # the second run reads the maps of the first
 
 
-def test_a_second_comparison_reuses_the_first(slices, tmp_path):
+def test_a_second_comparison_reuses_the_first(slices, small_grid, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'all'}", "--seeds", "1", "--iterations=1"]
     flags += [f"--csv={tmp_path / 'all.csv'}", f"--figure={tmp_path / 'all.png'}", "--workers=2"]
     flags += ["--cycles", "flair:t2", "t2:flair"]

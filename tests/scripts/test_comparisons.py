@@ -161,7 +161,7 @@ REFUSED = {
     "a part beyond the schedule": (
         TRAIN,
         ["--model_name=ddpm", "--config.score_model.baselines.noise_timestep=1000"],
-        ["noise_timestep=1000", "0 … 999"],
+        ["noise_timestep=1000", "between 0 and 999"],
     ),
     "no bottleneck": (
         TRAIN,

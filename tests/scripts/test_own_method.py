@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.scripts.conftest import GRID
+
 pytestmark = pytest.mark.xdist_group("docs")
 
 ROOMS = ("config", "datasets", "evaluation", "guided_diffusion", "models", "scoring", "utils")
@@ -61,6 +63,7 @@ def test_the_pages_commands_run(page, project, tiny, short):
     """Train, resume, test, compare, rescore and predict by the page's commands, with the tests' tiny networks."""
     forward, backward, test, compare, predict = re.findall(r"^python (.*)$", page, re.MULTILINE)
     flags, data = " ".join(shlex.quote(flag) for flag in (*tiny, *short)), "--data_dir=datasets/data"
+    grid = " ".join(GRID)
     results, unet = (Path(one) for one in compare.split()[-2:])
     run = run_all(
         project,
@@ -68,11 +71,11 @@ def test_the_pages_commands_run(page, project, tiny, short):
         f"{forward} {flags} --config.score_model.training.iterations=2",
         f"{forward} {flags}",
         f"{backward} {flags}",
-        f"{test} {data}",
+        f"{test} {data} {grid}",
         *(f"{one.replace('--model_name patch', '')} {flags}" for one in (forward, backward)),
-        f"{test.replace('--model_name patch', '')} {data}",
+        f"{test.replace('--model_name patch', '')} {data} {grid}",
         compare,
-        f"modality_cyclic_test.py --rescore {results}",
+        f"modality_cyclic_test.py --rescore {results} {grid}",
         f"{predict} --slices 76 78",
     )
     assert run.returncode == 0, run.stderr
