@@ -1,10 +1,12 @@
 """The benchmark scripts at the demo's size: output and equivalence of both sides, not times."""
 
+import contextlib
 import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import config as configs
 from benchmarks import phantom_fidelity, scoring, training
-from benchmarks.shared import work
+from benchmarks.shared import plan, work
 from datasets import phantom
 from tests.scripts.conftest import GRID, run_here
 
@@ -80,7 +82,21 @@ def small_grid(monkeypatch) -> None:
     monkeypatch.setitem(configs.CONFIGS, "phantom", config.copy_and_resolve_references)
 
 
-def test_a_second_learning_curve_run_reuses_the_first(slices, tmp_path):
+@pytest.fixture
+def trainings_here(monkeypatch, tmp_path) -> None:
+    """Train in this process and thread, which saves the imports of a process for each network."""
+
+    pool = contextlib.nullcontext(mock.Mock(map=map))
+
+    def run(command: list, **_: object) -> subprocess.CompletedProcess:
+        done = run_here("modality_cyclic_train.py", *command[2:], cwd=tmp_path)
+        return subprocess.CompletedProcess(command, done.code, done.stdout, done.stderr)
+
+    monkeypatch.setattr(plan, "ThreadPoolExecutor", lambda workers: pool)
+    monkeypatch.setattr(plan, "subprocess", mock.Mock(run=run))
+
+
+def test_a_second_learning_curve_run_reuses_the_first(slices, trainings_here, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'curve'}", "--workers=2", "--saves=2"]
     flags += [f"--csv={tmp_path / 'curve.csv'}", f"--figure={tmp_path / 'curve.png'}", "--seeds", "1"]
     for _ in range(2):
@@ -118,7 +134,7 @@ def test_scores_prints_the_gain_of_the_chosen_score(slices, small_grid, tmp_path
     assert "pass/s" not in done.stderr  # the second run reads the maps of the first
 
 
-def test_a_second_comparison_reuses_the_first(slices, small_grid, tmp_path):
+def test_a_second_comparison_reuses_the_first(slices, small_grid, trainings_here, tmp_path):
     flags = [f"--data_dir={slices}", "--gpu_id=cpu", f"--logdir={tmp_path / 'all'}", "--seeds", "1", "--iterations=1"]
     flags += [f"--csv={tmp_path / 'all.csv'}", f"--figure={tmp_path / 'all.png'}", "--workers=2"]
     flags += ["--cycles", "flair:t2", "t2:flair"]
