@@ -206,7 +206,7 @@ def scan_figure(
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
-    figure.suptitle(printable(title), fontsize=11, parse_math=False)
+    figure.suptitle(printable(title), fontsize=11, parse_math=False, wrap=True)
     return figure
 
 
