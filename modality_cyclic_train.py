@@ -156,9 +156,8 @@ def open_experiment(args: argparse.Namespace, config: Any, kinds: list[str], exp
         needed = checkpoint.needed_to_resume(experiments.list_files(name), config.score_model.training.keep_last)
         experiments.pull(name, experiment.RECORD, "log.txt", "progress.csv", *needed)
         if checkpoint.list_checkpoints(directory):
-            uses_bands = any(key.startswith("score_model.mask.") for key in load_method(args.model_name).fixed)
-            unused = () if uses_bands else ("config.score_model.mask.",)
-            experiment.require_same_settings(directory, record, unused)
+            unused = (f"config.{key}" for key in load_method(args.model_name).unused)
+            experiment.require_same_settings(directory, record, tuple(unused))
     return directory, record
 
 

@@ -1,6 +1,5 @@
 """AnoDDPM baseline (Wyatt et al. 2022): noises a slice to a part of the schedule and denoises it from there."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from utils.device import to_device
 from utils.random import keyed_generator
 
 from .method import Method, Objective
-from .sampling import create_diffusion, diffusion_objective, sampling_settings
+from .sampling import create_diffusion, diffusion_losses, diffusion_objective, sampling_settings
+
+PAPER_TIMESTEP = 249  # `noise_timestep` of the paper's config
 
 
 class DenoisingUNet(UNetModel):
@@ -38,22 +39,6 @@ def draw_diffusion(
     t, weights = schedule_sampler.sample(batch_size, generator)
     noise = torch.randn(batch_size, 1, image_size, image_size, generator=generator)
     return t[share], weights[share], noise[share]
-
-
-def diffusion_losses(
-    network: nn.Module,
-    image: Tensor,
-    target: Tensor,
-    draws: Sequence[Tensor],
-    *,
-    diffusion: GaussianDiffusion,
-    schedule_sampler: ScheduleSampler,
-) -> Tensor:
-    """Return the diffusion's loss [N] for slices [N, 1, H, W]; arguments as in `masked_diffusion_losses`."""
-    t, weights, noise = draws
-    losses = diffusion.training_losses(network, image, t, noise=noise)["loss"]
-    schedule_sampler.update(t, losses.detach())
-    return weights * losses
 
 
 class PartialDiffusion(nn.Module):
@@ -89,9 +74,6 @@ class PartialDiffusion(nn.Module):
             clip_denoised=False,
             step_noise=lambda step: noise("step", step),
         )
-
-
-PAPER_TIMESTEP = 249  # `noise_timestep` of the paper's config
 
 
 class AnoDDPM(Method):

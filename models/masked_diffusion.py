@@ -17,6 +17,7 @@ from utils.device import Prefetcher, to_device
 from utils.random import keyed_generator
 
 from .masks import Band, band_masks, random_bands
+from .sampling import diffusion_losses
 
 
 def masked_condition(image: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
@@ -92,9 +93,8 @@ def masked_diffusion_losses(
     """
     mask, t, weights, condition_noise, noise = draws
     condition = masked_condition(image, mask, condition_noise)
-    losses = diffusion.training_losses(model, target, t, {"condition": condition}, noise)["loss"]
-    schedule_sampler.update(t, losses.detach())
-    return weights * losses
+    process = {"diffusion": diffusion, "schedule_sampler": schedule_sampler}
+    return diffusion_losses(model, image, target, (t, weights, noise), **process, condition=condition)
 
 
 class MaskedDiffusionTranslator:

@@ -33,12 +33,14 @@ class Method:
 
     Attributes:
         fixed: beginnings of the config keys that training fixes, beside `ALWAYS_FIXED`.
-        samples_are: what `count_samples` counts, for the terminal.
+        unused: beginnings of config keys that training does not read, so that they may change when it resumes.
+        samples_are: name of the samples that `count_samples` counts, for the terminal.
         fit: (network, image, target) fits the network to all training slices at once; None: gradient descent.
     """
 
     ALWAYS_FIXED = ("data.input", "data.trans", "data.image_size")
     fixed: tuple[str, ...] = ("score_model.model.",)
+    unused: tuple[str, ...] = ("score_model.mask.",)
     samples_are = "slices"
     fit: Callable[[nn.Module, Tensor, Tensor], None] | None = None
 

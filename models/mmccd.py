@@ -101,6 +101,7 @@ class MMCCD(Method):
     """A masked conditional diffusion forward, a UNet backward."""
 
     fixed = ("score_model.model.", "score_model.diffusion.", "score_model.mask.width")
+    unused = ()
     samples_are = "slices with a band hidden"
     sampling_settings = staticmethod(sampling_settings)
     sampling_name = results_suffix = staticmethod(sampling_name)

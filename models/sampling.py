@@ -1,14 +1,21 @@
 """From a config to a diffusion and its objective, and the settings, presets and names of its sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
+from torch import Tensor, nn
 
-from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
+from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from utils.experiment import flatten
 
@@ -55,6 +62,32 @@ def _member(kind: type[Enum], name: str) -> Enum:
     if name not in kind.__members__:
         raise ValueError(f"unknown {kind.__name__} {name!r}: choose one of {', '.join(kind.__members__)}")
     return kind[name]
+
+
+def diffusion_losses(
+    network: nn.Module,
+    image: Tensor,
+    target: Tensor,
+    draws: Sequence[Tensor],
+    *,
+    diffusion: GaussianDiffusion,
+    schedule_sampler: ScheduleSampler,
+    **condition: Tensor,
+) -> Tensor:
+    """Return the diffusion's weighted loss [N] for x_start `target`, [N, 1, H, W].
+
+    Args:
+        network: denoises x_t, given t and the `condition`.
+        image: not used; the training objective of every method takes it.
+        target: x_start of the diffusion.
+        draws: timesteps [N], their weights [N] and noise [N, 1, H, W].
+        diffusion: the process with all its steps.
+        schedule_sampler: updated with the losses.
+    """
+    t, weights, noise = draws
+    losses = diffusion.training_losses(network, target, t, condition, noise)["loss"]
+    schedule_sampler.update(t, losses.detach())
+    return weights * losses
 
 
 def diffusion_objective(config: ConfigDict, share: slice, draw: Callable, losses: Callable) -> Objective:

@@ -64,10 +64,11 @@ class Scorer:
         share = dist_util.shard(len(image))
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
+        passes = self.count_passes(brainmask)
         for network in self.networks.values():
-            maybe_compile(network, self.device, self.count_passes(brainmask) // self.batch_size)
+            maybe_compile(network, self.device, passes // self.batch_size)
         look = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
-        with autocast(self.device, self.precision), tqdm(total=self.count_passes(brainmask), desc=desc, **look) as bar:
+        with autocast(self.device, self.precision), tqdm(total=passes, desc=desc, **look) as bar:
             options = {
                 "batch_size": self.batch_size,
                 "progress": lambda samples: bar.update(samples * self.passes_per_sample),
@@ -112,7 +113,8 @@ def print_cost(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
     if scorer.steps > 1:
         samples, back = passes // scorer.passes_per_sample, scorer.passes_per_sample - scorer.steps
         print(f"({samples:,} {scorer.method.samples_are} × {scorer.steps} steps forward and {back} back)")
-    if scorer.device.type == "cpu" and not (scorer.method.sampling_name(scorer.config) or "fast").startswith("fast"):
+    sampling = scorer.method.sampling_name(scorer.config)
+    if scorer.device.type == "cpu" and sampling and not sampling.startswith("fast"):
         print("this takes long on a CPU: --sampling fast makes far fewer passes")
     return {"precision": precision, "network_passes": passes}
 
