@@ -4,6 +4,7 @@ Slices are float arrays [H, W], normalised as by preprocessing. Marks use the co
 Ito; lines in the same chart also differ in style.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,8 @@ def scan_figure(
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
-    figure.suptitle(printable(title), fontsize=11, parse_math=False, wrap=True)
+    # Matplotlib's own `wrap` fails on a "$" in the file name despite `parse_math`. An inch holds 11 characters.
+    figure.suptitle(textwrap.fill(printable(title), int(11 * size[0])), fontsize=11, parse_math=False)
     return figure
 
 
