@@ -32,7 +32,8 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
     from models.training import bytes_a_sample, create_losses, seconds_a_step
-    from utils.device import maybe_compile, pick_device, pick_precision, require_memory, speed_up
+    from utils import compiling
+    from utils.device import pick_device, pick_precision, require_memory, speed_up
     from utils.experiment import RECORD, describe_run, write_record
     from utils.files import locked, writing
 
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         network = method.create_network(config.score_model)
         share = dist_util.shard(training.batch_size)
         if method.fit is None:
-            losses, schedule_sampler = create_losses(method, config, device, share)
+            losses, draws, schedule_sampler = create_losses(method, config, device, share)
             require_memory(device, share.stop - share.start, bytes_a_sample(method, config) * precision.itemsize // 4)
         method.create_translator(network, config)  # fail now rather than at the first save
     except ValueError as error:
@@ -100,12 +101,14 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
 
         def run_gradient_descent() -> None:
             loading = {"share": share, "workers": dataset.workers, "pinned": device.type == "cuda"}
-            maybe_compile(network, device, training.iterations)
             TrainLoop(
                 model=speed_up(network, device, training=True),
-                compute_losses=lambda model, batch, step: losses(
-                    model, *(batch[kind].to(device, non_blocking=True) for kind in (image, target)), step
-                ),
+                compile=compiling.TRAINING.pays(device, training.iterations * (share.stop - share.start)),
+                compute_losses=losses,
+                inputs_of=lambda batch, step: [
+                    *(batch[kind].to(device, non_blocking=True) for kind in (image, target)),
+                    *draws(step),
+                ],
                 batches_from=lambda step: training_batches(dataset, training.batch_size, config.seed, step, **loading),
                 directory=directory,
                 logger=logger,

@@ -150,18 +150,17 @@ def prepare_optimised_score(sweep: Sweep, device: Any, n_slices: int) -> Work:
     """Return a function that scores some of `n_slices` slices, by default one, as modality_cyclic_test.py does."""
     from models import load_method
     from models.mmccd import mmccd
-    from utils.device import autocast, maybe_compile, pick_precision, speed_up
+    from utils.device import autocast, pick_precision, speed_up_passes
 
     batch_size = sweep.config.score_model.sampling.batch_size
+    precision, samples = pick_precision(sweep.config.precision, device), n_slices * len(sweep.bands)
     forward, backward = (
-        speed_up(untrained_network(name, sweep.config).eval(), device, training=False) for name in ("diffusion", "unet")
+        speed_up_passes(untrained_network(name, sweep.config), device, precision, partial(int, samples * steps))
+        for name, steps in (("diffusion", sweep.steps), ("unet", 1))
     )
-    for network in (forward, backward):
-        maybe_compile(network, device, n_slices * sweep.passes // batch_size)
     translator = load_method("diffusion").create_translator(forward, sweep.config)
     image, brainmask = synthetic_slices(n_slices, sweep.config.data.image_size)
     image = image.to(device)
-    precision = pick_precision(sweep.config.precision, device)
     how = {"bands": sweep.bands, "batch_size": batch_size}
 
     def work(slices: int = 1) -> Any:

@@ -41,9 +41,15 @@ def prepare_plain_step(config: Any, batch_size: int, device: Any) -> Work:
     model = plain_network(untrained_network("diffusion", config)).to(device).train()
     ema_model = copy.deepcopy(model).requires_grad_(False)
     optimizer = plain_optimizer(model, training.lr, training.weight_decay)
-    batch, losses = create_problem(config, batch_size, device)
+    losses, inputs_of = create_problem(config, batch_size, device)
+
     steps = count()
-    return lambda: plain_training_step(model, ema_model, optimizer, losses, batch, next(steps), training.ema_rate)
+
+    def work() -> Any:
+        step = next(steps)
+        return plain_training_step(model, ema_model, optimizer, losses, inputs_of(step), step, training.ema_rate)
+
+    return work
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from utils.cli import UserError
 
@@ -120,6 +121,12 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_over_processes(tensor: Tensor) -> None:
+    """Add up a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
 
 
 def any_of(flag: bool) -> bool:

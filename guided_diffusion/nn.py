@@ -41,7 +41,32 @@ class Dropout(nn.Dropout):
         return (x / (1 - below / 2**16)).masked_fill(bits < below - 2**15, 0.0)
 
 
+def film(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return norm(x)·(1 + scale) + shift (FiLM, Perez et al. 2018), for x [N, C, H, W]; scale and shift [N, C, 1, 1].
+
+    Where neither float32 results nor a compiler ask for this formula, a group norm over N·C channels applies both with
+    its own weights, and so reads and writes x once instead of three times.
+    """
+    if norm.weight.dtype == torch.float32 or torch.compiler.is_compiling():
+        return norm(x) * (1 + scale) + shift
+    n, c, *size = x.shape
+    scale = 1 + scale
+    weight = norm.weight.view(-1, 1, 1) * scale
+    bias = torch.addcmul(shift, norm.bias.view(-1, 1, 1), scale)
+    channels = x.reshape(1, n * c, *size)
+    h = nn.functional.group_norm(channels, n * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps)
+    return h.reshape(x.shape)
+
+
 @torch.no_grad()
-def update_ema(averaged: list[Tensor], current: list[Tensor], rate: float) -> None:
-    """Update all averaged parameters in place: ema ← rate·ema + (1 − rate)·value."""
-    torch._foreach_lerp_(averaged, current, 1 - rate)
+def update_ema(averaged: list[Tensor], current: list[Tensor], rate: float | Tensor) -> None:
+    """Update all averaged parameters in place: ema ← rate·ema + (1 − rate)·value.
+
+    A recorded step needs `rate` as a tensor on the same device, because a number would be fixed in the recording.
+    """
+    if isinstance(rate, Tensor):
+        differences = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(differences, 1 - rate)
+        torch._foreach_add_(averaged, differences)
+    else:
+        torch._foreach_lerp_(averaged, current, 1 - rate)

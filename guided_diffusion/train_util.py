@@ -6,7 +6,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.device import autocast
+from utils import compiling, recording
+from utils.device import autocast, copy_in_precision
 from utils.random import keyed_seed
 
 from . import checkpoint, dist_util
@@ -60,6 +63,9 @@ class TrainLoop:
     With several processes (`dist_util`), each computes its share of every batch, and rank 0 writes the files. Batches
     and random numbers depend only on the step number, so a resumed run gives the same result as an uninterrupted one.
 
+    On a GPU, steps are recorded as CUDA graphs, and a copy of the model computes losses and gradients, so that in
+    bfloat16 all weights are converted at once, and the model keeps those that are optimised and saved.
+
     Attributes of `settings`, all numbers:
         iterations: total number of steps
         batch_size: samples per step, over all processes
@@ -75,38 +81,72 @@ class TrainLoop:
         self,
         *,
         model: nn.Module,  # on its device; parameters that require no gradients are not trained
-        compute_losses: Callable[[nn.Module, Batch, int], Tensor],  # (model, batch, step) -> this process's losses
+        compute_losses: Callable[..., Tensor],  # (model, *inputs) -> this process's losses, without waiting for a value
         batches_from: Callable[[int], Iterator[Batch]],  # infinite iterator over this process's batches from a step on
+        inputs_of: Callable[[Batch, int], Sequence[Tensor]],  # (batch, step) -> inputs on the device, of fixed shapes
         directory: Path,  # where checkpoints are written and looked for
         logger: Logger,
         settings: Any,  # see above
         precision: torch.dtype,  # of matrix products and convolutions; float16 uses a gradient scaler
         seed: int,  # seeds dropout, together with the step number
+        compile: bool = False,  # compile the model, which runs over all iterations have to repay
         schedule_sampler: ScheduleSampler | None = None,  # sampler used in compute_losses, to checkpoint its state
         on_start: Callable[[], None] = lambda: None,  # called on rank 0 after loading, before the first step
         on_save: Callable[[nn.Module, int], None],  # called on rank 0 after each save, with the EMA model and the step
     ):
         self.model = model
-        self.parallel = nn.parallel.DistributedDataParallel(model) if dist_util.world_size() > 1 else model
         self.ema_model = copy.deepcopy(model).eval().requires_grad_(False)
         self.compute_losses = compute_losses
         self.batches_from = batches_from
+        self.inputs_of = inputs_of
         self.directory = directory
         self.logger = logger
         self.settings = settings
         self.precision = precision
         self.seed = seed
+        self.compile = compile
         self.schedule_sampler = schedule_sampler
         self.on_start = on_start
         self.on_save = on_save
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         pairs = zip(self.ema_model.parameters(), model.parameters(), strict=True)
         self.ema_parameters = [average for average, parameter in pairs if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         self.device = self.trained[0].device
         # Small gradients underflow in float16; the other precisions have the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self._accelerate()
+        # One tensor holds all gradients, in fixed memory, where a recorded update and the sum over processes find them.
+        self.gradients = torch.zeros(sum(parameter.numel() for parameter in self.trained), device=self.device)
+        parts = self.gradients.split([parameter.numel() for parameter in self.trained])
+        for parameter, part in zip(self.trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, self.lr, weight_decay=settings.weight_decay, fused=True, capturable=self.on_gpu
+        )
         self.step = 0
+
+    def _accelerate(self) -> None:
+        """Choose how steps are computed: on a GPU by a copy of the model, and recorded unless something forbids it."""
+        self.on_gpu = recording.available(self.device)
+        self.network, self.lr, self.ema_rate = self.model, self.settings.lr, 0.0
+        if not self.on_gpu:
+            return
+        # Numbers would be fixed in a recorded step.
+        self.lr, self.ema_rate = torch.tensor([self.lr, 0.0], device=self.device).unbind()
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # in plain steps
+        obstacles = {
+            "float16 scales its gradients by their size": self.scaler.is_enabled(),
+            "the schedule sampler waits for the losses": self.schedule_sampler and self.schedule_sampler.adaptive,
+        }
+        obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+        if not self.scaler.is_enabled():
+            layout = torch.channels_last if self.compile else torch.contiguous_format
+            self.network = copy_in_precision(self.model, self.precision).to(memory_format=layout)
+        if obstacle:
+            self.logger.info(f"training steps are not recorded as CUDA graphs ({obstacle}): slower")
+        else:
+            self._compute_gradients = recording.Recorded(self._compute_gradients, "gradients", self.logger.info)
+            self._update = recording.Recorded(self._update, "the optimizer's step", self.logger.info)
 
     def run(self) -> None:
         """Train to the last iteration, from the newest usable checkpoint or from scratch.
@@ -128,6 +168,7 @@ class TrainLoop:
             self._check_disk_space()
             self.on_start()
         self.model.train()
+        self.network.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
         shown = {"unit": "step", "dynamic_ncols": True, "disable": dist_util.rank() > 0}
@@ -164,22 +205,47 @@ class TrainLoop:
                 loss_sum, since, started = 0.0, self.step, time.monotonic()
 
     def _train_step(self, batch: Batch) -> Tensor:
+        inputs = self.inputs_of(batch, self.step)
+        if self.compile:
+            self.compile = False
+            samples, cost = self.settings.iterations * len(inputs[0]), compiling.TRAINING
+            call = partial(self._differentiate, inputs=inputs)
+            self.network = compiling.compiled(self.network, call, samples, cost, self.logger.info)
         torch.manual_seed(keyed_seed("dropout", self.seed, self.step, dist_util.rank()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
+        # Warm up the EMA, so that in short runs it is not dominated by the initialisation.
+        self._set_rates(self._learning_rate(self.step), min(self.settings.ema_rate, (1 + self.step) / (10 + self.step)))
+        loss = self._compute_gradients(*inputs)
+        dist_util.sum_over_processes(self.gradients)
+        self._update()
+        self.step += 1
+        return loss
+
+    def _set_rates(self, lr: float, ema_rate: float) -> None:
+        if self.on_gpu:
+            self.lr.fill_(lr)
+            self.ema_rate.fill_(ema_rate)
+        else:
+            self.optimizer.param_groups[0]["lr"], self.ema_rate = lr, ema_rate
+
+    def _differentiate(self, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the loss, and its scaled gradients with respect to the trained parameters of `network`."""
         with autocast(self.device, self.precision):
-            losses = self.compute_losses(self.parallel, batch, self.step)
-            loss = losses.sum() / self.settings.batch_size
-        self.optimizer.zero_grad(set_to_none=True)
-        # DistributedDataParallel averages gradients over the processes; undo that to sum them.
-        self.scaler.scale(loss * dist_util.world_size()).backward()
+            loss = self.compute_losses(network, *inputs).sum() / self.settings.batch_size
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), trained, materialize_grads=True)
+
+    def _compute_gradients(self, *inputs: Tensor) -> Tensor:
+        if self.network is not self.model:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.network.parameters()), list(self.model.parameters()))
+        loss, gradients = self._differentiate(self.network, inputs)
+        torch._foreach_copy_([parameter.grad for parameter in self.trained], gradients)
+        return loss
+
+    def _update(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Warm up the EMA, so that in short runs it is not dominated by the initialisation.
-        rate = min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
-        update_ema(self.ema_parameters, self.trained, rate)
-        self.step += 1
-        return loss.detach()
+        update_ema(self.ema_parameters, self.trained, self.ema_rate)
 
     def _learning_rate(self, step: int) -> float:
         return self.settings.lr * self.settings.lr_decay_factor ** (step // self.settings.lr_decay_steps)
@@ -187,7 +253,11 @@ class TrainLoop:
     def _state(self) -> dict[str, Any]:
         """Return the contents of each checkpoint file. Random numbers are keyed by step and need no state."""
         rest = {"step": self.step, "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {}}
-        rest |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        # As on a CPU, where nothing is captured: checkpoints move between devices.
+        number = {"lr": self._learning_rate(self.step - 1), "capturable": False}
+        optimizer["param_groups"] = [group | number for group in optimizer["param_groups"]]
+        rest |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
     def _save(self) -> None:
@@ -248,6 +318,7 @@ class TrainLoop:
         settings = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for before, group in zip(settings, self.optimizer.param_groups, strict=True):
+            group.update(lr=before["lr"], capturable=before["capturable"])  # of this device
             if any(group.get(key) != value for key, value in before.items() if key not in ("lr", "params")):
                 raise ValueError("its optimizer settings differ")
         for parameter in self.trained:
@@ -257,6 +328,7 @@ class TrainLoop:
                 fits = isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point()
                 if not fits or not moment.isfinite().all():
                     raise ValueError(f"its optimizer state has no valid {key}")
+                moments[key] = moment.contiguous()  # as the parameter; a GPU may have saved another layout
 
     def _check_disk_space(self) -> None:
         """Raise a CheckpointError before training, not hours into it, if its checkpoints will not fit on the disk."""

@@ -4,12 +4,13 @@ Parameter names and shapes match the public guided-diffusion library, so that it
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import Dropout, timestep_embedding, zero_module
+from .nn import Dropout, film, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
@@ -81,8 +82,7 @@ class ResBlock(nn.Module):
         else:
             emb_out = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
             if self.use_scale_shift_norm:
-                scale, shift = emb_out.chunk(2, dim=1)
-                h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+                h = self.out_layers[1:](film(self.out_layers[0], h, *emb_out.chunk(2, dim=1)))
             else:
                 h = self.out_layers(h + emb_out)
         return self.skip_connection(self.resample(x)) + h
@@ -221,17 +221,25 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Map x [N, in_channels, H, W] to [N, out_channels, H, W]; timesteps are [N], or None to leave them out.
 
+        Activations have the precision of the weights, the output that of x.
+
         Raises:
             ValueError: if H or W cannot be halved between all levels.
         """
         if any(size % self.downsampling for size in x.shape[-2:]):
             raise ValueError(f"image size {tuple(x.shape[-2:])} is not a multiple of {self.downsampling}")
-        emb = None if timesteps is None else self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        h, skips = x, []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle_block(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h).to(x.dtype)  # autocast may have lowered the precision
+        precision = self.out[-1].weight.dtype
+        # Without autocast, which would convert every group norm's input to float32 and its output back.
+        keep = nullcontext() if precision == torch.float32 else torch.autocast(x.device.type, enabled=False)
+        with keep:
+            emb = None
+            if timesteps is not None:
+                emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(precision))
+            h, skips = x.to(precision), []
+            for block in self.input_blocks:
+                h = block(h, emb)
+                skips.append(h)
+            h = self.middle_block(h, emb)
+            for block in self.output_blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            return self.out(h).to(x.dtype)  # autocast may have lowered the precision

@@ -77,7 +77,7 @@ def modality_cycle(
         translation[rows] = forward(image[rows])
         reconstruction[rows] = backward(translation[rows])
 
-    in_batches(pass_over, list(range(len(image))), batch_size, progress, image.device)
+    in_batches(pass_over, list(range(len(image))), batch_size, progress)
     reference = image if reference is None else reference
     error = (reference - reconstruction).square()
     return Cycle(error, translation, reconstruction, torch.zeros_like(error))

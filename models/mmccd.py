@@ -89,7 +89,7 @@ def mmccd(
         found = torch.stack([error, translation, reconstruction, torch.ones_like(error)]) * hidden
         sums.index_add_(1, index, found)  # in one call, so that a batch that is retried counts once
 
-    in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress, image.device)
+    in_batches(pass_over, slices_and_bands(brainmask, forward, bands), batch_size, progress)
     *sums, counts = sums
     error, translation, reconstruction = (total / counts.clamp(min=1) for total in sums)
     translation, reconstruction = (torch.where(counts > 0, mean, reference) for mean in (translation, reconstruction))

@@ -1,34 +1,37 @@
 """The losses of a method for the training loop, and the time and memory that a step takes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from guided_diffusion.resample import ScheduleSampler
 from utils.device import Prefetcher
 
 from .method import Method
 
-Losses = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+Losses = Callable[..., Tensor]
+Draws = Callable[[int], Sequence[Tensor]]
 
 
 def create_losses(
     method: Method, config: ConfigDict, device: torch.device, share: slice = slice(None)
-) -> tuple[Losses, ScheduleSampler | None]:
-    """Return `losses(network, image, target, step)`, [N] for slices [N, 1, H, W] on the device, and its sampler.
+) -> tuple[Losses, Draws, ScheduleSampler | None]:
+    """Return a method's training objective on the device, for the `share` of each batch that this process computes.
 
-    `share` is the part of each batch that this process computes; the second value is the diffusion's schedule sampler.
+    Returns:
+        `losses(network, image, target, *draws)`, [N] for slices [N, 1, H, W]; `draws(step)`, the random tensors of a
+        step; and the diffusion's schedule sampler.
 
     Raises:
         ValueError: as from `Method.create_objective`.
     """
     losses, draw, schedule_sampler = method.create_objective(config, share)
     adaptive = schedule_sampler is not None and schedule_sampler.adaptive  # then draws depend on the step before
-    drawn = Prefetcher(draw, device, ahead=int(not adaptive))
-    return lambda network, image, target, step: losses(network, image, target, drawn(step)), schedule_sampler
+    draws = Prefetcher(draw, device, ahead=int(not adaptive))
+    return lambda network, image, target, *draws: losses(network, image, target, draws), draws, schedule_sampler
 
 
 def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> float:
@@ -36,11 +39,11 @@ def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> 
     single = config.copy_and_resolve_references()
     single.score_model.training.batch_size = 1
     network = method.create_network(config.score_model).to(device)
-    losses, _ = create_losses(method, single, device)
+    losses, draws, _ = create_losses(method, single, device)
     image = torch.zeros(1, 1, config.data.image_size, config.data.image_size, device=device)
     for step in range(2):  # the first step is slow
         started = time.perf_counter()
-        losses(network, image, image, step).mean().backward()
+        losses(network, image, image, *draws(step)).mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
     return config.score_model.training.batch_size * (time.perf_counter() - started)
@@ -64,7 +67,7 @@ def bytes_a_sample(method: Method, config: ConfigDict) -> int:
         kept += 0 if tensor.data_ptr() in weights else tensor.nbytes
         return tensor
 
-    losses, _ = create_losses(method, small, image.device)
+    losses, draws, _ = create_losses(method, small, image.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses(network, image, image, 0)
+        losses(network, image, image, *draws(0))
     return kept * config.data.image_size**2 // size**2

@@ -1,5 +1,6 @@
 """Score slices: load the translators of a chain, print the cost, run the cycle, and compute error maps."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from models import load_method
 from models.cycle import Cycle, anomaly_score, error_floor
 from models.training import bytes_a_sample
 from utils.cli import UserError
-from utils.device import autocast, available_memory, maybe_compile, pick_precision, speed_up
+from utils.device import autocast, available_memory, pick_precision, speed_up_passes
 
 from .chain import Chain, network_name
+
+GPU_BATCH = 512  # network samples at a time, memory permitting: more are hardly faster (docs/speed.md)
 
 
 class Scorer:
@@ -35,21 +38,28 @@ class Scorer:
         self.precision = pick_precision(self.config.precision, device)
         self.reference = chain.reference
         self.score_kind = self.method.score_kind(self.config)
+        self.samples = 0  # that `print_cost` announced
         try:
-            self.networks = {direction: load_network(chain, direction, device) for direction in chain.translators}
-            self.forward = self.method.create_translator(self.networks["forward"], self.config)
-            self.backward = nn.Identity()
-            if chain.backward:
-                method = load_method(network_name(chain.model_name, "backward"))
-                self.backward = method.create_translator(self.networks["backward"], chain.backward.config)
+            self.forward = self._load(chain, "forward", lambda: self.samples * self.steps)
+            self.backward = self._load(chain, "backward", lambda: self.samples) if chain.backward else nn.Identity()
         except ValueError as error:
             raise UserError(str(error)) from error
         self.batch_size = self.config.score_model.sampling.batch_size
-        if device.type == "cpu":  # out of memory, a CPU process is killed; on a GPU, `in_batches` recovers
+        if device.type == "cuda":  # out of memory, `in_batches` halves it
+            self.batch_size = max(self.batch_size, GPU_BATCH)
+        else:  # out of memory, the process would be killed
             fitting = available_memory() // max(1, bytes_a_sample(self.method, self.config))
             self.batch_size = max(1, min(self.batch_size, fitting))
         self.steps = self.method.count_steps(self.forward)
         self.passes_per_sample = self.steps + bool(chain.backward)
+
+    def _load(self, chain: Chain, direction: str, samples: Callable[[], int]) -> Any:
+        """Return the translator of a direction; `samples()` will pass through its network."""
+        method, translator = load_method(network_name(chain.model_name, direction)), chain.translators[direction]
+        network = method.create_network(translator.config.score_model)
+        load_weights(network, translator.checkpoint)
+        network = speed_up_passes(network, self.device, self.precision, samples)
+        return method.create_translator(network, translator.config)
 
     def count_passes(self, brainmask: Tensor) -> int:
         """Return the number of network passes for slices with these brain masks [N, 1, H, W]."""
@@ -65,8 +75,6 @@ class Scorer:
         image, reference = (slices[share].to(self.device) for slices in (image, reference))
         brainmask = brainmask[share]
         passes = self.count_passes(brainmask)
-        for network in self.networks.values():
-            maybe_compile(network, self.device, passes // self.batch_size)
         look = {"unit": "pass", "unit_scale": True, "dynamic_ncols": True, "disable": dist_util.rank() > 0}
         with autocast(self.device, self.precision), tqdm(total=passes, desc=desc, **look) as bar:
             options = {
@@ -77,14 +85,6 @@ class Scorer:
             cycle = self.method.cycle(image, brainmask, self.forward, self.backward, self.config, **options)
         shares = dist_util.gather(Cycle(*(field.cpu() for field in cycle)))
         return Cycle(*(torch.cat(field) for field in zip(*shares, strict=True)))
-
-
-def load_network(chain: Chain, direction: str, device: torch.device) -> nn.Module:
-    """Return the trained network of one direction on the device; raises the errors of `Scorer`."""
-    translator = chain.translators[direction]
-    network = load_method(network_name(chain.model_name, direction)).create_network(translator.config.score_model)
-    load_weights(network, translator.checkpoint)
-    return speed_up(network.eval(), device, training=False)
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -106,8 +106,12 @@ def load_weights(network: nn.Module, path: Path) -> None:
 
 
 def print_cost(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
-    """Print the cost of scoring slices with these brain masks [N, 1, H, W], and return it for metrics.json."""
+    """Print the cost of scoring slices with these brain masks [N, 1, H, W], and return it for metrics.json.
+
+    The scorer then compiles its networks if so many samples repay it.
+    """
     passes = sum(map(scorer.count_passes, brainmasks))
+    scorer.samples = passes // scorer.passes_per_sample // dist_util.world_size()
     precision = str(scorer.precision).removeprefix("torch.")
     print(f"{passes:,} network passes, on {dist_util.world_size()} × {scorer.device.type} in {precision}")
     if scorer.steps > 1:

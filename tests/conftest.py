@@ -21,6 +21,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.respace import SpacedDiffusion
+from utils import recording
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
@@ -70,6 +71,50 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
         return network.eval()
 
     return draw
+
+
+class StandInGraph:
+    """Stand-in for a CUDA graph: runs nothing when captured, and writes into the same outputs at each replay."""
+
+    def __init__(self, work: Callable[[], torch.Tensor | None]):
+        self.work, self.outputs = work, None
+
+    def replay(self) -> None:
+        outputs = self.work()
+        if self.outputs is None:
+            self.outputs = outputs
+        else:
+            self.outputs.copy_(outputs)
+
+    @staticmethod
+    def warm_up(work: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        return work()
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[StandInGraph]:
+    """Make the CPU take the paths of a GPU, with stand-ins for CUDA graphs; return those that are captured."""
+    captured: list[StandInGraph] = []
+
+    class Graph(StandInGraph):
+        def __init__(self, work: Callable[[], torch.Tensor | None]):
+            super().__init__(work)
+            captured.append(self)
+
+    monkeypatch.setattr(recording, "Graph", Graph)
+    monkeypatch.setattr(recording, "available", lambda device: True)
+    return captured
+
+
+@pytest.fixture
+def no_capture(graphs, monkeypatch) -> None:
+    """Make every capture fail."""
+
+    def fail(work: Callable[[], torch.Tensor | None]) -> None:
+        raise RuntimeError("operation not permitted\nmore of it")
+
+    fail.warm_up = StandInGraph.warm_up
+    monkeypatch.setattr(recording, "Graph", fail)
 
 
 @pytest.fixture

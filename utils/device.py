@@ -1,27 +1,24 @@
 """Device, precision, memory and speed."""
 
+import copy
 import ctypes
-import importlib.util
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import compiling, recording
 from .cli import UserError
 
 Item = TypeVar("Item")
 Network = TypeVar("Network", bound=nn.Module)
-
-MIN_COMPILE_CALLS = 5_000  # estimate: compiling saves about 10 of 30 ms per call for the paper's network
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +67,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
     """Return a context that computes matrix products and convolutions in `precision`, and all else in float32."""
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+    # A recorded step must not depend on conversions cached by an earlier one.
+    cached = device.type == "cpu"
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision, cache_enabled=cached)
 
 
 def require_memory(device: torch.device, batch_size: int, bytes_per_item: int) -> None:
@@ -148,23 +147,42 @@ def speed_up(network: Network, device: torch.device, *, training: bool) -> Netwo
     """Move a network to the device in its fastest memory layout; results change only by rounding."""
     if device.type == "cpu":
         _retain_freed_memory()
-    # Convolutions are fastest in channels-last, but on CPUs the backward pass of group norm loses more than they gain.
-    contiguous = training and device.type == "cpu"
-    return network.to(device, memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    # Convolutions are fastest in channels-last, but group norm loses more than they gain: on CPUs in the backward pass,
+    # on CUDA, where it copies to the contiguous layout and back, in both.
+    fast = torch.channels_last if device.type == "cpu" and not training else torch.contiguous_format
+    return network.to(device, memory_format=fast)
 
 
-def maybe_compile(network: nn.Module, device: torch.device, calls: int) -> None:
-    """Compile a network in place, on CUDA and if it is called often enough to repay the minute this takes.
+def copy_in_precision(network: Network, precision: torch.dtype) -> Network:
+    """Return a copy of a network whose parameters have another precision; it shares the network's buffers."""
+    low = copy.deepcopy(network)
+    for parameter in low.parameters():
+        parameter.data = parameter.data.to(precision)
+    for ours, theirs in zip(low.buffers(), network.buffers(), strict=True):
+        ours.data = theirs.data
+    return low
 
-    Prints a message and skips compilation if Triton or a C compiler is missing; TORCH_COMPILE_DISABLE=1 disables it.
+
+def speed_up_passes(
+    network: nn.Module, device: torch.device, precision: torch.dtype, samples: Callable[[], int]
+) -> nn.Module:
+    """Move a network to the device in evaluation mode, and make its passes as fast as the device allows.
+
+    On a GPU they all have one batch size and are recorded as a CUDA graph. In bfloat16, weights are converted at once,
+    and the network is compiled if the `samples()` to come, counted at the first pass, repay it.
     """
-    if device.type != "cuda" or calls < MIN_COMPILE_CALLS:
-        return
-    compilers = filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))
-    if importlib.util.find_spec("triton") and next(compilers, None):
-        network.compile()
-    else:
-        print("networks are not compiled (Triton or a C compiler is missing): slower, with the same results")
+    network = speed_up(network.eval(), device, training=False)
+    if not recording.available(device):
+        return network
+    if precision == torch.bfloat16:
+        network = copy_in_precision(network, precision)
+
+    def accelerate(network: nn.Module, call: Callable[[nn.Module], object]) -> nn.Module:
+        if not compiling.PASSES.pays(device, samples()):
+            return network
+        return compiling.compiled(network.to(memory_format=torch.channels_last), call, samples(), compiling.PASSES)
+
+    return recording.RecordedPasses(network, accelerate)
 
 
 def in_batches(
@@ -172,12 +190,10 @@ def in_batches(
     items: Sequence[Item],
     batch_size: int,
     progress: Callable,
-    device: torch.device,
 ) -> None:
     """Call `work` on all items in batches, in order, and `progress` with the size of each finished batch.
 
-    On a GPU, the first batch of `batch_size` measures the memory per item, and later batches fill the memory. A batch
-    that does not fit is halved, with a warning, and retried.
+    A batch that does not fit into a GPU's memory is halved, with a warning, and retried.
 
     Raises:
         UserError: if a single item does not fit.
@@ -186,10 +202,7 @@ def in_batches(
     while done < len(items):
         batch = items[done : done + batch_size]
         try:
-            if done == 0 and device.type == "cuda":
-                batch_size = max(batch_size, _fitting_batch_size(partial(work, batch), len(batch), device))
-            else:
-                work(batch)
+            work(batch)
         except torch.cuda.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise UserError("even a batch of 1 does not fit into the GPU's memory: use a smaller model") from error
@@ -202,17 +215,6 @@ def in_batches(
         torch.cuda.empty_cache()
         message = f"a batch of {len(batch)} does not fit into the GPU's memory: continuing with {batch_size}"
         warnings.warn(message, stacklevel=2)
-
-
-def _fitting_batch_size(work: Callable[[], None], n_items: int, device: torch.device) -> int:
-    """Run a batch of `n_items` and return the batch size that would fill 80 % of the GPU's free memory."""
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    bytes_per_item = max(torch.cuda.max_memory_allocated(device) - before, 1) / n_items
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(0.8 * (free + unused) / bytes_per_item)
 
 
 def _retain_freed_memory() -> None:

@@ -7,7 +7,6 @@ attention is a product, a softmax and a product.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,17 +125,17 @@ def plain_training_step(
     model: nn.Module,
     ema_model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    compute_losses: Callable[[nn.Module, Any, int], Tensor],
-    batch: Any,
+    compute_losses: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
     step: int,
     ema_rate: float,
 ) -> Tensor:
     """Do one training step in float32, in place on `model` and `ema_model`, and return the loss.
 
-    `compute_losses` is `(model, batch, step) -> [N]`, with steps from 0 on; the EMA rate is warmed up to `ema_rate` as
-    in `TrainLoop`.
+    `compute_losses` is `(model, *inputs) -> [N]`; the EMA rate is warmed up to `ema_rate` over the steps, as in
+    `TrainLoop`.
     """
-    loss = compute_losses(model, batch, step).mean()
+    loss = compute_losses(model, *inputs).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

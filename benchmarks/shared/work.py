@@ -71,12 +71,11 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
     """Return a pass of the masked conditional UNet as in modality_cyclic_test.py."""
     import torch
 
-    from utils.device import MIN_COMPILE_CALLS, autocast, maybe_compile, pick_precision, speed_up
+    from utils.device import autocast, pick_precision, speed_up_passes
 
-    network = speed_up(untrained_network("diffusion", config).eval(), device, training=False)
-    maybe_compile(network, device, MIN_COMPILE_CALLS)
-    inputs = network_inputs(config, batch_size, device)
     precision = pick_precision(config.precision, device)
+    network = speed_up_passes(untrained_network("diffusion", config), device, precision, lambda: 0)
+    inputs = network_inputs(config, batch_size, device)
 
     @torch.inference_mode()
     def work() -> Any:
@@ -89,35 +88,36 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
 def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
     """Return a function that does one step of the training loop as in modality_cyclic_train.py."""
     from itertools import repeat
+    from types import SimpleNamespace
 
     from guided_diffusion.train_util import TrainLoop
-    from utils.device import maybe_compile, pick_precision, speed_up
+    from utils.device import pick_precision, speed_up
 
     training = config.score_model.training
-    network = speed_up(untrained_network("diffusion", config), device, training=True)
-    maybe_compile(network, device, training.iterations)
-    batch, compute_losses = create_problem(config, batch_size, device)
+    losses, inputs_of = create_problem(config, batch_size, device)
     loop = TrainLoop(
-        model=network,
-        compute_losses=compute_losses,
-        batches_from=lambda step: repeat(batch),
+        model=speed_up(untrained_network("diffusion", config), device, training=True),
+        compute_losses=losses,
+        batches_from=lambda step: repeat(None),
+        inputs_of=lambda batch, step: inputs_of(step),
         directory=Path(),
-        logger=None,  # single steps do not log, save or resume
+        logger=SimpleNamespace(info=print),  # single steps do not save or resume
         settings=training,
         precision=pick_precision(config.precision, device),
         seed=config.seed,
         on_save=lambda network, step: None,
     )
     loop.model.train()
-    return lambda: loop._train_step(batch)
+    loop.network.train()
+    return lambda: loop._train_step(None)
 
 
 def create_problem(config: Any, batch_size: int, device: Any) -> tuple:
-    """Return a batch of two modalities, and the training objective: (model, batch, step) → losses."""
+    """Return the masked diffusion's losses, (model, *inputs) → [N], and a function of the step that returns inputs."""
     from models import load_method
     from models.training import create_losses
+    from utils.device import to_device
 
-    losses, _ = create_losses(load_method("diffusion"), config, device)
-    return random_images(2, batch_size, config), lambda model, batch, step: losses(
-        model, *batch.to(device, non_blocking=True), step
-    )
+    losses, draws, _ = create_losses(load_method("diffusion"), config, device)
+    images = random_images(2, batch_size, config)
+    return losses, lambda step: [*to_device(images, device), *draws(step)]

@@ -172,9 +172,11 @@ def test_plain_training_steps_equal_those_of_the_loop(make_diffusion, tmp_path):
     process = {"schedule_sampler": create_named_schedule_sampler("uniform", diffusion)}
     band = {"image_size": SIZE, "band_width": WIDTH, "band_stride": 2}
 
-    def compute_losses(model, batch, step):
-        draws = draw_masked_diffusion(step, seed=0, batch_size=3, **band, **process)
-        return masked_diffusion_losses(model, *batch, draws, diffusion=diffusion, **process)
+    def inputs_of(batch, step):
+        return *batch, *draw_masked_diffusion(step, seed=0, batch_size=3, **band, **process)
+
+    def losses(model, image, target, *draws):
+        return masked_diffusion_losses(model, image, target, draws, diffusion=diffusion, **process)
 
     torch.manual_seed(0)
     network = MaskedConditionalUNet(**MODEL)
@@ -188,7 +190,8 @@ def test_plain_training_steps_equal_those_of_the_loop(make_diffusion, tmp_path):
     optimizer = plain_optimizer(model, **training)
     loop = TrainLoop(
         model=network.train(),
-        compute_losses=compute_losses,
+        compute_losses=losses,
+        inputs_of=inputs_of,
         batches_from=lambda step: itertools.repeat(batch),
         directory=tmp_path,
         logger=None,
@@ -199,7 +202,8 @@ def test_plain_training_steps_equal_those_of_the_loop(make_diffusion, tmp_path):
     )
     before = copy.deepcopy(network)
     for step in range(2):
-        loss = plain_training_step(model, ema_model, optimizer, compute_losses, batch, step, ema_rate)
+        inputs = inputs_of(batch, step)
+        loss = plain_training_step(model, ema_model, optimizer, losses, inputs, step, ema_rate)
         assert loss.item() == pytest.approx(loop._train_step(batch).item(), abs=1e-5)
         for plain, own, start in ((model, loop.model, before), (ema_model, loop.ema_model, before)):
             for (name, got), (_, want), (_, initial) in zip(

@@ -33,14 +33,18 @@ def linear() -> nn.Module:
 
 @pytest.fixture
 def train(tmp_path) -> Callable[..., TrainLoop]:
-    """Return a function that trains `model` in tmp_path, or a folder below it, and returns the loop."""
+    """Return a function that trains `model` in tmp_path, or a folder below it, and returns the loop.
 
-    def run(model, folder=".", on_save=None, **kwargs):
+    Its `compute_losses` also gets the step: (model, batch, step).
+    """
+
+    def run(model, folder=".", on_save=None, compute_losses=squared_error, **kwargs):
         directory = tmp_path / folder
         logger = Logger(directory)
         options = {
             "model": model,
-            "compute_losses": squared_error,
+            "compute_losses": lambda model, x, y, step: compute_losses(model, (x, y), step.item()),
+            "inputs_of": lambda batch, step: (*batch, torch.tensor(step)),
             "batches_from": batches_from,
             "directory": directory,
             "logger": logger,

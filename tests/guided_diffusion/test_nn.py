@@ -1,9 +1,9 @@
-"""Dropout that draws one random number for four elements: rate, independence, scaling, gradients."""
+"""Dropout with its own random numbers, FiLM in one group norm, and moving averages."""
 
 import pytest
 import torch
 
-from guided_diffusion.nn import Dropout
+from guided_diffusion.nn import Dropout, film, update_ema
 
 N = 400_003  # not a multiple of 4, so that fewer elements share the last draw
 
@@ -74,3 +74,42 @@ def test_everything_is_dropped_at_rate_1():
 def test_evaluation_mode_is_the_identity():
     x = torch.randn(100)
     assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# FiLM and averages
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5, 4), (1, 8, 2, 2), (4, 8, 1, 1)])
+def test_film_in_one_group_norm_equals_the_formula(shape):
+    """In double precision, which takes the path of lower ones: value and all gradients."""
+    n, c = shape[:2]
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.nn.GroupNorm(4, c).double()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(c, generator=generator))
+    x, weight = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    scale, shift = torch.randn(2, n, c, 1, 1, dtype=torch.float64, generator=generator)
+    inputs = [x, scale, shift, *norm.parameters()]
+    for tensor in inputs:
+        tensor.requires_grad_(True)
+    found = film(norm, x, scale, shift)
+    expected = norm(x) * (1 + scale) + shift
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad((y * weight).sum(), inputs, retain_graph=True) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.6, 0.9999])
+def test_average_with_a_tensor_as_rate(rate):
+    generator = torch.Generator().manual_seed(0)
+    averaged, current = ([torch.randn(size, generator=generator) for size in (3, (2, 4))] for _ in range(2))
+    expected = [rate * a + (1 - rate) * b for a, b in zip(averaged, current, strict=True)]
+    by_number = [a.clone() for a in averaged]
+    update_ema(averaged, current, torch.tensor(rate))
+    update_ema(by_number, current, rate)
+    for found, number, value in zip(averaged, by_number, expected, strict=True):
+        torch.testing.assert_close(found, value)
+        torch.testing.assert_close(number, value)

@@ -10,6 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_regression import TRUTH, Stop, batch_of, flat, rows_of, squared_error, stopping_at, with_dropout
 from torch import nn
 
+from guided_diffusion.resample import LossSecondMomentResampler
+from utils import recording
+from utils.compiling import TRAINING
+
 # ----------------------------------------------------------------------------------------------------------
 # Optimisation
 
@@ -255,3 +259,155 @@ def test_nonfinite_loss_stops_training(train, linear, tmp_path, bad):
         train(linear, compute_losses=losses)
     assert not list(tmp_path.glob("*000004.pt"))  # the broken state is not saved
     assert [row["step"] for row in rows_of(tmp_path)] == ["2"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Recorded steps, with a stand-in for CUDA graphs
+
+
+def test_recorded_steps_equal_plain_ones(train, tmp_path, request, graphs):
+    """Every step, with dropout, and a learning rate and an EMA rate that change while steps are replayed."""
+    steps = {"iterations": 9, "save_interval": 1, "lr_decay_steps": 3, "ema_rate": 0.6}
+    train(with_dropout(0), "recorded", **steps)
+    assert len(graphs) == 2  # gradients and update
+    request.getfixturevalue("no_capture")
+    train(with_dropout(0), "plain", **steps)
+    assert len(graphs) == 2
+    assert "cannot be recorded" not in (tmp_path / "recorded" / "log.txt").read_text()
+    log = (tmp_path / "plain" / "log.txt").read_text()
+    for name in ("gradients", "the optimizer's step"):
+        assert log.count(f"{name} cannot be recorded as a CUDA graph (operation not permitted): slower") == 1
+    for path in (tmp_path / "plain").glob("*.pt"):
+        ours, theirs = (
+            torch.load(tmp_path / folder / path.name, weights_only=True) for folder in ("recorded", "plain")
+        )
+        assert_equal(ours, theirs)
+
+
+def assert_equal(a, b):
+    """Compare nested dictionaries and lists, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert a == b
+
+
+def test_recorded_training_is_resumed_exactly(train, graphs):
+    full_run = train(with_dropout(0), "whole", iterations=9)
+    with pytest.raises(Stop):
+        train(with_dropout(0), "parts", iterations=9, batches_from=stopping_at(7))
+    resumed = train(with_dropout(1), "parts", iterations=9)
+    assert torch.equal(flat(resumed.model), flat(full_run.model))
+    assert torch.equal(flat(resumed.ema_model), flat(full_run.ema_model))
+
+
+@pytest.mark.parametrize("first", ["cpu", "gpu"])
+def test_checkpoints_move_between_devices(train, tmp_path, request, monkeypatch, first):
+    """A run on the CPU continues as on a GPU, and the reverse, close to one that never moved."""
+    options = {"iterations": 8, "weight_decay": 0.1, "lr_decay_steps": 3}
+    expected = train(with_dropout(0), "whole", **options)
+
+    def as_on_a_gpu(here):
+        if here:
+            request.getfixturevalue("graphs")
+        monkeypatch.setattr(recording, "available", lambda device: here)
+
+    as_on_a_gpu(first == "gpu")
+    with pytest.raises(Stop):
+        train(with_dropout(0), "parts", batches_from=stopping_at(4), **options)
+    (group,) = torch.load(tmp_path / "parts" / "opt000004.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["lr"], group["capturable"]) == (0.025, False)
+    as_on_a_gpu(first == "cpu")
+    moved = train(with_dropout(1), "parts", **options)
+    assert "resuming from opt000004.pt" in (tmp_path / "parts" / "log.txt").read_text()
+    torch.testing.assert_close(flat(moved.model), flat(expected.model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flat(moved.ema_model), flat(expected.ema_model), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_in_another_layout_are_resumed(train, tmp_path):
+    """As saved on a GPU by a version that trained in channels-last."""
+
+    def losses(model, batch, step):
+        return model(batch[0].view(8, 3, 1, 1).expand(8, 3, 2, 2)).flatten(1).square().mean(1)
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1))
+
+    expected = train(network(), "whole", compute_losses=losses)
+    with pytest.raises(Stop):
+        train(network(), "parts", compute_losses=losses, batches_from=stopping_at(4))
+    path = tmp_path / "parts" / "opt000004.pt"
+    saved = torch.load(path, weights_only=True)
+    for moments in saved["optimizer"]["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if moments[key].ndim == 4:
+                moments[key] = moments[key].contiguous(memory_format=torch.channels_last)
+    torch.save(saved, path)
+    assert torch.equal(flat(train(network(), "parts", compute_losses=losses).model), flat(expected.model))
+
+
+def test_bfloat16_weights_are_copies_of_those_that_are_trained(train, linear, graphs):
+    seen = set()
+
+    def losses(model, batch, step):
+        x, y = batch
+        seen.add((model.weight.dtype, model.training))
+        return (model(x.to(model.weight.dtype)).float() - y).square().flatten(1).mean(1)
+
+    train(linear, compute_losses=losses, precision=torch.bfloat16, iterations=300, save_interval=300)
+    assert seen == {(torch.bfloat16, True)}
+    assert linear.weight.dtype == torch.float32
+    torch.testing.assert_close(linear.weight.detach(), TRUTH.T, atol=0.02, rtol=0)
+    assert len(graphs) == 2
+
+
+def test_a_copys_buffers_are_those_of_the_model(train, graphs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    loop = train(model)
+    assert model[1].num_batches_tracked == 6
+    assert model[1].running_mean.abs().min() > 0
+    assert torch.equal(loop.network[1].running_var, model[1].running_var)
+
+
+def test_float16_is_not_recorded(train, linear, tmp_path, graphs):
+    def losses(model, batch, step):
+        x, y = batch
+        return (model(x).float() - y).square().flatten(1).mean(1)
+
+    train(linear, compute_losses=losses, precision=torch.float16)
+    reason = "training steps are not recorded as CUDA graphs (float16 scales its gradients by their size): slower"
+    assert (tmp_path / "log.txt").read_text().count(reason) == 1
+    assert graphs == []
+
+
+def test_a_sampler_that_reads_losses_is_not_recorded(train, linear, tmp_path, graphs, make_diffusion):
+    sampler = LossSecondMomentResampler(make_diffusion(use_timesteps=[0, 500]), history_per_term=2)
+    train(linear, schedule_sampler=sampler)
+    reason = "training steps are not recorded as CUDA graphs (the schedule sampler waits for the losses): slower"
+    assert (tmp_path / "log.txt").read_text().count(reason) == 1
+    assert graphs == []
+
+
+def test_the_copy_is_compiled_before_the_first_step(train, linear, monkeypatch, graphs):
+    calls = []
+
+    def compiled(network, call, samples, cost, report):
+        calls.append((network, samples, cost))
+        loss, gradients = call(network)
+        assert loss > 0
+        assert [gradient.shape for gradient in gradients] == [(1, 3), (1,)]
+        return network
+
+    monkeypatch.setattr("utils.compiling.compiled", compiled)
+    loop = train(linear, compile=True, iterations=6)
+    assert calls == [(loop.network, 48, TRAINING)]
+    assert loop.network is not linear

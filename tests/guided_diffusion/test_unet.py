@@ -193,6 +193,25 @@ def test_samples_are_independent(normal, randomise):
     torch.testing.assert_close(network(x, t), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("timesteps", [None, torch.tensor([3, 999])])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_weights(normal, randomise, timesteps, autocast):
+    """The output has the input's precision, and autocast neither casts the norms nor is needed."""
+    network, x = randomise(tiny(use_scale_shift_norm=True, resblock_updown=True)), normal(2, 1, 8, 8)
+    expected = network(x, timesteps)
+    low = network.bfloat16()
+    seen = []
+    for module in low.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = low(x, timesteps)
+    assert found.dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
+    assert not torch.equal(found, expected)
+
+
 def test_dropout_is_only_active_in_training(normal, randomise):
     network, x = randomise(tiny(dropout=0.5)), normal(1, 1, 8, 8)
     assert torch.equal(network(x), network(x))

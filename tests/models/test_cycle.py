@@ -11,6 +11,7 @@ from models.cycle import Cycle, anomaly_score, error_floor, modality_cycle
 from models.masked_diffusion import MaskedDiffusionTranslator
 from models.masks import sweep
 from models.mmccd import mmccd, slices_and_bands
+from utils.recording import RecordedPasses
 
 SIZE, WIDTH, STRIDE = 16, 4, 2
 BANDS = sweep(SIZE, STRIDE)
@@ -207,6 +208,19 @@ def test_only_bands_that_hide_brain_are_sampled(score, brainmask, forward):
 def test_the_batch_size_does_not_matter(score, batch_size):
     for got, want in zip(score(batch_size=batch_size), score(batch_size=7), strict=True):
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("batch_size", [5, 16])
+def test_recorded_passes_of_one_shape_do_not_change_the_scores(
+    image, brainmask, forward, translator, score, graphs, batch_size
+):
+    expected = score()
+    forward.model = RecordedPasses(forward.model)
+    found = mmccd(image, brainmask, forward, RecordedPasses(translator), bands=BANDS, batch_size=batch_size)
+    assert forward.model.size == batch_size
+    assert len(graphs) == 1 + (batch_size == 5)  # fewer than 5 passes backward are not recorded
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_the_order_of_slices_does_not_matter(score, image, brainmask):

@@ -99,11 +99,12 @@ def test_blocking_copies_and_mixed_devices_are_found():
 
 @pytest.mark.parametrize("model_name", ["unet", "diffusion", "autoencoder", "dae", "ddpm"])
 def test_training_step_has_no_blocking_copies(model_name, small_config, tmp_path):
-    losses, schedule_sampler = create_losses(load_method(model_name), small_config, META)
+    losses, draws, schedule_sampler = create_losses(load_method(model_name), small_config, META)
     batch = (slices(), slices())
     loop = TrainLoop(
         model=load_method(model_name).create_network(small_config.score_model).to(META),
-        compute_losses=lambda model, batch, step: losses(model, *batch, step),
+        compute_losses=losses,
+        inputs_of=lambda batch, step: (*batch, *draws(step)),
         batches_from=lambda step: repeat(batch),
         directory=tmp_path,
         logger=None,

@@ -8,6 +8,8 @@ from models import load_method
 from models.training import bytes_a_sample
 from scoring import scorer
 from scoring.chain import Chain, TrainedTranslator
+from utils import recording
+from utils.compiling import Compilation
 
 CPU = torch.device("cpu")
 
@@ -40,3 +42,41 @@ def test_batch_size_is_limited_by_memory(chain, monkeypatch):
 def test_a_batch_size_that_fits_is_kept(chain):
     chain.config.score_model.sampling.batch_size = 2
     assert scorer.Scorer(chain, CPU).batch_size == 2
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_scores_on_a_gpu_equal_those_of_a_cpu(chain, graphs, monkeypatch, precision):
+    """With stand-ins for CUDA graphs: both networks run all passes in one shape, in bfloat16 with copied weights."""
+    chain.config.score_model.sampling.batch_size = 2
+    image = torch.randn(15, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with monkeypatch.context() as as_on_a_cpu:
+        as_on_a_cpu.setattr(recording, "available", lambda device: False)
+        expected = scorer.Scorer(chain, CPU).cycle(image, image > 0, image)
+    monkeypatch.setattr(scorer, "pick_precision", lambda name, device: precision)
+    found = scorer.Scorer(chain, CPU)
+    assert found.forward.size is None
+    error = found.cycle(image, image > 0, image).error
+    assert found.forward.size == 2
+    assert len(graphs) == 2
+    assert {parameter.dtype for parameter in found.forward.parameters()} == {precision}
+    exact = precision == torch.float32
+    torch.testing.assert_close(error, expected.error, rtol=1e-4 if exact else 0.1, atol=1e-5 if exact else 0.05)
+
+
+def test_networks_are_compiled_if_the_announced_passes_repay_it(chain, graphs, monkeypatch):
+    compiled = []
+
+    def compile(network, call, samples, cost):
+        compiled.append(samples)
+        call(network)
+        return network
+
+    monkeypatch.setattr("utils.compiling.compiled", compile)
+    monkeypatch.setattr(Compilation, "pays", lambda cost, device, samples: samples >= 40)
+    chain.config.score_model.sampling.batch_size = 4
+    image = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for announced in (image, torch.cat([image, image])):
+        found = scorer.Scorer(chain, CPU)
+        scorer.print_cost(found, announced > 0)
+        found.cycle(image, image > 0, image)
+    assert compiled == [40, 40]  # forward and backward

@@ -12,12 +12,10 @@ import torch
 from guided_diffusion.unet import UNetModel
 from utils.cli import UserError
 from utils.device import (
-    MIN_COMPILE_CALLS,
     Prefetcher,
     autocast,
     available_memory,
     in_batches,
-    maybe_compile,
     pick_device,
     pick_precision,
     speed_up,
@@ -131,7 +129,7 @@ class Recorder:
         self.done.extend(batch)
 
     def run(self, n_items, batch_size):
-        in_batches(self, list(range(n_items)), batch_size, self.progress.append, CPU)
+        in_batches(self, list(range(n_items)), batch_size, self.progress.append)
 
 
 def test_items_are_processed_once_and_in_order():
@@ -161,29 +159,17 @@ def test_other_errors_are_not_swallowed():
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        in_batches(fail, [1, 2], 2, lambda done: None, CPU)
+        in_batches(fail, [1, 2], 2, lambda done: None)
 
 
 def test_tensors_are_batched_too():
     parts = []
-    in_batches(parts.append, torch.arange(5), 2, lambda done: None, CPU)
+    in_batches(parts.append, torch.arange(5), 2, lambda done: None)
     assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
 
 
 def test_no_items():
-    in_batches(lambda batch: pytest.fail("nothing to do"), [], 4, lambda done: None, GPU)
-
-
-def test_batches_grow_to_fill_gpu_memory(monkeypatch):
-    # 300 bytes are in use and a batch of 4 takes 100 more; 400 bytes of the allocator and 600 others are free.
-    facts = {"memory_allocated": 300, "max_memory_allocated": 400, "memory_reserved": 700, "mem_get_info": (600, 1300)}
-    for name, fact in facts.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, fact=fact: fact)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    work = Recorder()
-    in_batches(work, list(range(80)), 4, work.progress.append, GPU)
-    assert work.tried == work.progress == [4, 32, 32, 12]  # 32: 80 % of 1000 bytes, at 25 bytes an item
-    assert work.done == list(range(80))
+    in_batches(lambda batch: pytest.fail("nothing to do"), [], 4, lambda done: None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -266,23 +252,3 @@ def test_cpu_does_not_initialise_a_gpu(two_gpus):
     assert pick_device("cpu", deterministic=True) == CPU
     assert two_gpus == []
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize(
-    ("device", "calls", "there", "compiled"),
-    [
-        (GPU, MIN_COMPILE_CALLS, True, True),
-        (GPU, MIN_COMPILE_CALLS - 1, True, False),
-        (GPU, MIN_COMPILE_CALLS, False, False),
-        (CPU, MIN_COMPILE_CALLS, True, False),
-    ],
-)
-def test_a_network_is_compiled_only_if_worthwhile_and_possible(monkeypatch, capsys, device, calls, there, compiled):
-    done = []
-    network = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(network, "compile", lambda: done.append(True))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/cc")
-    maybe_compile(network, device, calls)
-    assert bool(done) == compiled
-    assert ("not compiled" in capsys.readouterr().out) == (device == GPU and calls == MIN_COMPILE_CALLS and not there)
