@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.script import create_parser, require_at_least
-from benchmarks.shared.timing import compare_sides, load_config
+from benchmarks.shared.timing import compare_sides, count_calls, load_config
 from benchmarks.shared.work import Work, create_problem, prepare_optimised_step, untrained_network
 from utils.cli import run
 
@@ -23,6 +23,7 @@ def main() -> None:
     print(f"\nA training step, batch {args.batch_size}, dropout {config.score_model.model.dropout}")
     sides = {"plain": prepare_plain_step, "optimised": prepare_optimised_step}
     compare_sides(sides, args, config, device, training=True)
+    print_calls(config)
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,6 +51,31 @@ def prepare_plain_step(config: Any, batch_size: int, device: Any) -> Work:
         return plain_training_step(model, ema_model, optimizer, losses, inputs_of(step), step, training.ema_rate)
 
     return work
+
+
+def print_calls(config: Any) -> None:
+    """Print the operations of a step in bfloat16 that launch kernels: with autocast, and with bfloat16 weights."""
+    from unittest.mock import patch
+
+    import torch
+
+    from utils import recording
+
+    config = config.copy_and_resolve_references()
+    config.precision, config.score_model.training.batch_size = "bfloat16", 1
+    device = torch.device("cpu")
+    autocast = prepare_optimised_step(config, 1, device)
+    # As on a GPU, but without graphs.
+    with (
+        patch.object(recording, "available", lambda device: True),
+        patch.object(recording, "Recorded", lambda work, name, report: work),
+    ):
+        weights = prepare_optimised_step(config, 1, device)
+    calls = []
+    for step in (autocast, weights):
+        step()  # the first one also copies schedules
+        calls.append(count_calls(step))
+    print(f"ATen calls of a step, counted on the CPU: {calls[0]:,} with autocast, {calls[1]:,} with bfloat16 weights")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def film(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     n, c, *size = x.shape
     scale = 1 + scale
     weight = norm.weight.view(-1, 1, 1) * scale
-    bias = torch.addcmul(shift, norm.bias.view(-1, 1, 1), scale)
+    bias = norm.bias.view(-1, 1, 1) * scale + shift
     channels = x.reshape(1, n * c, *size)
     h = nn.functional.group_norm(channels, n * norm.num_groups, weight.flatten(), bias.flatten(), norm.eps)
     return h.reshape(x.shape)

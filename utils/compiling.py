@@ -32,7 +32,7 @@ class Compilation(NamedTuple):
         return device.type == "cuda" and samples * self.saved > self.seconds
 
 
-TRAINING = Compilation(seconds=120, saved=20e-3 / 32)
+TRAINING = Compilation(seconds=180, saved=20e-3 / 32)
 PASSES = Compilation(seconds=60, saved=0.4e-3)
 
 

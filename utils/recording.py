@@ -104,8 +104,9 @@ class Recorded:
 class RecordedPasses(nn.Module):
     """A network that runs all its passes in one batch size, so that a single shape is compiled and recorded.
 
-    The first batch sets the size. Later ones are filled up with copies of their last sample, or split. Samples do not
-    depend on each other, so that this changes no result.
+    The first batch sets the size. Smaller ones are filled up with copies of their last sample; a larger one is split if
+    the network is compiled, and else sets the size anew. Samples do not depend on each other, so that this changes no
+    result.
 
     Args:
         network: maps tensors [N, …] to a tensor [N, …].
@@ -129,7 +130,9 @@ class RecordedPasses(nn.Module):
             torch.cuda.OutOfMemoryError: if the batch does not fit. A smaller one then sets the size anew.
         """
         try:
-            return self._run_first(args, kwargs) if self.size is None else self._run((*args, *kwargs.values()))
+            if self.size is None or (len(args[0]) > self.size and not self._accelerated):
+                return self._run_first(args, kwargs)
+            return self._run((*args, *kwargs.values()))
         except torch.cuda.OutOfMemoryError:
             self.size = self._recorded = None
             raise
@@ -137,6 +140,7 @@ class RecordedPasses(nn.Module):
     def _run_first(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
         output = self.network(*args, **kwargs)
         network = self.accelerate(self.network, lambda network: network(*args, **kwargs))
+        self._accelerated = network is not self.network
 
         def work(*inputs: Tensor) -> Tensor:
             return network(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))

@@ -166,6 +166,26 @@ def matrix_peak(device: Any, precision: Any) -> float:
         return 2 * size**3 / min(workers["product"]().seconds for _ in range(5))
 
 
+def count_calls(work: Work) -> int:
+    """Return how many ATen operations the work calls that compute something, each of which launches a kernel or more.
+
+    On the CPU, where backward passes run in the calling thread. Operations that return a view launch nothing.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            makes_view = func.is_view or func._schema.name in ("aten::detach", "aten::_unsafe_view")
+            self.calls += func.namespace != "profiler" and not makes_view
+            return func(*args, **(kwargs or {}))
+
+    with Counter() as counter:
+        work()
+    return counter.calls
+
+
 def passes_in_a_row(device: Any) -> int:
     """Return how many passes make a turn: on a GPU enough to make the wait for its result negligible."""
     return 20 if device.type == "cuda" else 1

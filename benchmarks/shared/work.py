@@ -67,14 +67,14 @@ def count_flops(config: Any, *, training: bool) -> int:
     return counter.get_total_flops()
 
 
-def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
-    """Return a pass of the masked conditional UNet as in modality_cyclic_test.py."""
+def prepare_optimised_pass(config: Any, batch_size: int, device: Any, samples: int = 0) -> Work:
+    """Return a pass of the masked conditional UNet as in modality_cyclic_test.py with so many samples to come."""
     import torch
 
     from utils.device import autocast, pick_precision, speed_up_passes
 
     precision = pick_precision(config.precision, device)
-    network = speed_up_passes(untrained_network("diffusion", config), device, precision, lambda: 0)
+    network = speed_up_passes(untrained_network("diffusion", config), device, precision, lambda: samples)
     inputs = network_inputs(config, batch_size, device)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any) -> Work:
     return work
 
 
-def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
+def prepare_optimised_step(config: Any, batch_size: int, device: Any, compile: bool = False) -> Work:
     """Return a function that does one step of the training loop as in modality_cyclic_train.py."""
     from itertools import repeat
     from types import SimpleNamespace
@@ -105,6 +105,7 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any) -> Work:
         settings=training,
         precision=pick_precision(config.precision, device),
         seed=config.seed,
+        compile=compile,
         on_save=lambda network, step: None,
     )
     loop.model.train()

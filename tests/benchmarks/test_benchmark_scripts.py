@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import config as configs
-from benchmarks import phantom_fidelity, scoring, training
-from benchmarks.shared import plan, work
+from benchmarks import gpu, phantom_fidelity, scoring, training
+from benchmarks.shared import plan, timing, work
 from datasets import phantom
+from models.sampling import SAMPLING
 from tests.scripts.conftest import GRID, run_here
+from utils import recording
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ("--gpu_id", "cpu", "--dataset", "phantom", "--repeats", "1", "--batch_size", "1")
@@ -42,6 +44,64 @@ def test_benchmarks_print_their_ratios(name, ratios):
     assert done.stderr == ""
     assert re.findall(r"^(.* / .*): [\d.]+ \([\d.]+ … [\d.]+\)$", done.stdout, re.MULTILINE) == ratios
     assert len(re.findall(r"[1-9]\d* MiB$", done.stdout, re.MULTILINE)) == (5 if name == "scoring" else 2)
+
+
+def test_training_counts_fewer_calls_with_bfloat16_weights(capsys):
+    training.print_calls(configs.get_config("phantom"))
+    found = re.search(r"CPU: ([\d,]+) with autocast, ([\d,]+) with bfloat16 weights$", capsys.readouterr().out.strip())
+    with_autocast, with_weights = (int(number.replace(",", "")) for number in found.groups())
+    assert 200 < with_weights < 0.9 * with_autocast
+
+
+def test_calls_are_counted_without_views():
+    x = torch.ones(4, 3, requires_grad=True)
+    assert timing.count_calls(lambda: x.detach().view(2, 6).t()) == 0
+    assert timing.count_calls(lambda: (x * 2).view(-1) + 1) == 2
+    assert timing.count_calls(lambda: torch.autograd.grad((3 * x).exp().sum(), x)) >= 5  # 3 forward, 2 backward
+
+
+def test_gpu_needs_one():
+    done = run_benchmark("gpu", "--gpu_id=cpu")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA device to measure" in done.stderr
+
+
+def test_gpu_measures_every_way_of_computing(monkeypatch, capsys):
+    """On the CPU, where nothing is recorded or compiled, and without processes."""
+    plain_calls, turns = [], []
+
+    @contextlib.contextmanager
+    def start_here(device, sides, in_a_row=1, environments=None):
+        ((side, prepare),) = sides.items()
+        with monkeypatch.context() as patched:
+            patched.setattr(recording, "PLAIN_CALLS", recording.PLAIN_CALLS)  # restored afterwards
+            work = prepare()
+            plain_calls.append((side, recording.PLAIN_CALLS > 3))
+
+            def turn(*args):
+                turns.append(work(*args))
+                return timing.Run(0.5, 2**20)
+
+            yield {side: turn}
+
+    monkeypatch.setattr(timing, "start_workers", start_here)
+    monkeypatch.setattr(gpu, "count_kernels", lambda *args: 1234)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--repeats=1", "--batch_size=1", "--pass_sizes", "2", "--slices=1"])
+    config = configs.get_config("phantom")
+    config.data.image_size, device = 16, torch.device("cpu")
+    gpu.measure(gpu.parse_args(), config, device, 1e12, {})
+    table = capsys.readouterr().out
+    hows = ["plain", "recorded", "compiled and recorded", "compiled, from the cache"]
+    named = [f"{work}, {how}" for work in ("step of 1", "pass of 2") for how in hows]
+    assert [name for name in named if re.search(rf"^{name}  +50\.00 ", table, re.MULTILINE)] == named
+    assert plain_calls == [(how, how == "plain") for how in hows] * 2
+    assert table.count("1,234") == 2
+    monkeypatch.setitem(SAMPLING, "paper", ("2", 1, "errors", "none"))
+    gpu.measure_slices(gpu.parse_args(), config, device)
+    rows = re.findall(r"^(fast|paper) +[\d,]+ +0\.500 ", capsys.readouterr().out, re.MULTILINE)
+    assert rows == ["fast", "paper"]
 
 
 def test_neighbours_times_both_spin_limits_idle_and_busy():

@@ -50,7 +50,7 @@ def test_compiling_is_announced_with_its_time_and_gain(tools, said, tmp_path):
     assert fast[0] is network
     cache = tmp_path / "torchinductor"
     assert said == [
-        f"compiling the network: about 120 s at first, less if {cache} has it from an earlier run. It saves about 33 "
+        f"compiling the network: about 180 s at first, less if {cache} has it from an earlier run. It saves about 33 "
         "minutes, 0.6 ms for each of 3,200,000 slices"
     ]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
