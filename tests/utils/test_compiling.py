@@ -30,11 +30,13 @@ def tools(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: nn.Sequential(network))
 
 
-def test_it_pays_if_it_saves_more_than_it_takes():
+def test_it_pays_if_it_saves_more_than_it_takes(monkeypatch):
     cost = Compilation(seconds=10, saved=0.01)
     assert not cost.pays(GPU, 1000)
     assert cost.pays(GPU, 1001)
     assert not cost.pays(torch.device("cpu"), 10**9)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert not cost.pays(GPU, 1001)
 
 
 def test_the_papers_runs_are_compiled_and_short_ones_are_not():
@@ -97,8 +99,8 @@ def test_waiting_shows_the_elapsed_time(monkeypatch, capsys):
     assert "compiling: 00:01" in shown
 
 
-def test_the_cache_is_in_the_home_folder(tools, said, monkeypatch):
+def test_the_cache_is_in_the_home_folder(tools, said, monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     compiled(nn.Identity(), lambda network: None, 10, PASSES, said.append)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/somebody/.cache/torchinductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "home" / ".cache" / "torchinductor")
