@@ -96,6 +96,16 @@ def limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
+def keep_compiled_code() -> None:
+    """Let torch keep compiled networks in the user's cache, not in a temporary folder, unless the user has set one.
+
+    Call this before torch.compile's modules are imported, which set the variable themselves.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torchinductor")
+    if folder.is_absolute() and os.access(next(parent for parent in folder.parents if parent.exists()), os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def thread_excepthook(error: threading.ExceptHookArgs) -> None:
     """Print a thread's exception, except file-system errors: TensorBoard's writer raises those in the main thread."""
     if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in FILE_SYSTEM_ERRORS):
@@ -105,6 +115,7 @@ def thread_excepthook(error: threading.ExceptHookArgs) -> None:
 def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit: 0 on success, 2 with one sentence on stderr for a user or disk error, 130 for Ctrl-C."""
     limit_spinning()
+    keep_compiled_code()
     threading.excepthook = thread_excepthook
     code, message = 0, ""
     for stream in (sys.stdout, sys.stderr):  # not every terminal or file name is UTF-8

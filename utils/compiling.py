@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
@@ -46,8 +45,8 @@ def compiled(
 ) -> nn.Module:
     """Return the network compiled, or as it is if that is impossible; either is reported.
 
-    What was compiled is kept in TORCHINDUCTOR_CACHE_DIR, by default in the user's cache, for other runs of the same
-    network and batch: torch's own default is a temporary folder.
+    What was compiled is kept in TORCHINDUCTOR_CACHE_DIR (`utils.cli.keep_compiled_code`) for other runs of the same
+    network and batch.
 
     Args:
         network: in training or evaluation mode, on a GPU.
@@ -64,8 +63,7 @@ def compiled(
     ):
         report("networks are not compiled (Triton or a C compiler is missing): slower, with the same results")
         return network
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchinductor"
-    cache = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's cache")
     report(
         f"compiling the network: about {cost.seconds:.0f} s at first, less if {cache} has it from an earlier run. "
         f"It saves about {samples * cost.saved / 60:,.0f} minutes, {1e3 * cost.saved:.1f} ms for each of {samples:,} "

@@ -38,6 +38,20 @@ def test_spin_variables_set_by_the_user_are_kept(monkeypatch, name):
     assert found == [{name: "7"}]
 
 
+def test_compiled_networks_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    found, name = [], "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path / "fixed")
+    (tmp_path / "fixed").mkdir()
+    for cache, mine in (("", ""), (tmp_path / "x", ""), (tmp_path / "x", "/mine"), (tmp_path / "fixed" / "y", "")):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setenv(name, mine)
+        if not mine:
+            monkeypatch.delenv(name)
+        exit_code(lambda: found.append(os.environ.get(name)))
+    assert found == [str(tmp_path / ".cache" / "torchinductor"), str(tmp_path / "x" / "torchinductor"), "/mine", None]
+
+
 def fail(error: BaseException):
     def main():
         raise error

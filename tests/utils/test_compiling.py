@@ -1,8 +1,6 @@
 """When networks are compiled, and what is said about it; nothing is compiled here."""
 
-import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +22,7 @@ def tools(monkeypatch, tmp_path):
     """Pretend that Triton and a C compiler are installed, and that compiling wraps a network in a list of calls."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: "/bin/cc")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: nn.Sequential(network))
 
 
@@ -50,19 +46,10 @@ def test_compiling_is_announced_with_its_time_and_gain(tools, said, tmp_path):
     network = nn.Linear(1, 1)
     fast = compiled(network, lambda network: network(torch.ones(1, 1)), 3_200_000, TRAINING, said.append)
     assert fast[0] is network
-    cache = tmp_path / "torchinductor"
     assert said == [
-        f"compiling the network: about 180 s at first, less if {cache} has it from an earlier run. It saves about 33 "
-        "minutes, 0.6 ms for each of 3,200,000 slices"
+        f"compiling the network: about 180 s at first, less if {tmp_path} has it from an earlier run. "
+        "It saves about 33 minutes, 0.6 ms for each of 3,200,000 slices"
     ]
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
-
-
-def test_the_users_cache_is_kept(tools, said, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    compiled(nn.Identity(), lambda network: None, 10, PASSES, said.append)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
-    assert "/elsewhere" in said[0]
 
 
 @pytest.mark.parametrize("missing", ["find_spec", "which"])
@@ -97,10 +84,3 @@ def test_waiting_shows_the_elapsed_time(monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert "compiling: 00:00" in shown
     assert "compiling: 00:01" in shown
-
-
-def test_the_cache_is_in_the_home_folder(tools, said, monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    compiled(nn.Identity(), lambda network: None, 10, PASSES, said.append)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "home" / ".cache" / "torchinductor")
