@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared import timing
 from benchmarks.shared.script import create_parser, print_table, require_at_least
-from benchmarks.shared.sweep import prepare_optimised_score, whole_sweep
+from benchmarks.shared.sweep import Sweep, prepare_optimised_score, whole_sweep
 from benchmarks.shared.work import Work, count_flops, prepare_optimised_pass, prepare_optimised_step
 from utils.cli import UserError, run
 
@@ -118,6 +118,8 @@ def count_kernels(config: Any, prepare: Callable[..., Work], size: int, device: 
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             work()
             torch.cuda.synchronize(device)
+    del work
+    torch.cuda.empty_cache()  # for the processes to come
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
@@ -142,15 +144,21 @@ def measure_slices(args: argparse.Namespace, config: Any, device: Any) -> None:
     rows: list[Sequence[str]] = []
     for preset, n_slices in (("fast", args.slices), ("paper", min(args.slices, 4))):
         sweep = whole_sweep(config, preset)
-        sides = {preset: partial(prepare_optimised_score, sweep, device, n_slices, MANY * (preset == "paper"))}
-        with timing.start_workers(device, sides) as workers:
-            workers[preset](n_slices)  # sets the batch size, compiles and records
-            run = workers[preset](n_slices)
+        samples = MANY if preset == "paper" else 0
+        with timing.start_workers(
+            device, {preset: partial(prepare_slices, sweep, device, n_slices, samples)}
+        ) as workers:
+            run = workers[preset]()  # the one before has set the batch size, compiled and recorded
         seconds = run.seconds / n_slices
         whole = f"{args.slices * seconds / 60:.1f}"
         rows.append([preset, f"{sweep.passes:,}", f"{seconds:.3f}", whole, timing.peak_memory([run])])
     print()
     print_table(["", "passes a slice", "s a slice", f"minutes for {args.slices}", "memory"], rows)
+
+
+def prepare_slices(sweep: Sweep, device: Any, n_slices: int, samples: int) -> Work:
+    """Return a function that scores all slices, whose networks are compiled if `samples` to come repay it."""
+    return partial(prepare_optimised_score(sweep, device, n_slices, samples), n_slices)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def keep_compiled_code() -> None:
 
     Call this before torch.compile's modules are imported, which set the variable themselves.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torchinductor")
+    home = os.path.expanduser("~")  # noqa: PTH111  (unlike Path.home, raises nothing if there is none)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"), "torchinductor")
     if folder.is_absolute() and os.access(next(parent for parent in folder.parents if parent.exists()), os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
