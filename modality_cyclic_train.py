@@ -100,10 +100,11 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
                 logger.info(f"warning: {error}; the next save tries again")
 
         def run_gradient_descent() -> None:
+            samples = training.iterations * (share.stop - share.start)
             loading = {"share": share, "workers": dataset.workers, "pinned": device.type == "cuda"}
             TrainLoop(
                 model=speed_up(network, device, training=True),
-                compile=compiling.TRAINING.pays(device, training.iterations * (share.stop - share.start)),
+                compile_for=samples if compiling.TRAINING.pays(device, samples) else 0,
                 compute_losses=losses,
                 inputs_of=lambda batch, step: [
                     *(batch[kind].to(device, non_blocking=True) for kind in (image, target)),

@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace, config: Any, device: Any, peak: float, cac
 
 def prepare_step(config: Any, size: int, device: Any, how: str) -> Work:
     """Return a function that does several training steps, recorded or compiled as `how` says."""
-    return several(how, partial(prepare_optimised_step, config, size, device, compile=how.startswith("compiled")))
+    samples = MANY if how.startswith("compiled") else 0
+    return several(how, partial(prepare_optimised_step, config, size, device, samples))
 
 
 def prepare_pass(config: Any, size: int, device: Any, how: str) -> Work:

@@ -6,9 +6,7 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import compiling, recording
-from utils.device import autocast, copy_in_precision
 from utils.random import keyed_seed
 
 from . import checkpoint, dist_util
 from .logger import Logger
-from .nn import update_ema
 from .resample import ScheduleSampler
+from .train_step import TrainStep
 
 Batch = Any
 
@@ -63,9 +59,6 @@ class TrainLoop:
     With several processes (`dist_util`), each computes its share of every batch, and rank 0 writes the files. Batches
     and random numbers depend only on the step number, so a resumed run gives the same result as an uninterrupted one.
 
-    On a GPU, steps are recorded as CUDA graphs, and a copy of the model computes losses and gradients, so that in
-    bfloat16 all weights are converted at once, and the model keeps those that are optimised and saved.
-
     Attributes of `settings`, all numbers:
         iterations: total number of steps
         batch_size: samples per step, over all processes
@@ -89,64 +82,35 @@ class TrainLoop:
         settings: Any,  # see above
         precision: torch.dtype,  # of matrix products and convolutions; float16 uses a gradient scaler
         seed: int,  # seeds dropout, together with the step number
-        compile: bool = False,  # compile the model, which runs over all iterations have to repay
+        compile_for: int = 0,  # samples of this process over which compiling the model pays; 0: do not compile
         schedule_sampler: ScheduleSampler | None = None,  # sampler used in compute_losses, to checkpoint its state
         on_start: Callable[[], None] = lambda: None,  # called on rank 0 after loading, before the first step
         on_save: Callable[[nn.Module, int], None],  # called on rank 0 after each save, with the EMA model and the step
     ):
         self.model = model
         self.ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.compute_losses = compute_losses
+        self.train_step = TrainStep(
+            model=model,
+            ema_model=self.ema_model,
+            compute_losses=compute_losses,
+            batch_size=settings.batch_size,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            precision=precision,
+            record=schedule_sampler is None or not schedule_sampler.adaptive,
+            compile_for=compile_for,
+            report=logger.info,
+        )
         self.batches_from = batches_from
         self.inputs_of = inputs_of
         self.directory = directory
         self.logger = logger
         self.settings = settings
-        self.precision = precision
         self.seed = seed
-        self.compile = compile
         self.schedule_sampler = schedule_sampler
         self.on_start = on_start
         self.on_save = on_save
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        pairs = zip(self.ema_model.parameters(), model.parameters(), strict=True)
-        self.ema_parameters = [average for average, parameter in pairs if parameter.requires_grad]
-        self.device = self.trained[0].device
-        # Small gradients underflow in float16; the other precisions have the range of float32.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self._accelerate()
-        # One tensor holds all gradients, in fixed memory, where a recorded update and the sum over processes find them.
-        self.gradients = torch.zeros(sum(parameter.numel() for parameter in self.trained), device=self.device)
-        parts = self.gradients.split([parameter.numel() for parameter in self.trained])
-        for parameter, part in zip(self.trained, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        self.optimizer = torch.optim.AdamW(
-            self.trained, self.lr, weight_decay=settings.weight_decay, fused=True, capturable=self.on_gpu
-        )
         self.step = 0
-
-    def _accelerate(self) -> None:
-        """Choose how steps are computed: on a GPU by a copy of the model, and recorded unless something forbids it."""
-        self.on_gpu = recording.available(self.device)
-        self.network, self.lr, self.ema_rate = self.model, self.settings.lr, 0.0
-        if not self.on_gpu:
-            return
-        # Numbers would be fixed in a recorded step.
-        self.lr, self.ema_rate = torch.tensor([self.lr, 0.0], device=self.device).unbind()
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # in plain steps
-        obstacles = {
-            "float16 scales its gradients by their size": self.scaler.is_enabled(),
-            "the schedule sampler waits for the losses": self.schedule_sampler and self.schedule_sampler.adaptive,
-        }
-        obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-        if not self.scaler.is_enabled():
-            layout = torch.channels_last if self.compile else torch.contiguous_format
-            self.network = copy_in_precision(self.model, self.precision).to(memory_format=layout)
-        if obstacle:
-            self.logger.info(f"training steps are not recorded as CUDA graphs ({obstacle}): slower")
-        else:
-            self._compute_gradients = recording.Recorded(self._compute_gradients, "gradients", self.logger.info)
-            self._update = recording.Recorded(self._update, "the optimizer's step", self.logger.info)
 
     def run(self) -> None:
         """Train to the last iteration, from the newest usable checkpoint or from scratch.
@@ -167,8 +131,7 @@ class TrainLoop:
         if dist_util.rank() == 0:
             self._check_disk_space()
             self.on_start()
-        self.model.train()
-        self.network.train()
+        self.train_step.train()
         loss_sum, since, started = 0.0, self.step, time.monotonic()
         batches = self.batches_from(self.step)
         shown = {"unit": "step", "dynamic_ncols": True, "disable": dist_util.rank() > 0}
@@ -192,7 +155,7 @@ class TrainLoop:
                 }
                 self.logger.scalars(self.step, values)
                 progress.set_postfix(loss=f"{loss:.4f}")
-                if saves and not all(parameter.isfinite().all() for parameter in self.trained):
+                if saves and not all(parameter.isfinite().all() for parameter in self.train_step.trained):
                     raise FloatingPointError(f"the weights are not finite after {self.step} steps")
                 if saves and dist_util.rank() == 0:
                     self._save()
@@ -205,47 +168,16 @@ class TrainLoop:
                 loss_sum, since, started = 0.0, self.step, time.monotonic()
 
     def _train_step(self, batch: Batch) -> Tensor:
-        inputs = self.inputs_of(batch, self.step)
-        if self.compile:
-            self.compile = False
-            samples, cost = self.settings.iterations * len(inputs[0]), compiling.TRAINING
-            call = partial(self._differentiate, inputs=inputs)
-            self.network = compiling.compiled(self.network, call, samples, cost, self.logger.info)
-        torch.manual_seed(keyed_seed("dropout", self.seed, self.step, dist_util.rank()))
         # Warm up the EMA, so that in short runs it is not dominated by the initialisation.
-        self._set_rates(self._learning_rate(self.step), min(self.settings.ema_rate, (1 + self.step) / (10 + self.step)))
-        loss = self._compute_gradients(*inputs)
-        dist_util.sum_over_processes(self.gradients)
-        self._update()
+        ema_rate = min(self.settings.ema_rate, (1 + self.step) / (10 + self.step))
+        loss = self.train_step(
+            self.inputs_of(batch, self.step),
+            seed=keyed_seed("dropout", self.seed, self.step, dist_util.rank()),
+            lr=self._learning_rate(self.step),
+            ema_rate=ema_rate,
+        )
         self.step += 1
         return loss
-
-    def _set_rates(self, lr: float, ema_rate: float) -> None:
-        if self.on_gpu:
-            self.lr.fill_(lr)
-            self.ema_rate.fill_(ema_rate)
-        else:
-            self.optimizer.param_groups[0]["lr"], self.ema_rate = lr, ema_rate
-
-    def _differentiate(self, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return the loss, and its scaled gradients with respect to the trained parameters of `network`."""
-        with autocast(self.device, self.precision):
-            loss = self.compute_losses(network, *inputs).sum() / self.settings.batch_size
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return loss.detach(), torch.autograd.grad(self.scaler.scale(loss), trained, materialize_grads=True)
-
-    def _compute_gradients(self, *inputs: Tensor) -> Tensor:
-        if self.network is not self.model:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.network.parameters()), list(self.model.parameters()))
-        loss, gradients = self._differentiate(self.network, inputs)
-        torch._foreach_copy_([parameter.grad for parameter in self.trained], gradients)
-        return loss
-
-    def _update(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        update_ema(self.ema_parameters, self.trained, self.ema_rate)
 
     def _learning_rate(self, step: int) -> float:
         return self.settings.lr * self.settings.lr_decay_factor ** (step // self.settings.lr_decay_steps)
@@ -253,11 +185,7 @@ class TrainLoop:
     def _state(self) -> dict[str, Any]:
         """Return the contents of each checkpoint file. Random numbers are keyed by step and need no state."""
         rest = {"step": self.step, "schedule": self.schedule_sampler.state_dict() if self.schedule_sampler else {}}
-        optimizer = self.optimizer.state_dict()
-        # As on a CPU, where nothing is captured: checkpoints move between devices.
-        number = {"lr": self._learning_rate(self.step - 1), "capturable": False}
-        optimizer["param_groups"] = [group | number for group in optimizer["param_groups"]]
-        rest |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        rest |= self.train_step.state_dict()
         return {"model": self.model.state_dict(), "ema": self.ema_model.state_dict(), "opt": rest}
 
     def _save(self) -> None:
@@ -295,46 +223,23 @@ class TrainLoop:
         return None
 
     def _load(self, step: int) -> None:
-        states = {kind: checkpoint.read_state(path, self.device) for kind, path in self._paths(step).items()}
+        states = {kind: checkpoint.read_state(path, self.train_step.device) for kind, path in self._paths(step).items()}
         self.model.load_state_dict(states["model"])
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise ValueError("its weights are not finite")
         self.ema_model.load_state_dict(states["ema"])
         if states["opt"]["step"] != step:
             raise ValueError(f"its optimizer state is from step {states['opt']['step']}")
-        self._load_optimizer(states["opt"]["optimizer"])
-        if states["opt"]["scaler"]:  # saved in float16
-            self.scaler.load_state_dict(states["opt"]["scaler"])
+        self.train_step.load_state_dict(states["opt"])
         if self.schedule_sampler:
             self.schedule_sampler.load_state_dict(states["opt"]["schedule"])
         self.step = step
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the state of AdamW, checking it now: torch would notice a mismatch only in the next step.
-
-        Raises:
-            ValueError: if its settings differ, or a moment is missing, not finite or of another shape.
-        """
-        settings = [dict(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for before, group in zip(settings, self.optimizer.param_groups, strict=True):
-            group.update(lr=before["lr"], capturable=before["capturable"])  # of this device
-            if any(group.get(key) != value for key, value in before.items() if key not in ("lr", "params")):
-                raise ValueError("its optimizer settings differ")
-        for parameter in self.trained:
-            moments = self.optimizer.state.get(parameter, {})
-            for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
-                moment = moments.get(key)
-                fits = isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point()
-                if not fits or not moment.isfinite().all():
-                    raise ValueError(f"its optimizer state has no valid {key}")
-                moments[key] = moment.contiguous()  # as the parameter; a GPU may have saved another layout
 
     def _check_disk_space(self) -> None:
         """Raise a CheckpointError before training, not hours into it, if its checkpoints will not fit on the disk."""
         settings = self.settings
         size = sum(p.nbytes for p in (*self.model.parameters(), *self.ema_model.parameters()))
-        size += 2 * sum(p.nbytes for p in self.trained)  # AdamW's two moments
+        size += 2 * sum(p.nbytes for p in self.train_step.trained)  # AdamW's two moments
         saves = math.ceil(settings.iterations / settings.save_interval) - self.step // settings.save_interval
         if settings.keep_last:  # plus the one being written, minus existing ones
             existing = len(checkpoint.list_checkpoints(self.directory))

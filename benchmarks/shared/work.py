@@ -85,8 +85,11 @@ def prepare_optimised_pass(config: Any, batch_size: int, device: Any, samples: i
     return work
 
 
-def prepare_optimised_step(config: Any, batch_size: int, device: Any, compile: bool = False) -> Work:
-    """Return a function that does one step of the training loop as in modality_cyclic_train.py."""
+def prepare_optimised_step(config: Any, batch_size: int, device: Any, samples: int = 0) -> Work:
+    """Return a function that does one step of the training loop as in modality_cyclic_train.py.
+
+    It is compiled if there are `samples` to come over which that pays.
+    """
     from itertools import repeat
     from types import SimpleNamespace
 
@@ -105,11 +108,10 @@ def prepare_optimised_step(config: Any, batch_size: int, device: Any, compile: b
         settings=training,
         precision=pick_precision(config.precision, device),
         seed=config.seed,
-        compile=compile,
+        compile_for=samples,
         on_save=lambda network, step: None,
     )
-    loop.model.train()
-    loop.network.train()
+    loop.train_step.train()
     return lambda: loop._train_step(None)
 
 

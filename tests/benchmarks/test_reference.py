@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.shared.reference import plain_ddim, plain_mmccd, plain_network, plain_optimizer, plain_training_step
+from guided_diffusion.logger import NullLogger
 from guided_diffusion.nn import Dropout
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.train_util import TrainLoop
@@ -194,7 +195,7 @@ def test_plain_training_steps_equal_those_of_the_loop(make_diffusion, tmp_path):
         inputs_of=inputs_of,
         batches_from=lambda step: itertools.repeat(batch),
         directory=tmp_path,
-        logger=None,
+        logger=NullLogger(),
         settings=SimpleNamespace(batch_size=3, lr_decay_steps=1000, lr_decay_factor=0.5, ema_rate=ema_rate, **training),
         precision=torch.float32,
         seed=0,

@@ -54,11 +54,11 @@ def assert_same_state(one, other) -> None:
     assert one.step == other.step
     assert torch.equal(flat(one.model), flat(other.model))
     assert torch.equal(flat(one.ema_model), flat(other.ema_model))
-    a, b = (loop.optimizer.state_dict() for loop in (one, other))
+    a, b = (loop.train_step.optimizer.state_dict() for loop in (one, other))
     assert a["param_groups"] == b["param_groups"]
     for key, state in a["state"].items():
         assert all(torch.equal(value, b["state"][key][name]) for name, value in state.items())
-    assert one.scaler.state_dict() == other.scaler.state_dict()
+    assert one.train_step.scaler.state_dict() == other.train_step.scaler.state_dict()
 
 
 @pytest.fixture

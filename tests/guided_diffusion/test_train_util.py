@@ -375,7 +375,7 @@ def test_a_copys_buffers_are_those_of_the_model(train, graphs):
     loop = train(model)
     assert model[1].num_batches_tracked == 6
     assert model[1].running_mean.abs().min() > 0
-    assert torch.equal(loop.network[1].running_var, model[1].running_var)
+    assert torch.equal(loop.train_step.network[1].running_var, model[1].running_var)
 
 
 def test_float16_is_not_recorded(train, linear, tmp_path, graphs):
@@ -408,6 +408,6 @@ def test_the_copy_is_compiled_before_the_first_step(train, linear, monkeypatch, 
         return network
 
     monkeypatch.setattr("utils.compiling.compiled", compiled)
-    loop = train(linear, compile=True, iterations=6)
-    assert calls == [(loop.network, 48, TRAINING)]
-    assert loop.network is not linear
+    loop = train(linear, compile_for=48, iterations=6)
+    assert calls == [(loop.train_step.network, 48, TRAINING)]
+    assert loop.train_step.network is not linear

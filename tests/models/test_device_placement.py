@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import config as configs
+from guided_diffusion.logger import NullLogger
 from guided_diffusion.train_util import TrainLoop
 from models import load_method
 from models.cycle import modality_cycle
@@ -107,14 +108,16 @@ def test_training_step_has_no_blocking_copies(model_name, small_config, tmp_path
         inputs_of=lambda batch, step: (*batch, *draws(step)),
         batches_from=lambda step: repeat(batch),
         directory=tmp_path,
-        logger=None,
+        logger=NullLogger(),
         settings=small_config.score_model.training,
         precision=torch.float32,
         seed=0,
         schedule_sampler=schedule_sampler,
         on_save=lambda network, step: None,
     )
-    loop.optimizer = torch.optim.AdamW(loop.trained, foreach=True, capturable=False)  # fused: not on meta
+    loop.train_step.optimizer = torch.optim.AdamW(
+        loop.train_step.trained, foreach=True, capturable=False
+    )  # fused: not on meta
     loop._train_step(batch)  # copies the schedules to the device
     with blocking_copies() as copies:
         loop._train_step(batch)
