@@ -101,10 +101,12 @@ def keep_compiled_code() -> None:
 
     Call this before torch.compile's modules are imported, which set the variable themselves.
     """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # an empty one would be the working directory
+        return
     home = os.path.expanduser("~")  # noqa: PTH111  (unlike Path.home, raises nothing if there is none)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path(home, ".cache"), "torchinductor")
     if folder.is_absolute() and os.access(next(parent for parent in folder.parents if parent.exists()), os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def thread_excepthook(error: threading.ExceptHookArgs) -> None:
