@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from datasets.records import read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
+# NumPy reads headers with Python's parser, which can fail with a SystemError in two threads at a time (Python 3.11).
+PARSING = Lock()
 MAX_INTENSITY = 1e4  # normalised intensities are far smaller: a larger value means a damaged file
 
 
@@ -84,7 +87,8 @@ class BraTS2021Dataset(Dataset):
         arrays = {}
         for kind in self.kinds:
             try:
-                arrays[kind] = np.load(files[kind], mmap_mode="r")
+                with PARSING:
+                    arrays[kind] = np.load(files[kind], mmap_mode="r")
                 if arrays[kind].dtype.kind not in "biuf":
                     raise ValueError(f"values of type {arrays[kind].dtype}")
             except Exception as error:  # NumPy raises many types for damaged or foreign files
