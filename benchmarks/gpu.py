@@ -57,14 +57,16 @@ def parse_args() -> argparse.Namespace:
 def measure(args: argparse.Namespace, config: Any, device: Any, peak: float, cache: dict[str, str]) -> None:
     """Print a table of steps and passes, each measured in a process of its own."""
     config.score_model.training.batch_size = args.batch_size
-    works = {f"step of {args.batch_size}": (prepare_step, args.batch_size, count_flops(config, training=True))}
+    works = {
+        f"step of {args.batch_size}": (prepare_optimised_step, args.batch_size, count_flops(config, training=True))
+    }
     for size in args.pass_sizes:
-        works[f"pass of {size}"] = (prepare_pass, size, count_flops(config, training=False))
+        works[f"pass of {size}"] = (prepare_optimised_pass, size, count_flops(config, training=False))
     rows = []
-    for name, (prepare, size, flops) in works.items():
+    for name, (make, size, flops) in works.items():
         for how in ("plain", "recorded", "compiled and recorded", "compiled, from the cache"):
             started = perf_counter()
-            sides = {how: partial(prepare, config, size, device, how)}
+            sides = {how: partial(prepare, make, config, size, device, how)}
             with timing.start_workers(device, sides, 1, {how: cache}) as workers:
                 first = perf_counter() - started
                 workers[how](10)
@@ -72,30 +74,18 @@ def measure(args: argparse.Namespace, config: Any, device: Any, peak: float, cac
             seconds = timing.median_seconds(runs) / 10
             rate = size * flops / seconds / peak
             speeds = [f"{1e3 * seconds:.2f}", f"{size / seconds:,.0f}", f"{rate:.1%}", timing.peak_memory(runs)]
-            kernels = f"{count_kernels(config, prepare, size, device):,}" if how == "recorded" else ""
+            kernels = f"{count_kernels(make, config, size, device):,}" if how == "recorded" else ""
             rows.append([f"{name}, {how}", *speeds, kernels, f"{first:.0f}"])
     print_table(["", "ms", "samples/s", "of the peak", "memory", "kernels", "s to the first"], rows)
 
 
-def prepare_step(config: Any, size: int, device: Any, how: str) -> Work:
-    """Return a function that does several training steps, recorded or compiled as `how` says."""
-    samples = MANY if how.startswith("compiled") else 0
-    return several(how, partial(prepare_optimised_step, config, size, device, samples))
-
-
-def prepare_pass(config: Any, size: int, device: Any, how: str) -> Work:
-    """Return a function that does several network passes, recorded or compiled as `how` says."""
-    samples = MANY if how.startswith("compiled") else 0
-    return several(how, partial(prepare_optimised_pass, config, size, device, samples))
-
-
-def several(how: str, prepare: Callable[[], Work]) -> Work:
-    """Return a function that repeats the prepared work; plain work is never recorded."""
+def prepare(make: Callable[..., Work], config: Any, size: int, device: Any, how: str) -> Work:
+    """Return a function that does several of the steps or passes that `make` prepares, recorded or compiled or not."""
     from utils import recording
 
     if how == "plain":
         recording.PLAIN_CALLS = sys.maxsize
-    work = prepare()
+    work = make(config, size, device, MANY if how.startswith("compiled") else 0)
 
     def repeat(times: int = 1) -> None:
         for _ in range(times):
@@ -104,7 +94,7 @@ def several(how: str, prepare: Callable[[], Work]) -> Work:
     return repeat
 
 
-def count_kernels(config: Any, prepare: Callable[..., Work], size: int, device: Any) -> int:
+def count_kernels(make: Callable[..., Work], config: Any, size: int, device: Any) -> int:
     """Return the number of kernels that a step or pass launches if nothing is compiled."""
     from unittest.mock import patch
 
@@ -114,7 +104,7 @@ def count_kernels(config: Any, prepare: Callable[..., Work], size: int, device: 
     from utils import recording
 
     with patch.object(recording, "PLAIN_CALLS", sys.maxsize):
-        work = prepare(config, size, device, "recorded")
+        work = prepare(make, config, size, device, "recorded")
         work(2)
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             work()
