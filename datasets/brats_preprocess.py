@@ -9,7 +9,8 @@ same height in all brains.
 
 Writes OUT/{train,val,test}/{modality…,seg,brainmask}/{subject}_{kind}_{slice}.npy: float32 images, uint8 segmentations
 with their original labels, uint8 brain masks. Training gets every tumour-free slice in the requested range; validation
-and testing get, for each subject, the slice with the largest tumour.
+and testing get, for each subject, the slice with the largest tumour, or with `--test_slices all` every slice that shows
+brain.
 
 A subject is written completely or not at all. Running the same command again adds the missing subjects and leaves the
 others alone. A subject that cannot be read is left out and reported at the end, with exit code 1.
@@ -27,7 +28,15 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, for `python ./datasets/X.py`
 
 from datasets.cohorts import BRATS_DIR, Cohort, Subject, read_brats, read_table, require_modalities
-from datasets.records import NORMALISATION, Record, find_finished, find_stale_slices, prepare_output_dir, store
+from datasets.records import (
+    NORMALISATION,
+    TEST_SLICES,
+    Record,
+    find_finished,
+    find_stale_slices,
+    prepare_output_dir,
+    store,
+)
 from datasets.splits import LIST_NAMES, Splits, choose_splits, find_lists, write_lists
 from utils.cli import ArgumentParser, UserError, run
 from utils.files import locked
@@ -50,7 +59,7 @@ def main() -> None:
     require_modalities(modalities, cohort)
     quantiles = (args.percentage_lower, args.percentage_upper)
     labels_and_grid = (cohort.max_label, cohort.shared_grid)
-    settings = Settings(args.output_dir, modalities, *quantiles, *args.slices, *labels_and_grid)
+    settings = Settings(args.output_dir, modalities, *quantiles, *args.slices, *labels_and_grid, args.test_slices)
 
     given = {split: getattr(args, f"{split}_split") for split in LIST_NAMES if f"{split}_split" in args}
     list_paths = find_lists(cohort.list_folders) | given
@@ -102,6 +111,8 @@ def parse_args() -> argparse.Namespace:
         default=[70, 90],
         help="axial slices START to STOP - 1, counted from 0",
     )
+    kept = "slices of val and test subjects: the one with the largest tumour, or all that show brain, tumour or not"
+    add("--test_slices", choices=TEST_SLICES, default=TEST_SLICES[0], help=kept)
     add("--workers", type=int, default=os.cpu_count() or 1, help="subjects at a time, by default one per core")
     add("--overwrite", action="store_true", help="start over: delete the slices of all earlier runs in output_dir")
     args = parser.parse_args()
@@ -179,15 +190,21 @@ def print_summary(
         n_slices = sum("/seg/" in name for name in files)
         earlier = f", subjects already preprocessed: {n_finished}" if n_finished else ""
         print(f"{split}: subjects read: {len(subjects) - n_finished}, slices written: {n_slices}{earlier}")
-    records = finished | made
+    records, without_tumour = finished | made, False
     for split, subjects in splits.items():
-        missing = "no tumour-free slice" if split == "train" else "no tumour"
+        missing = "no brain" if settings.test_slices == "all" else "no tumour"
+        missing = "no tumour-free slice" if split == "train" else missing
         empty = [subject for subject in subjects if subject in records and not records[subject].files]
         bad = [subject for subject in subjects if subject in failures]
         reason_empty = f"{missing} in slices {settings.start} to {settings.stop - 1}"
         for reason, left_out in ((reason_empty, empty), ("bad volumes", bad)):
             if left_out:
                 print(f"{split}: left out, {reason}: {len(left_out)} ({abbreviate(left_out)})")
+        if split != "train" and settings.test_slices == "largest":
+            healthy = any(records[subject].made_with.get("lesion") is False for subject in empty)
+            without_tumour |= healthy or 0 < len(empty) == len(records.keys() & set(subjects))
+    if without_tumour:
+        print("--test_slices all keeps val and test subjects without a tumour, healthy ones included")
 
 
 def print_quality_warnings(settings: Settings, outputs: Mapping[str, SubjectSlices]) -> None:

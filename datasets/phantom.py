@@ -2,8 +2,8 @@
 
 The anatomy is real, the subjects are not: nilearn's MNI152 tissue templates are deformed at random for each subject
 (phantom_anatomy), a tumour is grown in the white matter (phantom_tumour), and each modality is simulated with its own
-contrast and acquisition (phantom_scan). Everything is drawn from (seed, subject number), so a cohort is identical byte
-for byte with any number of workers.
+contrast and acquisition (phantom_scan). `--healthy` adds subjects without a tumour. Everything is drawn from (seed,
+subject number), so a cohort is identical byte for byte with any number of workers.
 
     python ./datasets/phantom.py --train 48 --val 16 --test 32
 """
@@ -28,7 +28,7 @@ def subject_name(number: int) -> str:
     return f"BraTS2021_{number:05d}"
 
 
-def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
+def write_subject(output_dir: Path, seed: int, number: int, split: str, healthy: bool = False) -> None:
     """Generate a subject and write its five volumes."""
     import nibabel as nib
 
@@ -36,7 +36,7 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
     from datasets.phantom_head import make_subject
     from utils.nifti import write_volume
 
-    volumes, _, _ = make_subject(seed, number, split)
+    volumes, _, _ = make_subject(seed, number, split, healthy)
     folder = output_dir / subject_name(number)
     folder.mkdir(exist_ok=True)
     for kind, volume in volumes.items():
@@ -47,10 +47,15 @@ def write_subject(output_dir: Path, seed: int, number: int, split: str) -> None:
         write_volume(image, folder / f"{folder.name}_{kind}.nii.gz")
 
 
-def write_cohort(output_dir: Path, counts: dict[str, int], seed: int, workers: int) -> None:
-    """Write all subjects and then the split lists, so that a list never names a missing subject."""
+def write_cohort(output_dir: Path, counts: dict[str, int], seed: int, workers: int, healthy: int = 0) -> None:
+    """Write all subjects and then the split lists, so that a list never names a missing subject.
+
+    The `healthy` subjects of val, then those of test, have the last numbers, so that they change no other subject.
+    """
     splits = [split for split in LIST_NAMES for _ in range(counts[split])]
-    jobs = [(output_dir, seed, number, split) for number, split in enumerate(splits)]
+    splits += [split for split in ("val", "test") for _ in range(healthy)]
+    n_patients = sum(counts.values())
+    jobs = [(output_dir, seed, number, split, number >= n_patients) for number, split in enumerate(splits)]
     with writing(output_dir, "--output_dir"):
         for _, done in in_processes(write_subject, jobs, workers, desc="phantom", unit="subject"):
             done.result()
@@ -87,11 +92,14 @@ def parse_args() -> Namespace:
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="folder for the cohort")
     for split, count in {"train": 48, "val": 16, "test": 32}.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"number of {split} subjects")
+    parser.add_argument(
+        "--healthy", type=int, default=0, help="number of further subjects without a tumour in val, and in test"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the cohort")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of worker processes")
     parser.add_argument("--figure", type=Path, help="also plot the first test subjects to this PNG file")
     args = parser.parse_args()
-    for name, least in {"train": 1, "val": 1, "test": 1, "workers": 1, "seed": 0}.items():
+    for name, least in {"train": 1, "val": 1, "test": 1, "healthy": 0, "workers": 1, "seed": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be {least} or more")
     if args.figure and (args.figure.suffix != ".png" or not args.figure.parent.is_dir()):
@@ -104,8 +112,9 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     counts = {split: getattr(args, split) for split in LIST_NAMES}
-    write_cohort(args.output_dir, counts, args.seed, args.workers)
-    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    write_cohort(args.output_dir, counts, args.seed, args.workers, args.healthy)
+    counts |= {"healthy val": args.healthy, "healthy test": args.healthy}
+    listed = ", ".join(f"{count} {group}" for group, count in counts.items() if count)
     print(f"Wrote {sum(counts.values())} subjects ({listed}) and their split lists to {args.output_dir}.")
     if args.figure:
         first = args.train + args.val

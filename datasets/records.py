@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # too slow to import for `--help`
 RECORDS = "subjects"
 PARTIAL = ".partial"
 NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # the paper's quantiles
+TEST_SLICES = ("largest", "all")  # of val and test subjects
+EARLIER = {"test_slices": "largest"}  # settings of records from before these keys existed
 START_OVER = "pass --overwrite to start over, or choose another --output_dir"
 
 
@@ -76,6 +78,12 @@ def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
     return {"normalisation": quantiles, "grid": grids[0] if agreed else None}
 
 
+def read_lesion_flags(output_dir: Path) -> dict[str, bool]:
+    """Return for each subject whether it has a lesion anywhere in its volume; subjects without a record are absent."""
+    records = (item for item in load_records(output_dir).items() if item[1])
+    return {subject: record.made_with["lesion"] for subject, record in records if "lesion" in record.made_with}
+
+
 def find_finished(output_dir: Path, describe: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Record]:
     """Return the records of the subjects that earlier runs finished.
 
@@ -96,7 +104,7 @@ def describe_mismatch(made_with: Mapping[str, Any], requested: Mapping[str, Any]
     if requested is None:
         return "which is not in any split list now"
     for key, now in requested.items():
-        before = made_with.get(key)
+        before = made_with.get(key, EARLIER.get(key))
         if before == now:
             continue
         if key == "volumes":

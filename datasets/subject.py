@@ -35,6 +35,7 @@ class Settings:
     stop: int
     max_label: int  # in a segmentation
     shared_grid: bool  # all subjects keep their common grid; otherwise each is resampled onto the BraTS grid
+    test_slices: str = "largest"  # of val and test subjects, one of TEST_SLICES
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -51,6 +52,7 @@ class Settings:
             "split": split,
             "modality": ",".join(sorted(self.modalities)),  # the slices do not depend on their order
             "slices": f"{self.start} {self.stop}",
+            "test_slices": self.test_slices,
             "percentage_lower": self.percentage_lower,
             "percentage_upper": self.percentage_upper,
             "volumes": {kind: checksum(subject.volumes[kind]) for kind in self.input_kinds(subject)},
@@ -95,7 +97,7 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
 class SubjectSlices(NamedTuple):
     """The selected slices of a subject, their provenance, and warnings about its volumes."""
 
-    made_with: dict  # provenance, as in `Settings.describe`, and `grid`
+    made_with: dict  # provenance, as in `Settings.describe`, `grid` and `lesion`: whether the volume has one anywhere
     # [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, grouped by kind: float32 modalities, uint8 seg and brainmask.
     slices: dict[str, np.ndarray]
     warnings: list[str]  # see `quality_warnings`
@@ -134,7 +136,7 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
     stacks["brainmask"] = brain[:, :, window].astype(np.uint8)
     stacks["seg"] = lesions[:, :, window]
 
-    chosen = choose_slices(split, stacks["seg"], stacks["brainmask"])
+    chosen = choose_slices(split, stacks["seg"], stacks["brainmask"], settings.test_slices)
     slices = {
         f"{kind}/{subject.name}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
         for kind, stack in stacks.items()
@@ -142,9 +144,9 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
     }
     nearest = None
     if not chosen:
-        others = choose_slices(split, lesions, brain)
+        others = choose_slices(split, lesions, brain, settings.test_slices)
         nearest = min(others, key=lambda i: max(settings.start - i, i + 1 - settings.stop), default=None)
-    made_with["grid"] = reader.slice_geometry()
+    made_with |= {"grid": reader.slice_geometry(), "lesion": bool(lesions.any())}
     return SubjectSlices(made_with, slices, quality_warnings(nonzero, brain), nearest)
 
 
@@ -283,18 +285,20 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
     return image
 
 
-def choose_slices(split: str, seg: np.ndarray, brainmask: np.ndarray) -> list[int]:
+def choose_slices(split: str, seg: np.ndarray, brainmask: np.ndarray, test_slices: str = "largest") -> list[int]:
     """Return the sorted indices of the slices that go into `split`, among those that contain brain.
 
     Args:
-        split: "train" for all slices without tumour; "val" or "test" for the one with the largest tumour, if any
-            (the first of equals).
+        split: "train" for all slices without tumour; "val" or "test" for those that `test_slices` names.
         seg: labels, [H, W, N]; tumour is > 0.
         brainmask: [H, W, N]; brain is > 0.
+        test_slices: "largest" for the one with the largest tumour, if any (the first of equals); "all" for all.
     """
     tumour_area = (seg > 0).sum(axis=(0, 1))  # pixels
     has_brain = brainmask.any(axis=(0, 1))
     if split == "train":
         return (has_brain & (tumour_area == 0)).nonzero()[0].tolist()
+    if test_slices == "all":
+        return has_brain.nonzero()[0].tolist()
     tumour_area[~has_brain] = 0
     return [int(tumour_area.argmax())] if tumour_area.any() else []

@@ -42,7 +42,7 @@ FLAGS = {
         "threshold",
         "slices",
     ),
-    "datasets/phantom.py": ("output_dir", "train", "val", "test", "seed", "workers", "figure"),
+    "datasets/phantom.py": ("output_dir", "train", "val", "test", "healthy", "seed", "workers", "figure"),
     "datasets/brats_preprocess.py": (
         "modality",
         "data_dir",
@@ -54,6 +54,7 @@ FLAGS = {
         "val_split",
         "test_split",
         "slices",
+        "test_slices",
         "workers",
         "overwrite",
     ),

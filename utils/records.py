@@ -67,8 +67,9 @@ EXPERIMENT["properties"]["data"] = {
 }
 
 # Record of a preprocessed subject, in the output folder of preprocessing.
+_MADE_WITH = {"grid": nullable(_GRID), "lesion": BOOL, "test_slices": {"enum": ["largest", "all"]}}
 SUBJECT = object_of(
-    made_with={"type": "object", "properties": {"grid": nullable(_GRID), **_NORMALISATION["properties"]}},
+    made_with={"type": "object", "properties": _MADE_WITH | _NORMALISATION["properties"]},
     files={"type": "object", "additionalProperties": integer(0, 2**60)},
 )
 

@@ -9,7 +9,7 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats, read_table, suggest_modality
-from datasets.records import RECORDS, read_preprocessing
+from datasets.records import RECORDS, read_lesion_flags, read_preprocessing
 from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here
@@ -191,6 +191,7 @@ BAD_TABLES = {  # the text, parts of the message
     "subject with a star": ("subject,a,seg\nA*,a,s", "line 2: subject 'A*'"),
     "subject too long": (f"subject,a,seg\n{'A' * 101},a,s", "line 2: subject 'AAAA"),
     "subject twice": ("subject,a,seg\nA,a,s\nB,a,s\nA,b,", "line 4: subject A appears twice"),
+    "subject in two splits": ("subject,a,seg,split\nA,a,s,train\nA,a,s,test", "line 3: subject A appears twice"),
     "one file twice": ("subject,a,b,seg\nA,x,y,s\nB,x,x,s", "line 3: x is both a and b"),
     "too few cells": ("subject,a,seg\nA,a", "line 2 has 2 cells", "3 columns"),
     "too many cells": ("subject,a,seg\nA,a,s,t", "line 2 has 4 cells", "3 columns"),
@@ -381,8 +382,22 @@ def test_healthy_subjects_are_tumour_free_and_unlabelled_ones_left_out(scans, sl
     assert not any(np.load(path).any() for path in (out / "train/seg").glob("well_*"))
     assert "left out, neither a seg nor healthy=yes: 1 (unclear)\n" in done.stdout
     assert "test: left out, no tumour in slices 70 to 89: 1 (well-test)\n" in done.stdout
+    assert "--test_slices all keeps val and test subjects without a tumour" in done.stdout
     assert f"split lists: split column of {scans / 'cohort.csv'}\n" in done.stdout
     assert not list(out.glob("*.txt"))
+
+
+def test_all_slices_of_healthy_test_subjects_are_kept(scans, tmp_path):
+    text = (scans / "cohort.csv").read_text().splitlines()
+    table, out = scans / "healthy.csv", tmp_path / "out"
+    table.write_text("\n".join(line for line in text if line.startswith(("subject", "well", "masked", "not-well"))))
+    done = run_script("--csv", table, "--output_dir", out, "--slices", 80, 84, "--test_slices", "all")
+    names = [f"{name}_seg_{z}.npy" for name in ("masked", "well-test") for z in range(80, 84)]
+    assert sorted(path.name for path in (out / "test/seg").iterdir()) == names
+    assert not any(np.load(path).any() for path in (out / "test/seg").glob("well-test_*"))
+    assert (done.code, done.stderr.count("\n")) == (1, 1)
+    assert "not-well is declared healthy" in done.stderr
+    assert read_lesion_flags(out) == {"masked": True, "well": False, "well-test": False}
 
 
 def test_brain_mask_defines_the_brain(sliced):

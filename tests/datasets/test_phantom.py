@@ -92,6 +92,39 @@ def test_heads_differ_between_seeds_and_subjects(truths):
         assert all((volumes[kind] != truths[0][0][kind]).any() for kind in KINDS)
 
 
+@pytest.fixture(scope="module")
+def with_healthy(tmp_path_factory) -> Path:
+    """Make the cohort again, with one healthy subject in val and one in test."""
+    folder = tmp_path_factory.mktemp("healthy")
+    counts = [arg for split, count in COUNTS.items() for arg in (f"--{split}", count)]
+    done = run_script("--output_dir", folder, "--seed", SEED, "--workers", 2, "--healthy", 1, *counts)
+    assert "Wrote 5 subjects (1 train, 1 val, 1 test, 1 healthy val, 1 healthy test) and" in done.stdout
+    return folder
+
+
+def test_healthy_subjects_have_the_last_numbers_and_change_no_other(cohort, with_healthy):
+    before, after = files_of(cohort), files_of(with_healthy)
+    scans = {file for file in before if file.endswith(".nii.gz")}
+    assert {file: after[file] for file in scans} == {file: before[file] for file in scans}
+    names = [phantom.subject_name(number) for number in range(5)]
+    lists = {split: (with_healthy / name).read_text().splitlines() for split, name in LIST_NAMES.items()}
+    assert lists == {"train": names[:1], "val": [names[1], names[3]], "test": [names[2], names[4]]}
+
+
+def test_healthy_subjects_have_age_but_no_tumour(with_healthy, truths):
+    for number, split in ((3, "val"), (4, "test")):
+        name = phantom.subject_name(number)
+        scans = {kind: np.asarray(nib.load(with_healthy / name / f"{name}_{kind}.nii.gz").dataobj) for kind in KINDS}
+        assert not scans["seg"].any()
+        _, anatomy, _ = phantom_head.make_subject(SEED, number, split, healthy=True)
+        flair = scans["flair"][tuple(anatomy.coords.T)]
+        assert np.median(flair[anatomy.wmh > 0.5]) > 1.1 * np.median(flair[(anatomy.wm > 0.95) & (anatomy.wmh < 0.02)])
+        _, sick, tumour = phantom_head.make_subject(SEED, number, split)  # the same head with a tumour
+        np.testing.assert_array_equal(anatomy.coords, sick.coords)
+        far = np.linalg.norm(anatomy.coords - anatomy.coords[tumour.shares[2] > 0.5].mean(0), axis=1) > 110
+        np.testing.assert_array_equal(anatomy.wmh[far], sick.wmh[far])
+
+
 def test_background_is_zero_and_the_brain_is_not(images, truths):
     for subject, (_, anatomy, _) in zip(images, truths, strict=True):
         brain = np.zeros(phantom_anatomy.SHAPE, bool)
@@ -297,6 +330,7 @@ def test_smooth_noise_is_smooth_and_has_unit_variance():
         (["--val", "-1"], "--val is -1"),
         (["--test", "0"], "--test is 0"),
         (["--test", "many"], "--test"),
+        (["--healthy", "-1"], "--healthy is -1"),
         (["--workers", "0"], "--workers is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--figure", "picture.txt"], "--figure is picture.txt"),

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats
-from datasets.records import find_complete, store
+from datasets.records import find_complete, load_records, read_lesion_flags, store
 from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
 from datasets.subject import choose_slices, normalise, quality_warnings
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here, run_process
@@ -180,6 +181,9 @@ def test_choose_slices(areas, brain, train, test):
         brainmask[0, 0, index] = brain[index]
     assert choose_slices("train", seg, brainmask) == train
     assert choose_slices("test", seg, brainmask) == choose_slices("val", seg, brainmask) == test
+    assert choose_slices("train", seg, brainmask, "all") == train
+    shown = [index for index in range(4) if brain[index]]
+    assert choose_slices("test", seg, brainmask, "all") == choose_slices("val", seg, brainmask, "all") == shown
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -216,6 +220,60 @@ def test_command_line_writes_the_expected_slices(cohort, tmp_path):
     assert "test: left out, no tumour in slices 4 to 8: 1 (P_well)\n" in result.stdout
     assert "--slices 3 9 would include 1 of the subjects left out\n" in result.stdout
     assert "warning: t2 is 0 in more than 10% of the brain: 5 (P_sick, P_test, P_train, P_val, P_well)" in result.stdout
+
+
+def test_all_test_slices_show_brain_with_or_without_a_tumour(cohort, finished, tmp_path):
+    data_dir, out = Path(shutil.copytree(cohort, tmp_path / "raw")), tmp_path / "out"
+    for border, modality in enumerate(("flair", "t1", "t2"), start=1):  # brains of the same slices
+        save(data_dir / "P_low" / f"P_low_{modality}.nii.gz", raw(cohort, "P_val", modality) * (np.arange(12) < 7))
+        save(data_dir / "P_void" / f"P_void_{modality}.nii.gz", raw(cohort, "P_val", modality) * (np.arange(12) < 4))
+        healthy = np.roll(raw(cohort, "P_val", modality), border, axis=0)
+        save(data_dir / "P_healthy" / f"P_healthy_{modality}.nii.gz", healthy)
+    for name in ("P_low", "P_void", "P_healthy"):
+        save(data_dir / name / f"{name}_seg.nii.gz", np.zeros(SHAPE, np.uint8))
+    lists = {"train": SPLITS["train"], "val": ["P_val", "P_low"], "test": ["P_test", "P_well", "P_void", "P_healthy"]}
+    write_lists(data_dir, lists)
+    result = preprocess(data_dir, out, "--test_slices", "all")
+
+    numbers = {
+        name: sorted(int(path.stem.rpartition("_")[2]) for path in out.glob(f"*/seg/{name}_*"))
+        for names in lists.values()
+        for name in names
+    }
+    every = [4, 5, 6, 7, 8]
+    assert numbers == CHOSEN["train"] | {
+        **{"P_sick": [], "P_val": every, "P_low": [4, 5, 6]},
+        **{"P_test": every, "P_well": every, "P_void": [], "P_healthy": every},
+    }
+    largest = {name: data for name, data in contents(finished).items() if name.endswith(".npy")}
+    assert largest.items() <= contents(out).items()
+    assert "test: left out, no brain in slices 4 to 8: 1 (P_void)\n" in result.stdout
+    assert "--slices 3 9 would include 1 of the subjects left out\n" in result.stdout
+    assert "val: left out" not in result.stdout
+    assert "--test_slices" not in result.stdout
+    assert {record.made_with["test_slices"] for record in load_records(out).values()} == {"all"}
+    # P_well's lesions are outside the slices.
+    healthy = dict.fromkeys(("P_low", "P_void", "P_healthy"), False)
+    assert read_lesion_flags(out) == dict.fromkeys(TUMOURS, True) | healthy
+
+
+@pytest.mark.parametrize(
+    ("subjects", "splits", "said"),
+    [
+        ({"A": {5: (1, 3)}, "B": {}}, {"val": ["A"], "test": ["A2", "B"]}, True),  # B is healthy
+        ({"A": {5: (1, 3)}, "B": {2: (1, 3)}}, {"val": ["A"], "test": ["A2", "B"]}, False),  # a lesion elsewhere
+        ({"A": {5: (1, 3)}, "B": {2: (1, 3)}}, {"val": ["B"], "test": ["A"]}, True),  # nobody is left in val
+        ({"A": {5: (1, 3)}, "B": dict.fromkeys(range(12), (1, 1))}, {"train": ["B"], "test": ["A"]}, False),
+    ],
+)
+def test_summary_names_the_flag_that_keeps_subjects_without_a_tumour(tmp_path, subjects, splits, said):
+    for seed, name in enumerate(("A", "A2", "B")):
+        make_subject(tmp_path / "raw", name, subjects[name[0]], seed=seed)
+    write_lists(tmp_path / "raw", {"train": [], "val": [], "test": []} | splits)
+    line = "--test_slices all keeps val and test subjects without a tumour, healthy ones included\n"
+    for _ in range(2):  # also if the subjects have already been preprocessed
+        assert (line in preprocess(tmp_path / "raw", tmp_path / "out").stdout) is said
+    assert line not in preprocess(tmp_path / "raw", tmp_path / "all", "--test_slices", "all").stdout
 
 
 def test_quality_warnings():
@@ -334,6 +392,10 @@ INCOMPLETE = {
     "no record": lambda out: (out / "subjects/P_train.json").unlink(),
     "record cut off": lambda out: (out / "subjects/P_train.json").write_text('{"made_with": {'),
     "record of another kind": lambda out: (out / "subjects/P_train.json").write_text("[1]"),
+    "record of no such test slices": lambda out: edit_records(
+        out, lambda record: record.update(test_slices=3), "P_train"
+    ),
+    "record of half a lesion": lambda out: edit_records(out, lambda record: record.update(lesion=0.5), "P_train"),
     "record of sizes in words": lambda out: (out / "subjects/P_train.json").write_text(
         '{"made_with": {}, "files": {"train/t1/P_train_t1_6.npy": "128 bytes"}}'
     ),
@@ -366,6 +428,7 @@ CHANGES = {
     "quantile": (untouched, SPLITS, ("--percentage_upper", "0.7"), "--percentage_upper 0.9, not 0.7"),
     "other quantile": (untouched, SPLITS, ("--percentage_lower", "0"), "--percentage_lower 0.02, not 0"),
     "slices": (untouched, SPLITS, ("--slices", "4", "8"), "--slices 4 9, not 4 8"),
+    "test slices": (untouched, SPLITS, ("--test_slices", "all"), "--test_slices largest, not all"),
     "subject gone": (untouched, {**SPLITS, "train": ["P_sick"]}, (), "P_train, which is not in any split list now"),
     "other split": (
         untouched,
@@ -387,6 +450,26 @@ def test_slices_of_a_different_run_are_refused(cohort, output_dir, tmp_path, cas
     result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, *args)
     expect_refusal(result, difference, str(output_dir), "--overwrite", "another --output_dir")
     assert listing(output_dir) == before
+
+
+def edit_records(output_dir: Path, edit: Callable[[dict], object], subject: str = "*") -> None:
+    for path in (output_dir / "subjects").glob(f"{subject}.json"):
+        record = json.loads(path.read_text())
+        edit(record["made_with"])
+        path.write_text(json.dumps(record))
+
+
+def test_records_of_earlier_versions_count_as_the_largest_slices(cohort, output_dir):
+    edit_records(output_dir, lambda made_with: [made_with.pop(key) for key in ("test_slices", "lesion")])
+    before = listing(output_dir)
+    assert "already preprocessed: 5 of 5 subjects\n" in preprocess(cohort, output_dir).stdout
+    assert read_lesion_flags(output_dir) == {}
+    args = ("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
+    result = run_script(*args, "--test_slices", "all")
+    expect_refusal(result, "--test_slices largest, not all", "--overwrite")
+    assert listing(output_dir) == before
+    edit_records(output_dir, lambda made_with: made_with.update(test_slices="all"))
+    expect_refusal(run_script(*args), "--test_slices all, not largest", "--overwrite")
 
 
 def test_overwrite_removes_the_earlier_slices(cohort, output_dir, tmp_path):
@@ -633,6 +716,7 @@ BAD_INPUT = {
     "slices empty": (untouched, ("--slices", "5", "5"), "START < STOP"),
     "slices below 0": (untouched, ("--slices", "-1", "5"), "START < STOP"),
     "slices beyond the end": (untouched, ("--slices", "4", "13"), "P_train_t2.nii.gz", "12 slices"),
+    "test slices by number": (untouched, ("--test_slices", "3"), "--test_slices", "'3'", "all"),
     "no workers": (untouched, ("--workers", "0"), "--workers must be 1 or more"),
     "mistyped flag": (untouched, ("--modalities", "t2"), "did you mean '--modality'?"),
 }

@@ -87,10 +87,9 @@ def test_the_commands_run_as_written(cohort, in_process, as_subprocess, tiny, sh
     assert {*sizes, "modality_cyclic_test.py", "split_traintest.py", "-m"} <= set(run)
 
 
-@pytest.fixture(scope="module")
-def section(repository) -> str:
-    text = (repository / "docs/data.md").read_text(encoding="utf-8")
-    return re.search(r"^## Add your own data set$(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+def read_section(title: str) -> str:
+    text = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
+    return re.search(rf"^## {title}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
 
 
 def make_volume(path: Path, seed: int) -> None:
@@ -105,10 +104,8 @@ def make_volume(path: Path, seed: int) -> None:
     nibabel.save(nibabel.Nifti1Image(volume, AFFINE), path)
 
 
-@pytest.fixture(scope="module")
-def mine(section, tmp_path_factory) -> tuple[Path, list[list[str]]]:
-    """A working directory with the page's table and the volumes it lists, and the page's commands."""
-    folder = tmp_path_factory.mktemp("mine")
+def make_cohort(section: str, folder: Path) -> list[list[str]]:
+    """Write the table of a section of data.md and the volumes it lists; return the section's commands."""
     table, text = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line)[1:] for line in text.splitlines()]
     path = folder / commands[0][commands[0].index("--csv") + 1]
@@ -118,11 +115,11 @@ def mine(section, tmp_path_factory) -> tuple[Path, list[list[str]]]:
     cells = {cell for row in csv.reader(table.splitlines()) for cell in row if cell.endswith(".nii.gz")}
     for seed, cell in enumerate(sorted(cells)):
         make_volume(path.parent / cell, seed)
-    return folder, commands
+    return commands
 
 
-def test_the_commands_for_your_own_data_set(mine, in_process, tiny, short):
-    folder, commands = mine
+def test_the_commands_for_your_own_data_set(tmp_path, in_process, tiny, short):
+    folder, commands = tmp_path, make_cohort(read_section("Add your own data set"), tmp_path)
     small = tuple(flag for flag in tiny if not flag.startswith(("--dataset", "--data_dir")))
     assert [Path(script).name for script, *_ in commands] == [
         "brats_preprocess.py",
@@ -148,6 +145,20 @@ def test_the_commands_for_your_own_data_set(mine, in_process, tiny, short):
     assert json.loads(metrics.read_text())["n_slices"] == 1
 
 
-def test_every_column_is_documented(section):
+def test_the_slices_of_healthy_people_beside_patients(tmp_path, in_process):
+    preprocessing, *_ = make_cohort(read_section("Healthy people beside patients"), tmp_path)
+    done = in_process(*preprocessing, "--workers", 1, cwd=tmp_path)
+    assert (done.code, done.stderr) == (0, "")
+    out = tmp_path / preprocessing[preprocessing.index("--output_dir") + 1]
+    names = {split: sorted(path.name for path in (out / split / "seg").iterdir()) for split in ("train", "val", "test")}
+    subjects = {"train": ["IXI002"], "val": ["IXI012"], "test": ["IXI013", "patient-1"]}
+    assert names == {
+        split: [f"{subject}_seg_{z}.npy" for subject in members for z in range(70, 90)]
+        for split, members in subjects.items()
+    }
+
+
+def test_every_column_is_documented():
+    section = read_section("Add your own data set")
     for column in ("subject", "seg", "brainmask", "healthy", "split"):
         assert f"| `{column}` |" in section
