@@ -22,6 +22,8 @@ from utils.cli import UserError, parse_run_args, run
 from utils.files import writing
 from utils.storage import Folder, local_path, open_folder
 
+FROZEN_THRESHOLDS = ("validation", "healthy")  # of a test run, in the order in which prediction prefers them
+
 
 def main() -> None:
     args, overrides = parse_args()
@@ -101,8 +103,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--scoring", choices=["chosen", "published"], help=scoring)
     combined = "score with the runs of this folder, from modality_cyclic_test.py --combine, whatever other flags select"
     add("--combined", type=local_path, metavar="RUN", help=combined)
-    threshold = "mark voxels with at least this score (default: the validation threshold of the translators' test run)"
-    add("--threshold", type=positive_number, help=threshold)
+    threshold = (
+        "mark voxels with at least this score: a number, or a threshold of the translators' test run, chosen on its "
+        "validation slices for the highest Dice or for few marks in healthy tissue (default: validation, else healthy)"
+    )
+    add("--threshold", type=threshold_or_name, metavar="{validation,healthy,NUMBER}", help=threshold)
     slices = "range of the scan's own axial slices to score, counted from 0, STOP excluded (default: all)"
     add("--slices", type=int, nargs=2, metavar=("START", "STOP"), help=slices)
     args, overrides = parse_run_args(parser)
@@ -111,14 +116,16 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def positive_number(text: str) -> float:
-    """Parse a finite number above 0."""
+def threshold_or_name(text: str) -> float | str:
+    """Parse the name of a threshold, or a finite number above 0."""
+    if text in FROZEN_THRESHOLDS:
+        return text
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(FROZEN_THRESHOLDS)} or a number above 0")
     return number
 
 
@@ -229,7 +236,8 @@ def find_chain_score(
     method = load_method(args.model_name)
     standardised = method.score_kind(chain.config) == "standardised"
     folder = f"results/{results_name(chain)}"
-    if args.threshold is not None and not standardised and args.scoring == "published":
+    has_number = isinstance(args.threshold, float)
+    if has_number and not standardised and args.scoring == "published":
         return [ScanScore(chain, 0.0, None)], args.threshold, "from --threshold"
     experiments.pull(folder, METRICS)
     path = experiments.local / folder / METRICS
@@ -237,7 +245,7 @@ def find_chain_score(
     results = "its score and threshold" if needs_constants else "a threshold"
     test = f"run {test_command(args, overrides)} to find {results}"
     remedy = test if needs_constants else f"{test}, or give --threshold"
-    if args.threshold is not None and not standardised:
+    if has_number and not standardised:
         remedy = f"{test}, or give --scoring published"
     metrics = read_metrics(path.parent, remedy)
     tested, current = (
@@ -266,12 +274,18 @@ def read_threshold(args: argparse.Namespace, block: Mapping[str, Any], source: A
     Raises:
         UserError: if there is neither.
     """
-    if args.threshold is not None:
+    if isinstance(args.threshold, float):
         return args.threshold, "from --threshold"
-    threshold = block["validation"] and block["validation"]["threshold"]
-    if not threshold:
-        remedy = f"preprocess validation slices with lesions and {remedy}, or give --threshold"
-        raise UserError(f"{source} has no validation threshold: {remedy}")
+    names = [args.threshold] if args.threshold else FROZEN_THRESHOLDS
+    found = {name: block[name]["threshold"] for name in names if block.get(name) and block[name]["threshold"]}
+    if not found:
+        data = "validation slices with lesions" if args.threshold == "validation" else "validation slices"
+        remedy = f"preprocess {data} and {remedy}, or give --threshold"
+        raise UserError(f"{source} has no {' or '.join(names)} threshold: {remedy}")
+    name, threshold = next(iter(found.items()))
+    if name == "healthy":
+        share = 100 * block[name].get("share", math.nan)
+        return threshold, f"the healthy threshold in {source} (marked {share:g} % of healthy validation pixels)"
     return threshold, f"the validation threshold in {source}"
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from scoring.chain import chain_parser, find_chain, require_same_preprocessing, results_name, score_grid
+from scoring.chain import chain_parser, find_chain, require_same_preprocessing, results_name, scoring_options
 from utils.cli import parse_run_args, run
 from utils.storage import Folder, local_path, open_folder
 
@@ -17,9 +17,9 @@ def main() -> None:
 
         print(comparison(*args.compare))
     elif args.combine:
-        combine_runs(args.combine, score_grid(args, overrides))
+        combine_runs(args.combine, scoring_options(args, overrides))
     elif args.rescore:
-        rescore(args.rescore, score_grid(args, overrides))
+        rescore(args.rescore, scoring_options(args, overrides))
     else:
         with open_folder(args.logdir) as experiments:
             score_translators(args, overrides, experiments)
@@ -30,10 +30,10 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     # Imported here because these take seconds to load.
     from datasets.brats2021 import fingerprint
     from evaluation.report import EVENTS, score_maps
-    from evaluation.results import ERROR_MAPS, write_maps
+    from evaluation.results import ERROR_MAPS, MapWriter, read_maps
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
-    from scoring.scorer import Scorer, create_maps, kinds_to_load, load_slices
+    from scoring.scorer import Scorer, create_maps, kinds_to_load, load_slices, voxel_size
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.experiment import describe_run, write_record
@@ -42,7 +42,7 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     dist_util.setup()
     experiments.writable = dist_util.rank() == 0
     chain = find_chain(args, overrides, experiments)
-    config, grid = chain.config, score_grid(args, overrides)
+    config, options = chain.config, scoring_options(args, overrides)
     require_same_preprocessing(chain, Path(config.data.data_dir))
     device = pick_device(dist_util.gpu_id(args.gpu_id), config.deterministic)
     scorer, name = Scorer(chain, device), results_name(chain)
@@ -55,31 +55,35 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
     checkpoints = {direction: experiments.address(path) for direction, path in chain.checkpoints.items()}
     print(config, *(f"{direction + ':':9} {address}" for direction, address in checkpoints.items()), sep="\n")
 
-    maps, cost = create_maps(scorer, {split: batch for split, batch in slices.items() if batch})
-    dist_util.shut_down()
+    slices = {split: parts for split, parts in slices.items() if parts}
     if not experiments.writable:
+        create_maps(scorer, slices, lambda split, part: None)
+        dist_util.shut_down()
         return
-    run = {
-        "method": chain.method,
-        "input": config.data.input,
-        "trans": config.data.trans,
-        "image_size": config.data.image_size,
-        "sampling": scorer.method.sampling_name(config),
-        "sampling_settings": scorer.method.sampling_settings(config),
-        **cost,
-        "checkpoints": checkpoints,
-        "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
-    }
-    results = experiments.local / "results" / name
-    data = {split: fingerprint(config.data.data_dir, split, kinds_to_load(chain)) for split in maps}
+    results, size = experiments.local / "results" / name, voxel_size(chain)
     with replaced(results, "--logdir", [EVENTS]) as new:
+        writer = MapWriter(new / ERROR_MAPS)
+        cost = create_maps(scorer, slices, writer.add, size)
+        dist_util.shut_down()
+        run = {
+            "method": chain.method,
+            "input": config.data.input,
+            "trans": config.data.trans,
+            "image_size": config.data.image_size,
+            "sampling": scorer.method.sampling_name(config),
+            "sampling_settings": scorer.method.sampling_settings(config),
+            **cost,
+            "checkpoints": checkpoints,
+            "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
+        }
+        writer.close(run)
+        data = {split: fingerprint(config.data.data_dir, split, kinds_to_load(chain)) for split in slices}
         write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
-        write_maps(new / ERROR_MAPS, run, maps)
-        score_maps(new, run, maps, experiments.address(results), grid)
+        score_maps(new, *read_maps(new / ERROR_MAPS), experiments.address(results), **options)
         experiments.remove(f"results/{results.name}", EVENTS)
 
 
-def rescore(path: Path, grid: list) -> None:
+def rescore(path: Path, options: dict) -> None:
     """Score the error maps of an earlier test run, given its results folder or its error_maps.npz."""
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, read_maps
@@ -88,14 +92,14 @@ def rescore(path: Path, grid: list) -> None:
     path = path / ERROR_MAPS if path.is_dir() else path
     run, maps = read_maps(path)
     with replaced(path.parent, "--rescore", [EVENTS]) as new:
-        score_maps(new, run, maps, str(path.parent), grid)
+        score_maps(new, run, maps, str(path.parent), **options)
 
 
-def combine_runs(runs: list[str], grid: list) -> None:
+def combine_runs(runs: list[str], options: dict) -> None:
     """Sum the chosen scores of several test runs, and write the results next to those of the first run."""
     from evaluation.combination import INTENSITY, combine
     from evaluation.report import EVENTS, score_maps
-    from evaluation.results import ERROR_MAPS, write_maps
+    from evaluation.results import ERROR_MAPS, read_maps, write_maps
     from utils.experiment import write_record
     from utils.files import replaced
 
@@ -104,7 +108,7 @@ def combine_runs(runs: list[str], grid: list) -> None:
     with replaced(results, "--combine", [EVENTS]) as new:
         write_record(new, run)
         write_maps(new / ERROR_MAPS, run, maps)
-        score_maps(new, run, maps, str(results), grid)
+        score_maps(new, *read_maps(new / ERROR_MAPS), str(results), **options)
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -117,7 +121,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         nargs=2,
         type=local_path,
         metavar=("RUN_A", "RUN_B"),
-        help="instead of testing, compare the test runs in two folders slice by slice (paired bootstrap)",
+        help="instead of testing, compare the test runs in two folders slice by slice (paired bootstrap over subjects)",
     )
     combine = "instead of testing, sum the chosen scores of the runs in these folders; intensity: the input itself"
     add("--combine", nargs="+", metavar="RUN", help=combine)

@@ -4,14 +4,16 @@
     python benchmarks/comparison.py --dataset brats --data_dir ./datasets/data
 
 Every network is trained by modality_cyclic_train.py for the same number of steps; validation slices choose the
-checkpoint that is tested. Every score is shown as published, median filtered, and chosen on validation slices. An
-interrupted run resumes with the same command: training from its checkpoints, testing from the CSV.
+checkpoint that is tested. Every score is shown as published, median filtered, and chosen on validation slices. The
+last three columns need test data of whole subjects, healthy ones included. An interrupted run resumes with the same
+command: training from its checkpoints, testing from the CSV.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from math import isnan
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -30,11 +32,19 @@ FILTERS = ("none", "median5")  # of the published score
 SMOOTH = (*FILTERS, "chosen")
 WORDS = {"none": "as it is", "median5": "under median5", "chosen": "chosen"}
 COLOURS = {"none": "#56b4e9", "median5": "#0072b2", "chosen": "#d55e00"}
-SCORES = {"auprc": "AUPRC", "oracle_dice": "oracle Dice", "validation_dice": "validation Dice"}
+SCORES = {
+    "auprc": "AUPRC",
+    "oracle_dice": "oracle Dice",
+    "validation_dice": "validation Dice",
+    # At the threshold that healthy validation pixels give, of whole subjects.
+    "subject_dice": "subject Dice",
+    "false_positives": "FP/healthy scan",
+    "detection": "detection AUROC",
+}
 
 
 class Point(NamedTuple):
-    """One method's score on all test slices of a cohort."""
+    """One method's score on the test slices of a cohort."""
 
     cohort: str
     input: str
@@ -44,7 +54,7 @@ class Point(NamedTuple):
     smooth: str
 
 
-Slice = NamedTuple("Slice", [*Point.__annotations__.items(), ("name", str)])  # the score on one test slice
+Subject = NamedTuple("Subject", [*Point.__annotations__.items(), ("name", str)])  # the score on one test subject
 
 
 def main() -> None:
@@ -56,27 +66,30 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    slices_csv = args.csv.with_name(f"{args.csv.stem}_slices.csv")
-    rows, slices = read_points(args.csv, Point, tuple(SCORES)), read_points(slices_csv, Slice, ("auprc",))
+    subjects_csv = args.csv.with_name(f"{args.csv.stem}_subjects.csv")
+    rows, subjects = read_points(args.csv, Point, tuple(SCORES)), read_points(subjects_csv, Subject, ("auprc",))
     cohorts = {folder.name: folder for folder in args.test or [args.data_dir]}
     for test in tqdm(tests, desc="testing", unit="run"):
         if all(Point(cohort, *test, SMOOTH[0]) in rows for cohort in cohorts):
             continue
-        for point, row, of_slices in measure(args, test, cohorts):
+        for point, row, of_subjects in measure(args, test, cohorts):
             rows[point] = row
-            slices |= of_slices
-        write_points(slices_csv, Slice, ("auprc",), slices)
+            subjects |= of_subjects
+        write_points(subjects_csv, Subject, ("auprc",), subjects)
         write_points(args.csv, Point, tuple(SCORES), rows)
-    show(rows, slices)
+    show(rows, subjects)
     draw(rows, args.figure)
-    print(f"\n{args.csv}\n{slices_csv}\n{args.figure}")
+    print(f"\n{args.csv}\n{subjects_csv}\n{args.figure}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = plan.experiment_parser(
         __doc__,
         logdir=Path("experiments/comparison"),
-        csv=(Path("experiments/comparison.csv"), "file of the scores; those of slices go to *_slices.csv beside it"),
+        csv=(
+            Path("experiments/comparison.csv"),
+            "file of the scores; those of subjects go to *_subjects.csv beside it",
+        ),
         figure=Path("experiments/comparison.png"),
     )
     plan.add_methods(parser, list(plan.METHODS), [*plan.SINGLE_INPUT, next(iter(plan.ONE_WAY))])
@@ -112,15 +125,17 @@ def print_plan(args: argparse.Namespace, tests: Sequence[Test], trainings: Seque
 
 def measure(
     args: argparse.Namespace, test: Test, cohorts: Mapping[str, Path]
-) -> Iterator[tuple[Point, Row, dict[Slice, Row]]]:
+) -> Iterator[tuple[Point, Row, dict[Subject, Row]]]:
     """Score the test slices of every cohort: the published score with every filter, and the chosen one.
 
-    The validation slices of `--data_dir` choose the checkpoint, the score and its threshold.
+    The validation slices of `--data_dir` choose the checkpoint, the score and its thresholds.
     """
-    from evaluation.metrics import RIM, evaluate
-    from evaluation.report import better_sign, choose_scores, evaluate_args
-    from evaluation.scores import smooth_scores
-    from scoring.scorer import Scorer, create_maps
+    from evaluation.choice import slices_to_choose_on
+    from evaluation.evaluate import evaluate_parts
+    from evaluation.metrics import RIM
+    from evaluation.report import better_sign, choose_scores, score_functions, scored
+    from evaluation.subjects import subject_of
+    from scoring.scorer import Scorer, maps_in_memory
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.storage import Folder
@@ -130,43 +145,55 @@ def measure(
     slices = plan.load_cohorts(chain, cohorts)
     if args.select == "validation":
         chain = best_on_validation(chain, Folder(args.logdir / f"seed{test.seed}"), slices["val"], device)
-    maps, _ = create_maps(Scorer(chain, device), slices)
-    sign = better_sign(maps["val"])
-    choices, chosen = choose_scores(test._asdict(), maps, plan.grid_of(args), sign)
-    keys = {test.method: "chosen"} | ({INTENSITY: "chosen_intensity"} if test.method == REFERENCE else {})
-    rims = {(name, smooth): RIM for name in keys for smooth in FILTERS}
-    rims |= {(name, "chosen"): choices[key].settings.rim for name, key in keys.items()}
-    scored = {}  # by split: maps that hold the score of every method and filter
-    for split, group in maps.items():
-        plain = {test.method: group["scores"], INTENSITY: sign * group["image"]}
-        filtered = {(name, smooth): smooth_scores(plain[name], smooth) for name in keys for smooth in FILTERS}
-        scored[split] = {**group, **filtered, **{(name, "chosen"): chosen[split][key] for name, key in keys.items()}}
-    for cohort, (key, rim) in product(cohorts, rims.items()):
-        of_test, of_val = (evaluate_args(scored[split], key) for split in (cohort, "val"))
-        summary, per_slice = evaluate(*of_test, val=of_val, rim=rim)
-        name, smooth = key
+    maps, _ = maps_in_memory(Scorer(chain, device), slices)
+    sign = better_sign(slices_to_choose_on(maps["val"]))
+    choices = choose_scores(test._asdict(), maps, plan.grid_of(args), sign)
+    functions = {}
+    for smooth in FILTERS:
+        published = score_functions(smooth, sign, choices)
+        functions[test.method, smooth] = published["scores"], RIM
+        functions[INTENSITY, smooth] = published["intensity"], RIM
+    for name, key in ((test.method, "chosen"), (INTENSITY, "chosen_intensity")):
+        functions[name, "chosen"] = published[key], choices[key].settings.rim
+    for cohort, ((name, smooth), (score, rim)) in product(cohorts, functions.items()):
+        if name == INTENSITY and test.method != REFERENCE:
+            continue  # the same for every method
+        found = evaluate_parts(scored(maps[cohort], score), scored(maps["val"], score), rim)
         point = Point(cohort, test.input, test.trans, name, test.seed, smooth)
-        dice = {f"{choice}_dice": summary[choice]["dice"] for choice in ("oracle", "validation")}
-        named = zip(maps[cohort]["names"], per_slice["auprc"], strict=True)
-        of_slices = {Slice(*point, str(one)): {"auprc": float(value)} for one, value in named}
-        yield point, {"auprc": summary["auprc"], **dice}, of_slices
+        row = dict.fromkeys(SCORES) | {"auprc": found.summary["auprc"]}
+        row |= {f"{choice}_dice": found.summary[choice]["dice"] for choice in ("oracle", "validation")}
+        subjects = [subject_of(one) for part in maps[cohort] for one in part["names"]]
+        if whole := found.summary["by_subject"]:
+            row["subject_dice"] = whole["healthy"]["dice"]
+            row["false_positives"] = whole["healthy"]["healthy"]["false_positives"]
+            row["detection"] = whole["detection"]["subject"]["auroc"]
+            subjects = found.per_subject["subject"].tolist()
+        auprc = (found.per_subject or found.per_slice)["auprc"]
+        yield (
+            point,
+            row,
+            {Subject(*point, name): {"auprc": float(value)} for name, value in zip(subjects, auprc, strict=True)},
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Table and figure
 
 
-def show(rows: Mapping[Point, Row], slices: Mapping[Slice, Row]) -> None:
+def show(rows: Mapping[Point, Row], subjects: Mapping[Subject, Row]) -> None:
     """Print a row for every method: mean and range over seeds, and the paired bootstrap against Cyclic UNet."""
     for key, methods in by_cycle(rows).items():
         input, trans, smooth = key
         lines = []
         for method, found in methods.items():
-            cells = [over_seeds([row[score] for row in found]) for score in SCORES]
-            lines.append([label(method, input), *cells, difference(slices, key, method)])
+            values = [[row[score] for row in found] for score in SCORES]
+            cells = ["—" if None in of_seeds else over_seeds(of_seeds) for of_seeds in values]
+            lines.append([label(method, input), *cells, difference(subjects, key, method)])
         print(f"\n{input} → {trans} → {input}, {WORDS[smooth]}")
-        print_table([input, *SCORES.values(), "mean AUPRC of a slice − Cyclic UNet's"], lines)
-    print("mean (range) over seeds and cohorts; [95 % interval of a paired bootstrap over slices, of means over seeds]")
+        print_table([input, *SCORES.values(), "mean AUPRC of a subject − Cyclic UNet's"], lines)
+    print(
+        "mean (range) over seeds and cohorts; [95 % interval of a paired bootstrap over subjects, of means over seeds]"
+    )
 
 
 def by_cycle(rows: Mapping[Point, Row]) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
@@ -187,18 +214,18 @@ def label(method: str, input: str) -> str:
     return TITLES.get(method, f"intensity ({input})")
 
 
-def difference(slices: Mapping[Slice, Row], key: tuple[str, str, str], method: str) -> str:
-    """Return the mean difference of a slice's AUPRC, averaged over seeds, to Cyclic UNet's, with its interval."""
+def difference(subjects: Mapping[Subject, Row], key: tuple[str, str, str], method: str) -> str:
+    """Return the mean difference of a subject's AUPRC, averaged over seeds, to Cyclic UNet's, with its interval."""
     input, trans, smooth = key
-    by_slice: dict[str, dict[tuple[str, str], list[float]]] = {method: {}, REFERENCE: {}}
-    for point, row in slices.items():
+    by_subject: dict[str, dict[tuple[str, str], list[float]]] = {method: {}, REFERENCE: {}}
+    for point, row in subjects.items():
         fits = point.input == input and point.trans in (input, trans) and point.smooth == smooth
-        if fits and point.method in by_slice and row["auprc"] is not None:
-            by_slice[point.method].setdefault((point.cohort, point.name), []).append(row["auprc"])
-    shared = sorted(set(by_slice[method]) & set(by_slice[REFERENCE]))
+        if fits and point.method in by_subject and row["auprc"] is not None and not isnan(row["auprc"]):
+            by_subject[point.method].setdefault((point.cohort, point.name), []).append(row["auprc"])
+    shared = sorted(set(by_subject[method]) & set(by_subject[REFERENCE]))
     if method == REFERENCE or not shared:
         return "—"
-    return paired_difference(*([mean(by_slice[name][one]) for one in shared] for name in (method, REFERENCE)))
+    return paired_difference(*([mean(by_subject[name][one]) for one in shared] for name in (method, REFERENCE)))
 
 
 def draw(rows: Mapping[Point, Row], path: Path) -> None:

@@ -129,29 +129,27 @@ def seconds_of(directory: Path, steps: int) -> float:
     return steps * config["score_model"]["training"]["batch_size"] / images_per_second
 
 
-def anomaly_scores(args: argparse.Namespace, chain: Any, slices: dict[str, dict]) -> dict[str, dict[str, tuple]]:
-    """Return the arguments of `evaluate`, scores, truth and brain mask [N, H, W], by split and curve."""
-    from evaluation.scores import smooth_scores
-    from scoring.scorer import Scorer, create_maps
+def anomaly_scores(args: argparse.Namespace, chain: Any, slices: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the scored slices, as for `evaluate_parts`, by split and curve."""
+    from evaluation.report import score_functions, scored
+    from scoring.scorer import Scorer, maps_in_memory
     from utils.device import pick_device
 
-    maps, _ = create_maps(Scorer(chain, pick_device(args.gpu_id)), slices)
-    scored = {}
-    for split, group in maps.items():
-        found = {
-            "intensity": group["image"],
-            chain.method: smooth_scores(group["scores"], chain.config.score_model.sampling.smooth),
-            f"{chain.method}_errors": (group["image"] - group["reconstruction"]) ** 2 + group["variance"],
-        }
-        scored[split] = {name: (scores, group["truth"], group["brainmask"]) for name, scores in found.items()}
-    return scored
+    maps, _ = maps_in_memory(Scorer(chain, pick_device(args.gpu_id)), slices)
+    published = score_functions(chain.config.score_model.sampling.smooth, 1, {})
+    functions = {
+        "intensity": published["intensity"],
+        chain.method: published["scores"],
+        f"{chain.method}_errors": lambda part: (part["image"] - part["reconstruction"]) ** 2 + part["variance"],
+    }
+    return {split: {name: scored(parts, score) for name, score in functions.items()} for split, parts in maps.items()}
 
 
-def summarise(scored: tuple, val: tuple | None, seconds: float) -> Row:
-    """Return the row of a point, with 95 % intervals over slices; without `val` there is no validation Dice."""
-    from evaluation.metrics import evaluate
+def summarise(scored: Any, val: Any | None, seconds: float) -> Row:
+    """Return the row of a point, with 95 % intervals over subjects; without `val` there is no validation Dice."""
+    from evaluation.evaluate import evaluate_parts
 
-    summary = evaluate(*scored, val=val).summary
+    summary = evaluate_parts(scored, val).summary
     row = {"seconds": seconds, "auprc": summary["auprc"]}
     row["auprc_low"], row["auprc_high"] = summary["auprc_interval"]
     for choice in ("oracle", "validation"):

@@ -69,17 +69,19 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from evaluation.report import better_sign, choose_scores
+    from evaluation.report import better_sign, choose_scores, score_functions
 
     study, grid = Study(args, {}, {}), plan.grid_of(args)
     for test in tqdm(tests, desc="choosing", unit="run"):
         groups = maps_of(args, test)
         scored = {name: group for name, group in groups.items() if name != "test"}
-        choices, found = choose_scores(test._asdict(), scored, grid, better_sign(groups["val"]))
+        sign = better_sign(groups["val"])
+        choices = choose_scores(test._asdict(), {name: [group] for name, group in scored.items()}, grid, sign)
+        functions = score_functions("none", sign, choices)
         for method, key in ((test.method, "chosen"), (INTENSITY, "chosen_intensity")):
             place, settings = (test.input, method, test.seed), choices[key].settings
             study.runs.setdefault(place, groups)
-            maps = {name: of_group[key] for name, of_group in found.items()}
+            maps = {name: functions[key](group) for name, group in scored.items()}
             study.chosen.setdefault(place, Score(maps, settings.rim, settings))
     for show in (show_chosen, show_parts, show_rescaled, show_combined, show_draws):
         print(f"\n{show.__doc__}")
@@ -104,16 +106,16 @@ def maps_of(args: argparse.Namespace, test: Test) -> Groups:
     """Return the error maps of a run, from `--maps` if they are there."""
     import numpy as np
 
-    from scoring.scorer import Scorer, create_maps
+    from scoring.scorer import Scorer, maps_in_memory
     from utils.device import pick_device
 
     path = args.maps / f"{test.method}_{test.input}_{test.seed}.npz"
     cohorts = {"test": args.data_dir} | {folder.name: folder for folder in args.test}
     if not path.is_file():
         chain = plan.chain_of(args, test)
-        maps, _ = create_maps(Scorer(chain, pick_device(args.gpu_id)), plan.load_cohorts(chain, cohorts))
+        maps, _ = maps_in_memory(Scorer(chain, pick_device(args.gpu_id)), plan.load_cohorts(chain, cohorts))
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{name}/{key}": value for name, group in maps.items() for key, value in group.items()}
+        arrays = {f"{name}/{key}": value for name, (group,) in maps.items() for key, value in group.items()}
         np.savez_compressed(path, **arrays)
     groups: Groups = {name: {} for name in ("val", *cohorts)}
     with np.load(path) as file:

@@ -80,4 +80,7 @@ def get_config() -> ConfigDict:
     scoring.outside = "zeros,left_out"  # pixels outside the brain: smoothed as zeros, or left out of the smoothing
     scoring.neighbours = "0,3"  # σ of a Gaussian over neighbouring slices, where a scan has several
     scoring.rim = "0,4"  # width of the brain mask's unscored rim, px at 128
+
+    score_model.threshold = threshold = ConfigDict()
+    threshold.healthy_share = 0.01  # of the healthy validation pixels, marked at the threshold `healthy`
     return config

@@ -35,7 +35,8 @@ class BraTS2021Dataset(Dataset):
         kinds: modalities, `seg`, `brainmask`.
         image_size: height and width of the returned slices, px.
         processes: number of processes on this machine that hold such a dataset.
-        progress: show a progress bar while reading into memory.
+        progress: show a progress bar while reading.
+        keep: keep the slices in memory if they fit. Otherwise all are read once, to check them, and again on demand.
 
     Raises:
         UserError: if the split or a kind is missing, the kinds do not have the same slices, or a file is damaged.
@@ -49,6 +50,7 @@ class BraTS2021Dataset(Dataset):
         image_size: int,
         processes: int = 1,
         progress: bool = True,
+        keep: bool = True,
     ):
         folder = Path(data_dir) / split
         self.files, self.kinds, self.image_size = find_slices(folder, kinds), kinds, image_size
@@ -58,14 +60,16 @@ class BraTS2021Dataset(Dataset):
         fits = needed <= available / 2
         self.workers = 0 if fits else max(1, min(8, available_cores() // processes))
         storage = "kept in memory" if fits else "read from disk on demand"
-        print(f"{split}: {len(self.files)} slices, {storage} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)")
+        storage = f", {storage} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)" if keep else ""
+        print(f"{split}: {len(self.files)} slices{storage}")
         # Open every file even if none is kept, so that truncated files and wrong shapes are found at the start.
-        read = self._read if fits else lambda files: self._open(files) and None
+        check = self._open if keep else self._read
+        read = self._read if fits and keep else lambda files: check(files) and None
         try:
             slices = thread_map(read, self.files, disable=not progress, desc=f"reading {split}", unit="slice")
         except ValueError as error:
             raise UserError(f"a slice in {folder} cannot be read ({error}): preprocess again") from error
-        self._in_memory = slices if fits else None
+        self._in_memory = slices if fits and keep else None
 
     def __len__(self) -> int:
         return len(self.files)

@@ -81,7 +81,7 @@ def main() -> None:
     run, maps = read_maps(args.logdir / "results" / f"{'__'.join(names)}__fast" / ERROR_MAPS)
     draw_standardised(
         args.output_dir / "standardised.png",
-        {key: value[args.slice][crop].T for key, value in maps["test"].items() if key != "names"},
+        {key: value[args.slice][crop].T for key, value in maps["test"][0].items() if value.ndim == 3},
         run["usual_error"],
     )
 

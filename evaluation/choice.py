@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .metrics import ranked_pixels, scored_region, weighted_auprc
+from .metrics import ranked_pixels, scored_region, subject_codes, weighted_auprc, within
+from .results import PART_SLICES, Part
 from .scores import (
     BRIGHT_LESIONS,
     Constants,
@@ -20,6 +21,7 @@ from .scores import (
     smooth,
     split_names,
 )
+from .subjects import subject_of
 
 RESAMPLES = 200  # bootstrap resamples that give the standard error of AUPRC differences
 MAX_THRESHOLDS = 512  # of AUPRC during the choice, evenly spaced quantiles of the lesion pixels' scores
@@ -27,6 +29,30 @@ SLICE_CORRELATION = 3  # factor on standard errors over the slices of one subjec
 ONE_SIDED = 0.98  # share of the lesions' squared error on one side that makes this side the robust sign
 # Settings in the order in which their robust values are preferred among near-best scores (docs/scores.md).
 PREFERENCE = ("sign", "match", "calibration", "smoothing", "width", "rim", "outside", "norm", "neighbours")
+
+
+def slices_to_choose_on(parts: Sequence[Part]) -> Part:
+    """Return the only part of a split, or of several parts about PART_SLICES slices in memory.
+
+    Of each subject these are a block of consecutive slices, because a score may average neighbouring ones. Its height
+    varies evenly from subject to subject.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = [str(name) for part in parts for name in part["names"]]
+    subjects = subject_codes([subject_of(name) for name in names], len(names))
+    n_subjects = subjects.max() + 1
+    length, kept = max(1, PART_SLICES // n_subjects), np.zeros(len(names), dtype=bool)
+    for subject in range(n_subjects):
+        rows = np.flatnonzero(subjects == subject)
+        rows = rows[np.argsort(split_names([names[i] for i in rows])[1], kind="stable")]
+        start = round((len(rows) - length) * subject / max(n_subjects - 1, 1)) if len(rows) > length else 0
+        kept[rows[start : start + length]] = True
+    found: dict[str, list[np.ndarray]] = {}
+    for part, rows in zip(parts, np.split(kept, np.cumsum([len(part["names"]) for part in parts])[:-1]), strict=True):
+        for key in part if rows.any() else ():
+            found.setdefault(key, []).append(np.asarray(part[key])[rows])
+    return {key: np.concatenate(arrays) for key, arrays in found.items()}
 
 
 class Choice(NamedTuple):
@@ -107,6 +133,7 @@ def grid_auprc(
 ) -> Iterator[tuple[ScoreSettings, np.ndarray]]:
     """Yield every score of a grid with its AUPRC [R] under resamples of the slices, [R, N] as in `weighted_auprc`."""
     ranked = ranked_pixels(maps["truth"], maps["brainmask"])
+    truth = within(maps["truth"], ranked)
     regions = {rim: scored_region(maps["brainmask"], rim) for rim in {settings.rim for settings in grid}}
     matches = {settings.match for settings in grid} - {"none"}
     matched = {match: {**maps, "image": match_scans(maps, match, fit_match(maps, match))[0]} for match in matches}
@@ -118,7 +145,7 @@ def grid_auprc(
             scores = smooth(pixels, maps, (same_scores := list(same_scores))[0])
             for settings in same_scores:
                 masked = np.where(regions[settings.rim], scores, -np.inf)
-                yield settings, weighted_auprc(masked, maps["truth"], ranked, draws, MAX_THRESHOLDS)
+                yield settings, weighted_auprc(within(masked, ranked), truth, draws, MAX_THRESHOLDS)
 
 
 def intensity_grid(grid: Sequence[ScoreSettings], sign: str) -> tuple[str, list[ScoreSettings]]:

@@ -1,8 +1,9 @@
 """Combination of test runs: sums of chosen scores that are standardised on healthy validation pixels."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 
 from utils.cli import UserError
 
-from .choice import MAX_THRESHOLDS
-from .metrics import ranked_pixels, scored_region, weighted_auprc
-from .results import ERROR_MAPS, MAPS, Maps, chosen_score, read_maps, read_metrics
+from .choice import MAX_THRESHOLDS, slices_to_choose_on
+from .metrics import ranked_pixels, scored_region, weighted_auprc, within
+from .results import ERROR_MAPS, HEALTHY, MAPS, Maps, Part, Parts, chosen_score, read_maps, read_metrics
 from .scores import anomaly_map, intensity_maps, reference_maps
 
 INTENSITY = "intensity"  # in place of a run: the input intensity of the first run
@@ -44,21 +45,30 @@ def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
         raise UserError("--combine does not take one-way or combined runs: leave them out")
     if "val" not in maps[0]:
         raise UserError(f"{folders[0]} has no validation slices to weight scores on: preprocess some and test again")
-    members, scores = [], []
     sources = [0 if run == INTENSITY else folders.index(Path(run)) for run in runs]
+    # Weights and members are chosen on slices that fit into memory.
+    val = [slices_to_choose_on(of_run["val"]) for of_run in maps]
+    members, scores = [], []
     for run, i in zip(runs, sources, strict=True):
-        member, weighted = member_scores(run, metrics[i], maps[i])
+        member = describe_member(run, metrics[i])
+        unweighted = member_scores(member, val[i])
+        member["weight"] = standard_weight(unweighted, val[i])
         members.append(member)
-        scores.append(weighted)
+        scores.append((member["weight"] * unweighted).astype(np.float32))
     methods = "+".join(member["method"] for member in members)
     digest = sha256(" ".join(Path(run).name for run in runs).encode()).hexdigest()[:6]
-    best = best_combination(maps[0]["val"], [score["val"] for score in scores], [run != INTENSITY for run in runs])
-    members, scores = [members[i] for i in best], [scores[i] for i in best]
-    first = maps[sources[best[0]]]
-    summed = {
-        split: {key: first[split][key] for key in ("names", *MAPS)} | {"scores": sum(score[split] for score in scores)}
-        for split in ("test", "val")
-    }
+    best = best_combination(val[0], scores, [run != INTENSITY for run in runs])
+    members, sources = [members[i] for i in best], [sources[i] for i in best]
+
+    def summed_part(split: str, i: int) -> Part:
+        parts = [maps[source][split][i] for source in sources]
+        weighted = (
+            (member["weight"] * member_scores(member, part)).astype(np.float32)
+            for member, part in zip(members, parts, strict=True)
+        )
+        return {key: parts[0][key] for key in ("names", HEALTHY, *MAPS)} | {"scores": sum(weighted)}
+
+    summed = {split: Parts(partial(summed_part, split), len(maps[0][split])) for split in ("test", "val")}
     steps = {member["run"]: member["trained_steps"].get("forward") for member in members if member["trained_steps"]}
     header = {
         **{key: headers[0][key] for key in ("input", "image_size")},
@@ -88,16 +98,17 @@ def require_same_slices(
     for split in ("test", "val"):
         if (split in maps) != (split in other_maps):
             raise UserError(f"only one of {first} and {other} has {split} slices: test both on the same data")
-        for key in ("names", "truth", "brainmask") if split in maps else ():
-            if not np.array_equal(maps[split][key], other_maps[split][key]):
-                raise UserError(
-                    f"{first} and {other} differ in the {key} of their {split} slices: test both on the same data, at "
-                    "the same image size"
-                )
+        for part, other_part in zip_longest(maps.get(split, ()), other_maps.get(split, ()), fillvalue={}):
+            for key in ("names", "truth", "brainmask"):
+                if not np.array_equal(part.get(key), other_part.get(key)):
+                    raise UserError(
+                        f"{first} and {other} differ in the {key} of their {split} slices: test both on the same data, "
+                        "at the same image size"
+                    )
 
 
-def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the entry of a combined run's member for metrics.json, and its weighted scores [N, H, W] by split.
+def describe_member(run: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a combined run's member for metrics.json, without its weight.
 
     Raises:
         UserError: if the run has no chosen score.
@@ -106,8 +117,8 @@ def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dic
     block = metrics["baseline_intensity"].get("chosen") if is_intensity else metrics.get("chosen")
     if not block:
         raise UserError(f"{run} has no chosen score: score it again with --rescore")
-    settings, constants = chosen_score(block)
-    member = {
+    chosen_score(block)
+    return {
         "run": run,
         "method": INTENSITY if is_intensity else metrics["method"],
         **{key: metrics[key] for key in ("input", "trans", "sampling_settings", "image_size")},
@@ -115,13 +126,13 @@ def member_scores(run: str, metrics: Mapping[str, Any], maps: Maps) -> tuple[dic
         "trained_steps": {} if is_intensity else metrics["trained_steps"],
         **{key: block[key] for key in ("settings", "constants")},
     }
-    scores = {}
-    for split in ("test", "val"):
-        group = intensity_maps(maps[split], settings.sign) if is_intensity else reference_maps(maps[split])
-        region = scored_region(group["brainmask"], settings.rim)
-        scores[split] = np.where(region, anomaly_map(group, settings, constants), 0)
-    member["weight"] = standard_weight(scores["val"], maps["val"])
-    return member, {split: (member["weight"] * values).astype(np.float32) for split, values in scores.items()}
+
+
+def member_scores(member: Mapping[str, Any], part: Part) -> np.ndarray:
+    """Return the chosen score of a member, float32 [n, H, W], 0 outside its scored region."""
+    settings, constants = chosen_score(member)
+    maps = intensity_maps(part, settings.sign) if member["method"] == INTENSITY else reference_maps(part)
+    return np.where(scored_region(maps["brainmask"], settings.rim), anomaly_map(maps, settings, constants), 0)
 
 
 def standard_weight(scores: np.ndarray, val: Mapping[str, Any]) -> float:
@@ -141,11 +152,12 @@ def best_combination(val: Mapping[str, Any], scores: Sequence[np.ndarray], netwo
         print("no lesions in the validation slices: combining all runs")
         return indices
     ranked, once = ranked_pixels(val["truth"], val["brainmask"]), np.ones((1, len(val["truth"])), dtype=int)
+    truth = within(val["truth"], ranked)
     auprc = {}
     for n in range(1, len(scores) + 1):
         for subset in (subset for subset in combinations(indices, n) if any(networks[i] for i in subset)):
             total = np.where(val["brainmask"], sum(scores[i] for i in subset), -np.inf)
-            auprc[subset] = float(weighted_auprc(total, val["truth"], ranked, once, MAX_THRESHOLDS)[0])
+            auprc[subset] = float(weighted_auprc(within(total, ranked), truth, once, MAX_THRESHOLDS)[0])
     best = max(auprc, key=auprc.get)
     print(f"chose the best of {len(auprc)} combinations: validation AUPRC {auprc[best]:.3f}")
     return list(best)

@@ -8,7 +8,7 @@ Ranked pixels: AUPRC and AUROC rank the whole brain mask, including the eroded r
 mask, if any (`ranked_pixels`), so that recall covers all lesion pixels.
 
 Prediction: `score >= threshold`. Segmentation metrics are computed per slice and averaged over slices, not pooled over
-pixels.
+pixels (for those of whole subjects see subjects.py). Intervals resample subjects.
 
 Undefined values are NaN; means exclude them, and the number of excluded slices is reported.
 
@@ -23,11 +23,14 @@ Undefined values are NaN; means exclude them, and the number of excluded slices 
 AUPRC is NaN without lesion pixels, AUROC also without healthy ones. For constant scores, AUPRC is the share of lesion
 pixels (`chance`) and AUROC is 0.5. NaN scores count as -inf, so that a broken map cannot score well by accident;
 `evaluate` reports their number.
+
+Large test sets: beyond MAX_RANKED pixels, curves are evaluated at MAX_THRESHOLDS quantiles of the lesion pixels' scores
+instead of at every score. The error of the AUPRC is then below 1e-4 (`auprc_error_bound`).
 """
 
+import math
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,13 +44,9 @@ FloatArray = NDArray[np.float64]
 CONFIDENCE = 0.95
 RIM = 4.0  # erosion of the brain mask in px, at an image size of 128, as in the published script
 CHUNK = 1024  # thresholds per chunk in `weighted_auprc`; bounds its memory
-
-
-class Evaluation(NamedTuple):
-    """Result of `evaluate`: a JSON-serialisable summary, and columns with one value per slice."""
-
-    summary: dict
-    per_slice: dict[str, np.ndarray]
+MAX_RANKED = 2**24  # pixels that are ranked exactly; sorting more would take gigabytes
+MAX_THRESHOLDS = 2**16  # of the AUPRC of more pixels
+MAX_DICE_THRESHOLDS = 2**12  # of their mean Dice, which takes one array of this length per slice
 
 
 # Scored region and ranked pixels
@@ -86,6 +85,11 @@ def ranked_pixels(truth: ArrayLike, brainmask: ArrayLike) -> BoolArray:
     return np.asarray(brainmask, dtype=bool) | np.asarray(truth, dtype=bool)
 
 
+def within(slices: Sequence[np.ndarray], ranked: BoolArray) -> list[np.ndarray]:
+    """Return the pixels of each slice that are ranked, as 1-D arrays."""
+    return [of_slice[pixels] for of_slice, pixels in zip(slices, ranked, strict=True)]
+
+
 def ranked_scores(
     scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM
 ) -> tuple[FloatArray, BoolArray]:
@@ -97,12 +101,12 @@ def ranked_scores(
 def lost_lesion_share(truth: ArrayLike, brainmask: ArrayLike, rim: float = RIM) -> float:
     """Return the share of lesion pixels outside the scored region, which cannot be detected; NaN if no lesion."""
     truth = np.asarray(truth, dtype=bool)
-    return float(_ratio(np.count_nonzero(truth & ~scored_region(brainmask, rim)), np.count_nonzero(truth)))
+    return float(ratio(np.count_nonzero(truth & ~scored_region(brainmask, rim)), np.count_nonzero(truth)))
 
 
 def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
     """Return the share of lesion pixels among ranked pixels, the AUPRC of random scores; NaN if none is ranked."""
-    return float(_ratio(np.count_nonzero(truth), np.count_nonzero(ranked_pixels(truth, brainmask))))
+    return float(ratio(np.count_nonzero(truth), np.count_nonzero(ranked_pixels(truth, brainmask))))
 
 
 # Ranking metrics. Scores are floats of any shape, possibly infinite, with NaN ranked last; truth is bool
@@ -110,14 +114,26 @@ def chance(truth: ArrayLike, brainmask: ArrayLike) -> float:
 
 def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
     """Return the AUPRC (average precision) of the given pixels; NaN if no pixel is lesion, 1 if all are."""
+    if not np.any(truth):
+        return float("nan")
+    if np.size(scores) > MAX_RANKED:
+        precision, recall = precision_recall(scores, truth)
+        return float(-np.sum(np.diff(recall) * precision[:-1]))
     ranks, truth = _as_ranks(scores, truth)
-    return float(average_precision_score(truth, ranks)) if truth.any() else float("nan")
+    return float(average_precision_score(truth, ranks))
 
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
     """Return the area under the ROC curve of the given pixels; NaN if no pixel or every pixel is lesion."""
+    if not np.any(truth) or np.all(truth):
+        return float("nan")
+    if np.size(scores) > MAX_RANKED:
+        _, hits, predicted = _curve_points(scores, truth)
+        false_positives = np.concatenate([[0], predicted - hits, [np.size(truth) - hits[-1]]])
+        area = np.trapezoid(np.concatenate([[0], hits, hits[-1:]]), false_positives)
+        return float(area / (hits[-1] * false_positives[-1]))
     ranks, truth = _as_ranks(scores, truth)
-    return float(roc_auc_score(truth, ranks)) if truth.any() and not truth.all() else float("nan")
+    return float(roc_auc_score(truth, ranks))
 
 
 def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -125,11 +141,50 @@ def precision_recall(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, F
 
     Each precision applies from its recall down to the next one. Without lesion pixels recall is NaN.
     """
-    ranks, truth = _as_ranks(scores, truth)
-    if not truth.any():
+    if not np.any(truth):
         return np.zeros(1), np.full(1, np.nan)
+    if np.size(scores) > MAX_RANKED:
+        _, hits, predicted = _curve_points(scores, truth)
+        return np.append((hits / predicted)[::-1], 1), np.append((hits / hits[-1])[::-1], 0)
+    ranks, truth = _as_ranks(scores, truth)
     precision, recall, _ = precision_recall_curve(truth, ranks, drop_intermediate=True)
     return precision, recall
+
+
+def auprc_error_bound(n_thresholds: int) -> float:
+    """Bound the error of an AUPRC that is evaluated at `n_thresholds` quantiles of the lesion pixels' scores.
+
+    Between two thresholds recall rises by 1/K. The precision there is at most h / (h + f) with the hits h at the lower
+    threshold and the false positives f at the upper one. Its distances to the precision at the lower threshold add up
+    to at most 1 for rising f, and to Σ 1/4g for rising h; the same holds for distances below it.
+    """
+    return (1 + (1 + math.log(n_thresholds)) / 4) / n_thresholds
+
+
+def lesion_quantiles(lesion_scores: FloatArray, n_thresholds: int) -> FloatArray:
+    """Return at most `n_thresholds` of the scores [L], evenly spaced in rank, ascending, without duplicates."""
+    ordered = np.sort(lesion_scores)
+    if len(ordered) > n_thresholds:
+        ordered = ordered[np.linspace(0, len(ordered) - 1, n_thresholds).round().astype(int)]
+    return np.unique(ordered)
+
+
+def _curve_points(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, NDArray, NDArray]:
+    """Return thresholds, descending, and at each the numbers of lesion pixels and of all pixels that reach it."""
+    scores, truth = np.ravel(scores), np.ravel(truth)
+    _require_same_shape("truth", truth, scores)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    thresholds = lesion_quantiles(scores[truth], MAX_THRESHOLDS)
+    return thresholds[::-1], _count_reaching(scores[truth], thresholds), _count_reaching(scores, thresholds)
+
+
+def _count_reaching(values: FloatArray, thresholds: FloatArray) -> NDArray:
+    """Count the values that reach each threshold; thresholds are ascending, counts are for descending ones."""
+    counts = np.zeros(len(thresholds) + 1, dtype=np.int64)
+    for start in range(0, len(values), MAX_RANKED):  # in chunks, because searchsorted returns 8 bytes for each value
+        places = np.searchsorted(thresholds, values[start : start + MAX_RANKED], side="right")
+        counts += np.bincount(places, minlength=len(counts))
+    return np.cumsum(counts[:0:-1])
 
 
 def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArray]:
@@ -140,7 +195,8 @@ def _as_ranks(scores: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, BoolArra
     return ranks, truth.ravel()
 
 
-# Segmentation metrics at a threshold. Scores are [N, H, W] float, -inf outside the scored region; truth [N, H, W] bool
+# Segmentation metrics at a threshold. Scores are [N, H, W] float, -inf outside the scored region; truth [N, H, W] bool.
+# For a curve, each slice may be an array of any shape, such as its ranked pixels
 
 
 def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
@@ -154,18 +210,33 @@ def overlap_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[st
         np.count_nonzero(pixels, axis=(1, 2)) for pixels in (prediction & truth, prediction, truth)
     )
     return {
-        "dice": _ratio(2 * hits, predicted + lesion),
-        "jaccard": _ratio(hits, predicted + lesion - hits),
-        "sensitivity": _ratio(hits, lesion),
-        "precision": _ratio(hits, predicted),
+        "dice": ratio(2 * hits, predicted + lesion),
+        "jaccard": ratio(hits, predicted + lesion - hits),
+        "sensitivity": ratio(hits, lesion),
+        "precision": ratio(hits, predicted),
     }
 
 
 def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) -> dict[str, FloatArray]:
     """Compute surface distances in px between `scores >= threshold` and the truth for each slice.
 
-    The edge of a mask consists of its pixels with at least one of their four neighbours outside the mask or the image.
-    Distances are from each edge pixel to the nearest edge pixel of the other mask.
+    Returns:
+        `assd` and `hd95` as in `surface_distances`, [N] float64 each, NaN if either mask is empty.
+    """
+    return surface_distances(*_predict(scores, truth, threshold))
+
+
+def surface_distances(
+    prediction: BoolArray, truth: BoolArray, spacing: Sequence[float] | None = None
+) -> dict[str, FloatArray]:
+    """Compute surface distances between masks, [N, H, W] or [N, D, H, W].
+
+    The edge of a mask consists of its pixels with at least one of their four neighbours (voxels: six) outside the mask
+    or the image. Distances are from each edge pixel to the nearest edge pixel of the other mask.
+
+    Args:
+        prediction, truth: the masks.
+        spacing: size of a pixel along each axis, in the unit of the distances; None: 1.
 
     Returns:
         `assd`: the mean distance over the pixels of both edges. `hd95`: the 95th percentile of the distances from one
@@ -175,12 +246,13 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
     import torch
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
-    prediction, truth = _predict(scores, truth, threshold)
-    defined = prediction.any(axis=(1, 2)) & truth.any(axis=(1, 2))
+    inside = tuple(range(1, truth.ndim))
+    defined = prediction.any(axis=inside) & truth.any(axis=inside)
     masks = {
         "y_pred": torch.from_numpy(prediction[defined, None]),
         "y": torch.from_numpy(truth[defined, None]),
         "include_background": True,  # the only channel is the foreground
+        "spacing": None if spacing is None else list(spacing),
     }
     with warnings.catch_warnings():
         # MONAI passes a deprecated argument to its own function.
@@ -195,38 +267,49 @@ def surface_distances_at(scores: ArrayLike, truth: ArrayLike, threshold: float) 
     return columns
 
 
-def best_threshold(scores: ArrayLike, truth: ArrayLike) -> tuple[float, float]:
-    """Find the exact threshold for all slices that maximises the mean Dice over slices, ⌈Dice⌉.
+def best_threshold(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Find the threshold for all slices that maximises the mean Dice over slices, ⌈Dice⌉, as in `dice_curve`.
 
     Returns:
         The threshold (the highest of equally good ones; inf if every score is -inf or NaN), and the mean Dice, as in
         `overlap_at`: slices without lesions count as soon as anything is predicted in them.
     """
     thresholds, mean_dice = dice_curve(scores, truth)
-    threshold = np.inf
-    if thresholds.size:  # the first within rounding error of the maximum; the running sum is not exact
-        threshold = float(thresholds[np.argmax(mean_dice >= mean_dice.max() - 1e-12)])
-    return threshold, mean_over_slices(overlap_at(scores, truth, threshold)["dice"])
+    if not thresholds.size:
+        return np.inf, 0.0 if any(np.any(lesion) for lesion in truth) else float("nan")
+    # The first within rounding error of the maximum: the running sum is not exact.
+    best = np.argmax(mean_dice >= mean_dice.max() - 1e-12)
+    return float(thresholds[best]), float(mean_dice[best])
 
 
-def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatArray]:
+def dice_curve(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> tuple[FloatArray, FloatArray]:
     """Compute the mean Dice over slices at every distinct score, in one pass over the sorted pixels.
 
     A pixel that crosses the threshold changes only the Dice of its own slice, so the sum over slices is a cumulative
-    sum of such changes.
+    sum of such changes. Beyond MAX_RANKED pixels, the Dice is computed at MAX_DICE_THRESHOLDS quantiles of the lesion
+    pixels' scores.
+
+    Args:
+        scores, truth: for each slice, arrays of equal shape. Pixels with a score of -inf or NaN are never predicted.
 
     Returns:
         The distinct scores above -inf in descending order, and the mean Dice at each, [K] float64 both.
     """
-    scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
-    _require_same_shape("truth", truth, scores)
-    candidates = scores > -np.inf
-    slice_of, _, _ = np.nonzero(candidates)
-    values = scores[candidates]
+    if len(scores) == 0 or [np.shape(one) for one in scores] != [np.shape(one) for one in truth]:
+        raise ValueError("scores and truth must be arrays of equal shapes for at least one slice")
+    candidates = [np.asarray(of_slice) > -np.inf for of_slice in scores]
+    lesion_area = np.array([np.count_nonzero(lesion) for lesion in truth])
+    values = [of_slice[kept] for of_slice, kept in zip(scores, candidates, strict=True)]
+    hit = [np.asarray(lesion, bool)[kept] for lesion, kept in zip(truth, candidates, strict=True)]
+    sizes = [len(of_slice) for of_slice in values]
+    if sum(sizes) > MAX_RANKED:
+        return _dice_at_quantiles(values, hit, lesion_area)
+    slice_of = np.repeat(np.arange(len(sizes)), sizes)
+    values, hit = np.concatenate(values).astype(np.float64), np.concatenate(hit)
     descending = np.argsort(values)[::-1]
     values, slice_of = values[descending], slice_of[descending]
-    change, newly_defined = _dice_changes(truth[candidates][descending], slice_of, truth)
-    n_defined = np.count_nonzero(truth.any(axis=(1, 2))) + np.cumsum(newly_defined)
+    change, newly_defined = _dice_changes(hit[descending], slice_of, lesion_area)
+    n_defined = np.count_nonzero(lesion_area) + np.cumsum(newly_defined)
     mean_dice = np.cumsum(change) / n_defined
 
     # Pixels with equal scores cross the threshold together, so only the state after the last of them is reachable.
@@ -234,27 +317,42 @@ def dice_curve(scores: ArrayLike, truth: ArrayLike) -> tuple[FloatArray, FloatAr
     return values[reachable], mean_dice[reachable]
 
 
-def _dice_changes(hit: BoolArray, slice_of: NDArray, truth: BoolArray) -> tuple[FloatArray, BoolArray]:
+def _dice_at_quantiles(
+    values: Sequence[np.ndarray], hit: Sequence[np.ndarray], lesion_area: NDArray
+) -> tuple[FloatArray, FloatArray]:
+    """Compute `dice_curve` at quantiles of the lesion pixels' scores, slice by slice."""
+    lesions = [of_slice[lesion] for of_slice, lesion in zip(values, hit, strict=True)]
+    source = lesions if any(map(len, lesions)) else values
+    thresholds = lesion_quantiles(np.concatenate(source), MAX_DICE_THRESHOLDS)
+    total, n_defined = np.zeros(len(thresholds)), np.zeros(len(thresholds))
+    for of_slice, of_lesion, area in zip(values, lesions, lesion_area, strict=True):
+        predicted = _count_reaching(of_slice, thresholds) + area
+        total += 2 * _count_reaching(of_lesion, thresholds) / np.maximum(predicted, 1)
+        n_defined += predicted > 0
+    return thresholds[::-1].astype(np.float64), total / np.maximum(n_defined, 1)
+
+
+def _dice_changes(hit: BoolArray, slice_of: NDArray, lesion_area: NDArray) -> tuple[FloatArray, BoolArray]:
     """Compute how each pixel changes its slice's Dice when pixels are predicted one after another.
 
     Args:
         hit: [M] bool, whether the pixel is lesion, in the order of prediction.
         slice_of: [M] int, the pixel's slice.
-        truth: [N, H, W] bool.
+        lesion_area: [N] int, lesion pixels of each slice, including those that are never predicted.
 
     Returns:
         The change of Dice, [M] float64, and whether the slice's Dice becomes defined with this pixel, [M] bool.
     """
     # NumPy's stable sort takes linear time for integers of up to 16 bits.
-    by_slice = np.argsort(slice_of.astype(np.min_scalar_type(len(truth))), kind="stable")
+    by_slice = np.argsort(slice_of.astype(np.min_scalar_type(len(lesion_area))), kind="stable")
     slice_of, hit = slice_of[by_slice], hit[by_slice]
-    n_pixels = np.bincount(slice_of, minlength=len(truth))
+    n_pixels = np.bincount(slice_of, minlength=len(lesion_area))
     first = (np.cumsum(n_pixels) - n_pixels)[slice_of]  # position of the slice's first pixel
     hits_so_far = np.concatenate([[0], np.cumsum(hit)])
     hits = hits_so_far[1:] - hits_so_far[first]
     position = np.arange(len(hit))
     predicted = position - first + 1
-    lesion = np.count_nonzero(truth, axis=(1, 2))[slice_of]
+    lesion = lesion_area[slice_of]
 
     dice = 2 * hits / (predicted + lesion)
     before = np.where(position == first, 0.0, np.roll(dice, 1))
@@ -262,6 +360,20 @@ def _dice_changes(hit: BoolArray, slice_of: NDArray, truth: BoolArray) -> tuple[
     change[by_slice] = dice - before
     newly_defined[by_slice] = (position == first) & (lesion == 0)
     return change, newly_defined
+
+
+def healthy_threshold(scores: FloatArray, share: float) -> float:
+    """Return the lowest score [M] of healthy pixels at which at most a share of them is marked; it needs no lesion.
+
+    If equal scores leave no such score, return the number that follows the highest; inf without a score above -inf.
+    """
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    if not np.any(scores > -np.inf):
+        return np.inf
+    first_unmarked = len(scores) - int(share * len(scores) + 1e-9) - 1
+    unmarked = np.partition(scores, first_unmarked)[first_unmarked]
+    above = scores[scores > unmarked]
+    return float(above.min() if above.size else np.nextafter(unmarked, scores.dtype.type(np.inf)))
 
 
 def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[BoolArray, BoolArray]:
@@ -272,7 +384,8 @@ def _predict(scores: ArrayLike, truth: ArrayLike, threshold: float) -> tuple[Boo
     return scores >= threshold, truth
 
 
-# Means over slices, with 95 % percentile bootstrap intervals over slices at fixed thresholds
+# Means over slices, with 95 % percentile bootstrap intervals at fixed thresholds. Subjects are resampled, with all of
+# their slices, because slices of one subject are alike; without `subjects`, each slice counts as one
 
 
 def mean_over_slices(per_slice_values: ArrayLike) -> float:
@@ -282,74 +395,113 @@ def mean_over_slices(per_slice_values: ArrayLike) -> float:
     return float(defined.mean()) if defined.size else float("nan")
 
 
-def bootstrap_interval(per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the bootstrap interval of the mean of values [N], without NaNs; (NaN, NaN) for fewer than two values."""
+def subject_codes(subjects: ArrayLike | None, n_slices: int) -> NDArray[np.intp]:
+    """Number subjects [N] in order of appearance; None: the slices themselves."""
+    if subjects is None:
+        return np.arange(n_slices)
+    _, first, codes = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[codes]
+
+
+def bootstrap_interval(
+    per_slice_values: ArrayLike, n_resamples: int = 1000, seed: int = 0, subjects: ArrayLike | None = None
+) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean of values [N], without NaNs; (NaN, NaN) for fewer than two subjects.
+
+    `subjects` [N] are the subjects of the values.
+    """
     values = np.asarray(per_slice_values, dtype=np.float64)
-    defined = values[~np.isnan(values)]
-    if defined.size < 2:
+    defined = ~np.isnan(values)
+    codes = subject_codes(None if subjects is None else np.asarray(subjects)[defined], np.count_nonzero(defined))
+    sums, counts = np.bincount(codes, values[defined]), np.bincount(codes).astype(np.float64)
+    if sums.size < 2:
         return float("nan"), float("nan")
-    options = {"n_resamples": n_resamples, "confidence_level": CONFIDENCE, "method": "percentile"}
-    interval = bootstrap((defined,), np.mean, rng=np.random.default_rng(seed), **options).confidence_interval
+
+    def mean(sums: FloatArray, counts: FloatArray, axis: int) -> FloatArray:
+        return np.sum(sums, axis=axis) / np.sum(counts, axis=axis)
+
+    options = {"n_resamples": n_resamples, "confidence_level": CONFIDENCE, "method": "percentile", "paired": True}
+    interval = bootstrap((sums, counts), mean, rng=np.random.default_rng(seed), **options).confidence_interval
     return float(interval.low), float(interval.high)
 
 
 def paired_bootstrap(
-    values_a: ArrayLike, values_b: ArrayLike, n_resamples: int = 1000, seed: int = 0
+    values_a: ArrayLike,
+    values_b: ArrayLike,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    subjects: ArrayLike | None = None,
 ) -> tuple[float, tuple[float, float]]:
     """Return the mean of a - b over the slices where both are defined, and its paired bootstrap interval.
 
-    Both are [N], with slices in the same order.
+    All are [N], with slices in the same order.
     """
     values_a, values_b = np.asarray(values_a, dtype=np.float64), np.asarray(values_b, dtype=np.float64)
     _require_same_shape("values_b", values_b, values_a)
     difference = values_a - values_b
-    return mean_over_slices(difference), bootstrap_interval(difference, n_resamples, seed)
+    return mean_over_slices(difference), bootstrap_interval(difference, n_resamples, seed, subjects)
 
 
 def auprc_bootstrap_interval(
-    scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, n_resamples: int = 1000, seed: int = 0
+    scores: Sequence[np.ndarray],
+    truth: Sequence[np.ndarray],
+    n_resamples: int = 1000,
+    seed: int = 0,
+    subjects: ArrayLike | None = None,
 ) -> tuple[float, float]:
-    """Return the interval of the AUPRC of pooled pixels, with slices resampled; arguments are [N, H, W].
+    """Return the interval of the AUPRC of pooled pixels.
 
-    Resamples without lesions are excluded. Returns (NaN, NaN) for fewer than two slices or no lesions.
+    Resamples without lesions are excluded. Returns (NaN, NaN) for fewer than two subjects or no lesions.
+
+    Args:
+        scores, truth: the ranked pixels of each slice, N arrays of any shape.
+        n_resamples, seed: of the bootstrap.
+        subjects: [N].
     """
-    truth = _as_slices("truth", truth, bool)
-    n_slices = len(truth)
-    if n_slices < 2 or not truth.any():
+    codes = subject_codes(subjects, len(scores))
+    n = codes.max() + 1
+    if n < 2 or not any(np.any(lesion) for lesion in truth):
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).multinomial(n_slices, np.full(n_slices, 1 / n_slices), n_resamples)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_resamples)
+    limit = MAX_THRESHOLDS if sum(map(np.size, scores)) > MAX_RANKED else None
+    scores, truth = (
+        [np.concatenate([slices[i].ravel() for i in rows]) for rows in rows_by_code(codes)]
+        for slices in (scores, truth)
+    )
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    low, high = np.nanquantile(weighted_auprc(scores, truth, ranked, draws), tails)
+    low, high = np.nanquantile(weighted_auprc(scores, truth, draws, limit), tails)
     return float(low), float(high)
 
 
-def weighted_auprc(
-    scores: ArrayLike, truth: ArrayLike, ranked: ArrayLike, draws: ArrayLike, max_thresholds: int | None = None
-) -> FloatArray:
-    """Compute the AUPRC of pooled pixels for many resamples of the slices at once, exactly, including ties.
+def rows_by_code(codes: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Return the indices of each code's occurrences, in order."""
+    return np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
 
-    Recall changes only at the scores of lesion pixels, so average precision needs the counts of predicted pixels and
-    of hits at these thresholds alone. For all resamples at once, they are the product of `draws` with each slice's
-    counts.
+
+def weighted_auprc(
+    scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], draws: ArrayLike, max_thresholds: int | None = None
+) -> FloatArray:
+    """Compute the AUPRC of pooled pixels for many resamples of slices or subjects at once, exactly, including ties.
+
+    Recall changes only at the scores of lesion pixels, so average precision needs the counts of predicted pixels and of
+    hits at these thresholds alone. For all resamples at once, they are the product of `draws` with the counts of each
+    slice or subject.
 
     Args:
-        scores, truth, ranked: [N, H, W], as in `auprc_bootstrap_interval`.
-        draws: [R, N] int, how often slice n is drawn in resample r.
-        max_thresholds: use at most this many quantiles of the lesion pixels' scores as thresholds, which
-            underestimates the AUPRC by at most 1 / max_thresholds. None: use all.
+        scores, truth: the ranked pixels of each slice or subject, N arrays of any shape.
+        draws: [R, N] int, how often each is drawn in each resample.
+        max_thresholds: use at most this many quantiles of the lesion pixels' scores as thresholds, with an error below
+            `auprc_error_bound` in the sample itself. None: use all.
 
     Returns:
         [R] float64; NaN for resamples without lesion pixels.
     """
-    scores, truth = _as_slices("scores", scores, np.float64), _as_slices("truth", truth, bool)
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    ranked, draws = np.asarray(ranked, dtype=bool), np.asarray(draws, dtype=np.float64)
-    pixels = [np.sort(s[r]) for s, r in zip(scores, ranked, strict=True)]
-    lesions = [np.sort(s[r & t]) for s, r, t in zip(scores, ranked, truth, strict=True)]
-    thresholds = np.sort(np.concatenate(lesions))
-    if max_thresholds and len(thresholds) > max_thresholds:
-        thresholds = thresholds[np.linspace(0, len(thresholds) - 1, max_thresholds).round().astype(int)]
-    thresholds = np.unique(thresholds)[::-1]
+    draws = np.asarray(draws, dtype=np.float64)
+    scores = [np.where(np.isnan(one), -np.inf, one) for one in scores]
+    lesions = [np.sort(one[lesion]) for one, lesion in zip(scores, truth, strict=True)]
+    pixels = [np.sort(one, axis=None) for one in scores]
+    thresholds = np.concatenate(lesions)
+    thresholds = lesion_quantiles(thresholds, max_thresholds or len(thresholds))[::-1]
 
     area, hits_before = np.zeros(len(draws)), np.zeros(len(draws))
     for start in range(0, len(thresholds), CHUNK):
@@ -360,108 +512,28 @@ def weighted_auprc(
         precision = hits / np.maximum(predicted, 1)  # without predictions, nothing is gained
         area += np.sum(gained * precision, axis=1)
         hits_before = hits[:, -1]
-    return _ratio(area, hits_before)
+    return ratio(area, hits_before)
+
+
+def weighted_auroc(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray], draws: ArrayLike) -> FloatArray:
+    """Compute the AUROC for many resamples at once; arguments and result as in `weighted_auprc`.
+
+    It is the share of (lesion, healthy) pairs in which the lesion has the higher score, ties counting as a half. These
+    pairs are counted once for each pair of slices or subjects, [N, N], and then weighted with how often both are drawn.
+    """
+    draws = np.asarray(draws, dtype=np.float64)
+    lesions = [np.ravel(one)[np.ravel(lesion)] for one, lesion in zip(scores, truth, strict=True)]
+    healthy = [np.sort(np.ravel(one)[~np.ravel(lesion)]) for one, lesion in zip(scores, truth, strict=True)]
+    n_lesions, n_healthy = (np.array([len(one) for one in group], dtype=np.float64) for group in (lesions, healthy))
+    owner, values = np.repeat(np.arange(len(lesions)), [len(one) for one in lesions]), np.concatenate(lesions)
+    won = [(np.searchsorted(one, values, "left") + np.searchsorted(one, values, "right")) / 2 for one in healthy]
+    won = np.array([np.bincount(owner, of_one, len(lesions)) for of_one in won])  # [healthy, lesions]
+    return ratio(np.sum((draws @ won) * draws, axis=1), (draws @ n_lesions) * (draws @ n_healthy))
 
 
 def _counts_at_least(sorted_scores: list[FloatArray], thresholds: FloatArray) -> FloatArray:
     """Count each slice's scores, sorted ascending, that reach each of G thresholds; return [N, G] float64."""
     return np.array([len(s) - np.searchsorted(s, thresholds) for s in sorted_scores], dtype=np.float64)
-
-
-# All metrics
-
-
-def evaluate(
-    scores: ArrayLike,
-    truth: ArrayLike,
-    brainmask: ArrayLike,
-    val: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
-    rim: float = RIM,
-    n_resamples: int = 1000,
-    seed: int = 0,
-) -> Evaluation:
-    """Compute all metrics of the anomaly maps of a test set.
-
-    Args:
-        scores: [N, H, W] float, higher is more anomalous.
-        truth: [N, H, W] bool, the lesions.
-        brainmask: [N, H, W] bool.
-        val: scores, truth and brain mask of the validation slices, [M, H, W] each, on which the validation threshold
-            is chosen; the oracle threshold is chosen on the test slices.
-        rim: as in `scored_region`.
-        n_resamples, seed: of the bootstrap over slices, at fixed thresholds.
-
-    Returns:
-        The summary: n_slices, auprc, auprc_interval, auprc_per_slice_mean, auprc_undefined (slices excluded from that
-        mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels in the scored region), and `oracle` and
-        `validation`, each with the threshold, the mean over slices and `*_interval` of every segmentation metric, and
-        `undefined`, the number of slices excluded from each mean; `validation` is None without `val` or without lesions
-        in it. Undefined and infinite values are None.
-        The columns: lesion_area (px), auprc, oracle_* and validation_* of every segmentation metric, [N] each.
-    """
-    truth = _as_slices("truth", truth, bool)
-    masked = mask_scores(scores, brainmask, rim)
-    _require_same_shape("truth", truth, masked)
-    ranked = ranked_pixels(truth, brainmask)
-    auprc = [average_precision(s[r], t[r]) for s, t, r in zip(masked, truth, ranked, strict=True)]
-    columns = {"lesion_area": np.count_nonzero(truth, axis=(1, 2)), "auprc": np.array(auprc)}
-    summary = {
-        "n_slices": len(truth),
-        "auprc": _number(average_precision(masked[ranked], truth[ranked])),
-        "auprc_interval": _numbers(auprc_bootstrap_interval(masked, truth, ranked, n_resamples, seed)),
-        "auprc_per_slice_mean": _number(mean_over_slices(auprc)),
-        "auprc_undefined": int(np.isnan(auprc).sum()),
-        "auroc": _number(auroc(masked[ranked], truth[ranked])),
-        "chance": _number(chance(truth, brainmask)),
-        "lost_lesion_share": _number(lost_lesion_share(truth, brainmask, rim)),
-        "nan_scores": int(np.isnan(np.asarray(scores)[scored_region(brainmask, rim)]).sum()),
-        "oracle": None,
-        "validation": None,
-    }
-    thresholds = {"oracle": best_threshold(masked, truth)[0]}
-    if val is not None and np.any(val[1]):
-        val_scores, val_truth, val_brainmask = val
-        thresholds["validation"] = best_threshold(mask_scores(val_scores, val_brainmask, rim), val_truth)[0]
-    for choice, threshold in thresholds.items():
-        segmentation = overlap_at(masked, truth, threshold) | surface_distances_at(masked, truth, threshold)
-        columns |= {f"{choice}_{name}": values for name, values in segmentation.items()}
-        summary[choice] = {"threshold": _number(threshold)}
-        for name, values in segmentation.items():
-            summary[choice][name] = _number(mean_over_slices(values))
-            summary[choice][f"{name}_interval"] = _numbers(bootstrap_interval(values, n_resamples, seed))
-        summary[choice]["undefined"] = _count_undefined(segmentation)
-    return Evaluation(summary, columns)
-
-
-def by_lesion_size(per_slice: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Compute means over slices for small, medium and large lesions: thirds of the test slices by lesion area.
-
-    Args:
-        per_slice: the columns of an `Evaluation`, [N] each. Slices without lesions are excluded.
-
-    Returns:
-        For `small`, `medium` and `large`: n_slices, area_bounds (smallest and largest lesion in px), the mean of every
-        other column, and `undefined`, the number of slices excluded from each mean. Lesions of equal area are in the
-        same third, so thirds can differ in size; the means of an empty one are None.
-    """
-    area = np.asarray(per_slice["lesion_area"])
-    with_lesion = area[area > 0]
-    small, medium = np.quantile(with_lesion, [1 / 3, 2 / 3]) if with_lesion.size else (0, 0)
-    thirds = {}
-    for name, above, up_to in (("small", 0, small), ("medium", small, medium), ("large", medium, np.inf)):
-        members = (area > above) & (area <= up_to)
-        columns = {key: values[members] for key, values in per_slice.items() if key != "lesion_area"}
-        thirds[name] = {
-            "n_slices": int(members.sum()),
-            "area_bounds": [int(area[members].min()), int(area[members].max())] if members.any() else None,
-            **{key: _number(mean_over_slices(values)) for key, values in columns.items()},
-            "undefined": _count_undefined(columns),
-        }
-    return thirds
-
-
-def _count_undefined(columns: Mapping[str, FloatArray]) -> dict[str, int]:
-    return {name: int(np.isnan(values).sum()) for name, values in columns.items()}
 
 
 def _as_slices(name: str, array: ArrayLike, dtype: type) -> np.ndarray:
@@ -476,16 +548,17 @@ def _require_same_shape(name: str, array: np.ndarray, other: np.ndarray) -> None
         raise ValueError(f"{name} has shape {array.shape}, expected {other.shape}")
 
 
-def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> FloatArray:
     """Divide in float64, with NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """Return a float, or None for NaN and infinity, which JSON cannot represent."""
     return float(value) if np.isfinite(value) else None
 
 
-def _numbers(values: tuple[float, ...]) -> list[float | None]:
-    return [_number(value) for value in values]
+def numbers(values: Sequence[float]) -> list[float | None]:
+    """Return floats for JSON, with None for NaN and infinity."""
+    return [number(value) for value in values]

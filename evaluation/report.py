@@ -1,18 +1,19 @@
 """Report of a test run: scores of its error maps, figures, TensorBoard events and printed tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.image import imread
-from scipy.stats import rankdata
 from torch.utils.tensorboard import SummaryWriter
 
-from .choice import Choice, choose, intensity_grid
+from .choice import Choice, choose, intensity_grid, slices_to_choose_on
+from .evaluate import Evaluation, ScoredSlices, by_lesion_size, evaluate_parts
 from .figures import draw_scores, write_figures
-from .metrics import RIM, average_precision, by_lesion_size, evaluate, ranked_scores
-from .results import REFERENCE, TITLES, Maps, write_scores
+from .metrics import RIM, average_precision, ranked_scores
+from .results import HEALTHY, REFERENCE, THRESHOLDS, TITLES, Maps, Part, Parts, write_scores
 from .scores import (
     BRIGHT_LESIONS,
     CONTRAST_WARNING,
@@ -24,40 +25,42 @@ from .scores import (
     smooth_scores,
     unusual_contrasts,
 )
-from .tables import intensity_name, size_table, table
+from .tables import intensity_name, size_table, subject_table, table
 
 EVENTS = "events.out.tfevents.*"
+PR_POINTS = 127  # of a precision-recall curve in TensorBoard, which shows no more
 
 
-def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str, grid: Sequence[ScoreSettings]) -> None:
-    """Score error maps; write metrics.json, per_slice.csv, figures and TensorBoard events, and print the tables.
+def score_maps(
+    results: Path,
+    run: Mapping[str, Any],
+    maps: Maps,
+    address: str,
+    grid: Sequence[ScoreSettings],
+    healthy_share: float,
+) -> None:
+    """Score error maps; write metrics.json, the tables, figures and TensorBoard events, and print the tables.
 
     Args:
         results: the folder to write to.
         run, maps: as for `write_maps`.
         address: the results folder's name in printed messages.
         grid: the scores to choose from on validation slices, in addition to the published score.
+        healthy_share: of the healthy validation pixels, marked at the threshold `healthy`.
     """
-    smooth, sign = run["sampling_settings"]["smooth"], better_sign(maps.get("val", maps["test"]))
-    for split, group in maps.items():
-        warn_non_finite(group, split)
-    choices, chosen_maps = choose_scores(run, maps, grid, sign)
-    maps = {
-        split: {
-            **group,
-            **chosen_maps[split],
-            "unsmoothed": group["scores"],
-            "scores": smooth_scores(group["scores"], smooth),
-            "intensity": sign * group["image"],
-        }
-        for split, group in maps.items()
-    }
+    for split, parts in maps.items():
+        warn_non_finite(parts, split)
+    smooth = run["sampling_settings"]["smooth"]
+    sign = better_sign(slices_to_choose_on(maps.get("val", maps["test"])))
+    choices = choose_scores(run, maps, grid, sign)
+    scores = score_functions(smooth, sign, choices)
     rims = {"scores": run.get("rim", RIM), "intensity": RIM} | ({"unsmoothed": RIM} if smooth != "none" else {})
     rims |= {key: choice.settings.rim for key, choice in choices.items()}
     evaluations, blocks = {}, {}
     for key, rim in rims.items():
-        val = evaluate_args(maps["val"], key) if "val" in maps else None
-        evaluations[key] = evaluate(*evaluate_args(maps["test"], key), val=val, rim=rim)
+        test, val = (scored(maps[split], scores[key]) if split in maps else None for split in ("test", "val"))
+        options = {"rim": rim, "healthy_share": healthy_share, "voxel_size": run.get("voxel_size")}
+        evaluations[key] = evaluate_parts(test, val, **options, label=f"evaluating {key}")
         blocks[key] = evaluations[key].summary | {"by_lesion_size": by_lesion_size(evaluations[key].per_slice)}
     for key, choice in choices.items():
         blocks[key] |= {"settings": choice.settings._asdict(), "constants": choice.constants._asdict()}
@@ -66,65 +69,105 @@ def score_maps(results: Path, run: Mapping[str, Any], maps: Maps, address: str, 
     metrics["baseline_intensity"] = {**blocks["intensity"], "sign": sign, "chosen": blocks.get("chosen_intensity")}
     names = {"scores": TITLES[run["method"]], "intensity": intensity_name(metrics)}
     names |= {"chosen": f"{names['scores']}, chosen", "chosen_intensity": f"{names['intensity']}, chosen"}
-    ranked = {
-        name: ranked_scores(*evaluate_args(maps["test"], key), rims[key]) for key, name in names.items() if key in rims
+    named = {name: evaluations[key] for key, name in names.items() if key in rims}
+    per_slice, per_subject = dict(evaluations["scores"].per_slice), dict(evaluations["scores"].per_subject)
+    if choices:
+        per_slice |= chosen_columns(evaluations["chosen"].per_slice, per_slice)
+        per_subject |= chosen_columns(evaluations["chosen"].per_subject, per_subject)
+    write_scores(results, metrics, [name for part in maps["test"] for name in part["names"]], per_slice, per_subject)
+    shown = {key: scored(maps["test"], scores[key]) for key in ("scores", "chosen") if key in rims}
+    write_figures(results / "figures", draw_scores(maps["test"], shown, metrics, per_slice, per_subject, named))
+    write_events(results, metrics, named)
+    tables = [table([metrics])]
+    tables += [size_table(metrics)] if metrics["n_slices"] >= 3 else []
+    tables += [subject_table([metrics])] if metrics["by_subject"] else []
+    print("\n" + "\n\n".join([*tables, f"results: {address}\nfigures: {address}/figures"]))
+
+
+def score_functions(smooth: str, sign: int, choices: Mapping[str, Choice]) -> dict[str, Callable[[Part], np.ndarray]]:
+    """Return functions from a part to its scores [n, H, W]: the published ones, the intensity, and the chosen ones."""
+    functions = {
+        "scores": lambda part: smooth_scores(part["scores"], smooth),
+        "unsmoothed": lambda part: part["scores"],
+        "intensity": lambda part: sign * part["image"],
     }
-    chosen = evaluations["chosen"].per_slice.items() if choices else ()
-    per_slice = evaluations["scores"].per_slice | {f"chosen_{key}": values for key, values in chosen}
-    per_slice.pop("chosen_lesion_area", None)
-    write_scores(results, metrics, maps["test"]["names"], per_slice)
-    write_figures(results / "figures", draw_scores(maps["test"], metrics, per_slice, ranked))
-    write_events(results, metrics, ranked)
-    by_size = f"{size_table(metrics)}\n\n" if metrics["n_slices"] >= 3 else ""
-    print(f"\n{table([metrics])}\n\n{by_size}results: {address}\nfigures: {address}/figures")
+    if choices:
+        side = choices["chosen_intensity"].settings.sign
+        of_maps = {"chosen": reference_maps, "chosen_intensity": partial(intensity_maps, sign=side)}
+        for key, prepare in of_maps.items():
+            functions[key] = partial(chosen_scores, prepare, choices[key])
+    return functions
 
 
-def choose_scores(
-    run: Mapping[str, Any], maps: Maps, grid: Sequence[ScoreSettings], sign: int
-) -> tuple[dict[str, Choice], dict[str, dict[str, np.ndarray]]]:
+def chosen_scores(prepare: Callable[[Part], Part], choice: Choice, part: Part) -> np.ndarray:
+    """Return the chosen score of a part [n, H, W]; `prepare` returns the maps that it is computed from."""
+    return anomaly_map(prepare(part), choice.settings, choice.constants)
+
+
+def scored(parts: Sequence[Part], score: Callable[[Part], np.ndarray]) -> Parts[ScoredSlices]:
+    """Return the parts of a split with a score, computed when they are indexed."""
+
+    def load(i: int) -> ScoredSlices:
+        part = parts[i]
+        return ScoredSlices(score(part), part["truth"], part["brainmask"], part["names"], part[HEALTHY])
+
+    return Parts(load, len(parts))
+
+
+def chosen_columns(chosen: Mapping[str, np.ndarray], published: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the columns of the chosen score under their names in the tables, without those that no score changes."""
+    fixed = ("lesion_area", "subject", "healthy", "n_slices", "lesion_voxels", "n_lesions")
+    return {f"chosen_{key}": chosen[key] for key in published if key not in fixed}
+
+
+def choose_scores(run: Mapping[str, Any], maps: Maps, grid: Sequence[ScoreSettings], sign: int) -> dict[str, Choice]:
     """Choose a score of the error maps and one of the intensity on validation slices, or else on training slices.
 
     Returns:
-        The choices, `chosen` and `chosen_intensity`, and for each split their score maps [N, H, W]. Both are empty for
-        combined runs, without slices to choose on, and for one-way runs whose error maps lack the target modality.
+        The choices, `chosen` and `chosen_intensity`; empty for combined runs, without slices to choose on, and for
+        one-way runs whose error maps lack the target modality.
     """
-    choices: dict[str, Choice] = {}
-    scores: dict[str, dict[str, np.ndarray]] = {split: {} for split in maps}
     source = next((split for split in ("val", "train") if split in maps), None)
     one_way = run["method"].startswith("one_way")
     if run["method"] == "combined":
-        return choices, scores
-    if source is None or (one_way and REFERENCE not in maps[source]):
+        return {}
+    if source is None or (one_way and REFERENCE not in maps[source][0]):
         missing = "target modality" if source else "validation or training slices"
         print(f"no score can be chosen because the error maps hold no {missing}: run modality_cyclic_test.py again")
-        return choices, scores
-    references = {split: reference_maps(group) for split, group in maps.items()}
-    usual = fit_match(references[source], "scan")
-    for group in references.values():
-        for name, slope in unusual_contrasts(group, usual).items():
-            print(CONTRAST_WARNING.format(name, slope))
-    if not (maps[source]["truth"] & maps[source]["brainmask"]).any():
+        return {}
+    chosen_on = slices_to_choose_on(maps[source])
+    reference = reference_maps(chosen_on)
+    usual = fit_match(reference, "scan")
+    for parts in maps.values():
+        for part in parts:
+            for name, slope in unusual_contrasts(reference_maps(part), usual).items():
+                print(CONTRAST_WARNING.format(name, slope))
+    if not (chosen_on["truth"] & chosen_on["brainmask"]).any():
         sign = 1 if run["input"] in BRIGHT_LESIONS else -1
         print(f"no lesions in the {source} slices: using the robust score instead of choosing one (docs/scores.md)")
     side, alternatives = intensity_grid(grid, "bright" if sign > 0 else "dark")
-    intensities = {split: intensity_maps(group, side) for split, group in maps.items()}
-    for key, groups, options in (("chosen", references, grid), ("chosen_intensity", intensities, alternatives)):
-        choices[key] = choose(groups[source], options, run["trans" if one_way else "input"], f"choosing on {source}")
-        for split, group in groups.items():
-            scores[split][key] = anomaly_map(group, choices[key].settings, choices[key].constants)
-    return choices, scores
+    intensity, modality = intensity_maps(chosen_on, side), run["trans" if one_way else "input"]
+    return {
+        key: choose(group, options, modality, f"choosing on {source}")
+        for key, group, options in (
+            ("chosen", reference, grid),
+            ("chosen_intensity", intensity, alternatives),
+        )
+    }
 
 
-def warn_non_finite(group: Mapping[str, Any], split: str) -> None:
+def warn_non_finite(parts: Sequence[Part], split: str) -> None:
     """Print how many scores are not finite, and the first slice with such scores."""
-    broken = ~np.isfinite(group["scores"]) & group["brainmask"]
-    slices = np.array(group["names"])[broken.any(axis=(1, 2))]
-    if len(slices):
-        n_scores = np.count_nonzero(broken)
+    n_scores, slices = 0, []
+    for part in parts:
+        broken = ~np.isfinite(part["scores"]) & part["brainmask"]
+        n_scores += np.count_nonzero(broken)
+        slices += np.array(part["names"])[broken.any(axis=(1, 2))].tolist()
+    if slices:
         print(f"warning: {n_scores} scores in {len(slices)} {split} slices are not finite, first in {slices[0]}")
 
 
-def better_sign(group: Mapping[str, Any]) -> int:
+def better_sign(group: Part) -> int:
     """Return the sign, 1 or −1, with which the input intensity has the higher AUPRC; −1 means dark lesions."""
     auprc = {
         sign: average_precision(*ranked_scores(sign * group["image"], group["truth"], group["brainmask"]))
@@ -133,27 +176,28 @@ def better_sign(group: Mapping[str, Any]) -> int:
     return -1 if auprc[-1] > auprc[1] else 1
 
 
-def evaluate_args(maps: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return scores, truth and brain mask for `evaluate`, with `maps[key]` as the scores."""
-    return maps[key], maps["truth"], maps["brainmask"]
-
-
-def write_events(
-    results: Path, metrics: Mapping[str, Any], ranked: Mapping[str, tuple[np.ndarray, np.ndarray]]
-) -> None:
+def write_events(results: Path, metrics: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
     """Write the figures, precision-recall curves and hyperparameters of a test run for TensorBoard.
 
-    `ranked` maps the name of each curve to scores and truth [M].
+    `evaluations` are keyed by the name of each curve.
     """
     settings = {key: metrics[key] for key in ("method", "input", "trans", "image_size")}
     trained = {f"steps_{key}": steps for key, steps in metrics["trained_steps"].items() if steps is not None}
     scores = {"auprc": metrics["auprc"], "auroc": metrics["auroc"]}
-    scores |= {f"{choice}_dice": metrics[choice]["dice"] for choice in ("oracle", "validation") if metrics[choice]}
+    scores |= {f"{choice}_dice": metrics[choice]["dice"] for choice in THRESHOLDS if metrics[choice]}
     scores = {f"results/{key}": value for key, value in scores.items() if value is not None}
     with SummaryWriter(str(results)) as events:
         for path in sorted((results / "figures").glob("*.png")):
             events.add_image(path.stem, imread(path), dataformats="HWC")
-        for name, (values, truth) in ranked.items():
-            # TensorBoard evaluates evenly spaced thresholds in [0, 1]; ranks spread the curve's points evenly.
-            events.add_pr_curve(f"precision_recall/{name}", truth, rankdata(values) / len(values))
+        for name, (summary, per_slice, _, curves) in evaluations.items():
+            precision, recall = curves["precision_recall"]
+            n_lesion = per_slice["lesion_area"].sum()
+            if n_lesion:
+                points = np.linspace(0, len(recall) - 2, PR_POINTS).round().astype(int)  # the last has no prediction
+                precision, recall = precision[points], recall[points]
+                hits, healthy = recall * n_lesion, n_lesion / summary["chance"] - n_lesion
+                false_positives = hits / np.maximum(precision, 1e-12) - hits
+                counts = hits, false_positives, healthy - false_positives, n_lesion - hits
+                tag = f"precision_recall/{name}"
+                events.add_pr_curve_raw(tag, *counts, precision, recall, num_thresholds=PR_POINTS)
         events.add_hparams(settings | trained, scores, run_name=".")

@@ -1,11 +1,15 @@
-"""Read and write the files of a test run: error_maps.npz, metrics.json and per_slice.csv."""
+"""Read and write the files of a test run: error_maps.npz, metrics.json, per_slice.csv and per_subject.csv."""
 
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,12 +18,16 @@ from utils.cli import UserError
 from utils.records import STRING, integer, nullable, object_of, parse, read_json
 
 from .scores import OPTIONS, RANGES, Constants, ScoreSettings
+from .subjects import subject_of
 
-ERROR_MAPS, METRICS, PER_SLICE = "error_maps.npz", "metrics.json", "per_slice.csv"
+ERROR_MAPS, METRICS, PER_SLICE, PER_SUBJECT = "error_maps.npz", "metrics.json", "per_slice.csv", "per_subject.csv"
 MAPS = ("image", "translation", "reconstruction", "variance", "scores", "truth", "brainmask")  # [N, H, W] each
 MASKS = ("truth", "brainmask")  # the bool arrays of MAPS; the others are floats
 REFERENCE = "reference"  # additional array of one-way runs: the target modality, which the translation is compared with
+HEALTHY = "healthy"  # additional array [N] bool: whether the slice's subject has no lesion anywhere
+PART_SLICES = 1024  # slices, of whole subjects, that are held in memory at a time
 SPLITS = ("test", "val", "train")  # scores and thresholds are chosen on "val"; without it, "train" calibrates scores
+THRESHOLDS = ("oracle", "validation", "healthy")
 TITLES = {**titles(), "combined": "combined runs"}  # by `method` in metrics.json
 SCORE_MEANINGS = {  # axis labels by `score` in metrics.json (see models/cycle.py)
     "errors": "squared cyclic error",
@@ -56,6 +64,9 @@ _METRICS = object_of(
     unsmoothed=nullable(_BLOCK),
     baseline_intensity={"allOf": [_BLOCK, object_of(sign={"enum": [1, -1]})]},
 )
+_RUN["properties"]["voxel_size"] = nullable(
+    {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6}, "minItems": 3, "maxItems": 3}
+)
 _RUN["properties"]["rim"] = {"type": "number", "minimum": 0, "maximum": RANGES["rim"][1]}  # combined runs only
 _POSITIVE = {"type": "number", "exclusiveMinimum": 0}
 _SCORE = {
@@ -84,22 +95,99 @@ _MEMBER = object_of(
 )
 _METRICS["properties"]["members"] = {"type": "array", "minItems": 1, "items": _MEMBER}
 # Missing in runs of earlier versions.
-_METRICS["properties"]["chosen"] = nullable(_CHOSEN)
+_OF_SUBJECTS = object_of(
+    **{"dice": _NUMBER, "dice_interval": _INTERVAL, "lesions_found": _NUMBER, "false_positives": _NUMBER},
+    healthy=object_of(marked_share=_NUMBER, marked_share_interval=_INTERVAL, false_positives=_NUMBER),
+)
+_BY_SUBJECT = object_of(
+    **{f"n_{key}": integer(0, 10**9) for key in ("subjects", "with_lesion", "healthy")},
+    detection=object_of(subject=object_of(auroc=_NUMBER, auroc_interval=_INTERVAL)),
+)
+_BY_SUBJECT["properties"] |= {choice: nullable(_OF_SUBJECTS) for choice in THRESHOLDS}
+_BLOCK["properties"] |= {"healthy": nullable(_AT_THRESHOLD), "by_subject": nullable(_BY_SUBJECT)}
+_CHOSEN["allOf"][1]["properties"] |= {"healthy": _THRESHOLD}
+_METRICS["properties"] |= {"healthy": _THRESHOLD, "by_subject": nullable(_BY_SUBJECT), "chosen": nullable(_CHOSEN)}
 _METRICS["properties"]["baseline_intensity"]["properties"] = {"chosen": nullable(_CHOSEN)}
 
-Maps = Mapping[str, Mapping[str, Any]]  # for each split, slice `names` and the arrays in MAPS
+
+T = TypeVar("T")
+
+
+class Parts(Sequence[T]):
+    """Parts of a split, each with whole subjects, loaded when they are indexed; the last one is kept in memory."""
+
+    def __init__(self, load: Callable[[int], T], n_parts: int):
+        self._load, self._n_parts = lru_cache(maxsize=1)(load), n_parts
+
+    def __len__(self) -> int:
+        return self._n_parts
+
+    def __getitem__(self, index: int) -> T:
+        if not 0 <= index < self._n_parts:
+            raise IndexError(index)
+        return self._load(index)
+
+
+Part = Mapping[str, Any]  # slice `names` [n], HEALTHY [n], and the arrays in MAPS [n, H, W]
+Maps = Mapping[str, Sequence[Part]]  # by split
+
+
+def divide(names: Sequence[str]) -> list[list[int]]:
+    """Divide slices into parts of whole subjects; return the indices of each part's slices.
+
+    A part has up to PART_SLICES slices, or a single subject.
+    """
+    if len(names) <= PART_SLICES:
+        return [list(range(len(names)))]
+    by_subject: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        by_subject.setdefault(subject_of(name), []).append(i)
+    parts: list[list[int]] = [[]]
+    for rows in by_subject.values():
+        if parts[-1] and len(parts[-1]) + len(rows) > PART_SLICES:
+            parts.append([])
+        parts[-1] += rows
+    return parts
+
+
+class MapWriter:
+    """Writer of error_maps.npz, from which a test run can be scored again without its networks.
+
+    An array of the first part of a split is stored as test_scores, that of the next one as test_scores_1, and so on.
+    """
+
+    def __init__(self, path: Path):
+        self._file = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+        self._n_parts = dict.fromkeys(SPLITS, 0)
+
+    def add(self, split: str, part: Part) -> None:
+        """Write a part of a split; arrays are in the order of its `names`."""
+        for key, array in part.items():
+            self._write(array_name(split, key, self._n_parts[split]), array)
+        self._n_parts[split] += 1
+
+    def close(self, run: Mapping[str, Any]) -> None:
+        """Finish the file with its header, JSON-serialisable: methods, checkpoints and sampling settings."""
+        self._write("run", json.dumps(run))
+        self._file.close()
+
+    def _write(self, name: str, array: Any) -> None:
+        with self._file.open(f"{name}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 
 
 def write_maps(path: Path, run: Mapping[str, Any], maps: Maps) -> None:
-    """Write error_maps.npz, from which a test run can be scored again without its networks.
+    """Write all parts of all splits, and the header, to error_maps.npz."""
+    writer = MapWriter(path)
+    for split, parts in maps.items():
+        for part in parts:
+            writer.add(split, part)
+    writer.close(run)
 
-    Args:
-        path: the file, in an existing folder.
-        run: the header, JSON-serialisable: methods, checkpoints and sampling settings.
-        maps: for each split, `names` ("{subject}_{slice}") and arrays [N, H, W]; stored as test_scores, test_truth, ….
-    """
-    arrays = {f"{split}_{key}": array for split, group in maps.items() for key, array in group.items()}
-    np.savez_compressed(path, run=json.dumps(run), **arrays)
+
+def array_name(split: str, key: str, part: int) -> str:
+    """Return the name of an array in error_maps.npz."""
+    return f"{split}_{key}" + (f"_{part}" if part else "")
 
 
 def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
@@ -110,38 +198,99 @@ def read_maps(path: Path) -> tuple[dict[str, Any], Maps]:
     """
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}: run modality_cyclic_test.py first")
-    try:
-        with np.load(path) as file:
-            run = parse(str(file["run"]), _RUN)
-            splits = [split for split in SPLITS if split == "test" or f"{split}_names" in file]
-            kept = (*MAPS, REFERENCE) if f"test_{REFERENCE}" in file else MAPS
-            maps = {split: {key: file[f"{split}_{key}"] for key in ("names", *kept)} for split in splits}
-        _, height, width = maps["test"]["scores"].shape
-        for group in maps.values():
-            shapes = {group[key].shape for key in kept} | {(*group["names"].shape, height, width)}
-            if shapes != {(len(group["scores"]), height, width)} or not len(group["scores"]):
-                raise ValueError(f"no slices, or array shapes differ: {shapes}")
-            for key in ("names", *kept):
-                kind = "U" if key == "names" else "b" if key in MASKS else "f"
-                if group[key].dtype.kind != kind:
-                    raise ValueError(f"{key} has dtype {group[key].dtype}")
-            if not (np.isfinite(group["scores"]) & group["brainmask"]).any():
-                raise ValueError("no finite score in any brain")
-    except Exception as error:  # NumPy, zipfile and json raise many types of exceptions for damaged files
-        raise UserError(f"{path} cannot be scored ({error}): run modality_cyclic_test.py again") from error
+    with _scorable(path), np.load(path) as file:
+        run, stored = parse(str(file["run"]), _RUN), set(file.files)
+    maps = {}
+    for split in SPLITS:
+        n_parts = next(i for i in count() if array_name(split, "names", i) not in stored)
+        if n_parts or split == "test":
+            maps[split] = Parts(partial(StoredPart, path, split, stored), max(n_parts, 1))
+    height, width = maps["test"][0]["scores"].shape[1:]
+    for parts in maps.values():
+        first = parts[0]
+        if {first[key].shape[1:] for key in first if key not in ("names", HEALTHY)} != {(height, width)}:
+            raise UserError(f"{path} cannot be scored (array shapes differ): run modality_cyclic_test.py again")
     return run, maps
 
 
+class StoredPart(Mapping[str, np.ndarray]):
+    """A part of error_maps.npz; its arrays are read, and checked, when they are first used.
+
+    Reading raises a UserError for a damaged array.
+    """
+
+    def __init__(self, path: Path, split: str, stored: set[str], part: int):
+        kept = ("names", *MAPS, *(key for key in (REFERENCE,) if array_name(split, key, part) in stored))
+        self._path, self._names = path, {key: array_name(split, key, part) for key in kept}
+        self._healthy = array_name(split, HEALTHY, part) if array_name(split, HEALTHY, part) in stored else None
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key == HEALTHY and key not in self._arrays:
+            self._arrays[key] = self._read(key, self._healthy) if self._healthy else lesion_free(self)
+        if key not in self._arrays:
+            self._arrays[key] = self._read(key, self._names[key])
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._names, HEALTHY))
+
+    def __len__(self) -> int:
+        return len(self._names) + 1
+
+    def _read(self, key: str, name: str) -> np.ndarray:
+        with _scorable(self._path), np.load(self._path) as file:
+            array = file[name]
+            kind = "U" if key == "names" else "b" if key in (*MASKS, HEALTHY) else "f"
+            if array.dtype.kind != kind:
+                raise ValueError(f"{name} has dtype {array.dtype}")
+            if array.ndim != (1 if key in ("names", HEALTHY) else 3) or not len(array):
+                raise ValueError(f"no slices, or array shapes differ: {name} has shape {array.shape}")
+            if key != "names" and len(array) != len(self["names"]):
+                raise ValueError(f"array shapes differ: {name} has shape {array.shape}")
+            if key == "scores" and not (np.isfinite(array) & self["brainmask"]).any():
+                raise ValueError("no finite score in any brain")
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+@contextmanager
+def _scorable(path: Path) -> Iterator[None]:
+    """Turn the errors of a damaged file, for which NumPy, zipfile and json raise many types, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be scored ({error}): run modality_cyclic_test.py again") from error
+
+
+def lesion_free(part: Part) -> np.ndarray:
+    """Return for each slice [n] whether no slice of its subject has a lesion."""
+    subjects = np.array([subject_of(name) for name in part["names"]])
+    return ~np.isin(subjects, subjects[np.asarray(part["truth"]).any(axis=(1, 2))])
+
+
 def write_scores(
-    results: Path, metrics: Mapping[str, Any], names: Sequence[str], per_slice: Mapping[str, np.ndarray]
+    results: Path,
+    metrics: Mapping[str, Any],
+    names: Sequence[str],
+    per_slice: Mapping[str, np.ndarray],
+    per_subject: Mapping[str, np.ndarray],
 ) -> None:
-    """Write metrics.json, and per_slice.csv with one row per slice name, to a test run's folder."""
-    with (results / PER_SLICE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["subject", "slice", *per_slice])
-        for i, name in enumerate(names):
-            writer.writerow([*name.rsplit("_", 1), *(f"{column[i]:.6g}" for column in per_slice.values())])
+    """Write metrics.json, per_slice.csv and, unless it is empty, per_subject.csv to a test run's folder."""
+    subjects, numbers = zip(*(str(name).rsplit("_", 1) for name in names), strict=True)
+    _write_table(results / PER_SLICE, {"subject": subjects, "slice": numbers, **per_slice})
+    if per_subject:
+        _write_table(results / PER_SUBJECT, per_subject)
     (results / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([value if isinstance(value, str) else f"{value:.6g}" for value in row])
 
 
 def read_metrics(results: Path, remedy: str = "run modality_cyclic_test.py first") -> dict[str, Any]:

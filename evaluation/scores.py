@@ -289,14 +289,20 @@ def _average_slices(values: FloatArray, names: Sequence[str], sigma: float) -> F
 
 
 def reference_maps(maps: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the maps in float32, with `image` replaced by `reference`, if any: the target of a one-way translation."""
-    floats = {key: maps[key] for key in ("image", "reconstruction", "variance")}
-    floats["image"] = maps.get("reference", maps["image"])
-    return {**maps, **{key: values.astype(np.float32) for key, values in floats.items()}}
+    """Return the maps of a score in float32, with the target of a one-way translation, if any, as `image`."""
+    floats = {key: maps[key] for key in ("reconstruction", "variance")}
+    floats["image"] = maps["reference" if "reference" in maps else "image"]
+    return _masks(maps) | {key: values.astype(np.float32) for key, values in floats.items()}
 
 
 def intensity_maps(maps: Mapping[str, Any], sign: str) -> dict[str, Any]:
     """Return maps whose error is the input intensity: a reconstruction of −3 everywhere, or 3 for dark lesions."""
     image = maps["image"].astype(np.float32)
     background = np.full_like(image, -3.0 if sign == "bright" else 3.0)
-    return {**maps, "image": image, "reconstruction": background, "variance": np.zeros_like(background)}
+    floats = {"image": image, "reconstruction": background, "variance": np.zeros_like(background)}
+    return _masks(maps) | floats
+
+
+def _masks(maps: Mapping[str, Any]) -> dict[str, Any]:
+    """Return names and masks only: the arrays of a stored part are read when they are used."""
+    return {key: maps[key] for key in ("names", "truth", "brainmask") if key in maps}

@@ -13,10 +13,9 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import TITLES, read_metrics, read_per_slice
+from .results import THRESHOLDS, TITLES, read_metrics, read_per_slice
 
-CHOICES = ("oracle", "validation")  # thresholds
-SIZE_COLUMNS = ("auprc", "oracle_dice", "validation_dice")
+DICE_COLUMNS = tuple(f"{choice} Dice" for choice in THRESHOLDS)
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -41,15 +40,57 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
             notes.append(f"{name}, chosen: {describe_score(chosen['settings'])}")
     first = runs[0]
     lost = first["lost_lesion_share"]
-    interval = "[95 % bootstrap interval over slices]; " if any("[" in cell for row in rows for cell in row) else ""
+    interval = "[95 % bootstrap interval over subjects]; " if any("[" in cell for row in rows for cell in row) else ""
     lines = [
-        *_aligned(("method", "trained steps", "AUPRC", "oracle Dice", "validation Dice"), *rows),
+        *_aligned(("method", "trained steps", "AUPRC", *DICE_COLUMNS), *rows),
         f"{first['n_slices']} test slices; chance-level AUPRC {_value(first['chance'])} (fraction of lesion pixels); "
         + ("no lesions" if lost is None else f"{100 * lost:.1f} % of lesion pixels outside the scored region"),
         f"{interval}oracle: threshold chosen on the test slices, as in the literature; validation: chosen on the val "
         "slices",
     ]
+    if first.get("healthy"):
+        lines.append(
+            f"healthy: the lowest threshold at which {100 * _share(first):g} % of their healthy pixels are marked"
+        )
     return "\n".join(lines + notes)
+
+
+def _share(metrics: Mapping[str, Any]) -> float:
+    """Return the share of healthy validation pixels that is marked at the threshold `healthy`."""
+    return metrics["healthy"].get("share", math.nan)
+
+
+def subject_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Format a table of the scores by subject, a row for each method and threshold, of runs that have such scores."""
+    rows: dict[tuple[str, ...], None] = {}
+    for metrics in runs:
+        name, intensity = TITLES[metrics["method"]], metrics["baseline_intensity"]
+        blocks = {intensity_name(metrics): intensity, f"{intensity_name(metrics)}, chosen": intensity.get("chosen")}
+        blocks |= {name: metrics, f"{name}, chosen": metrics.get("chosen")}
+        for method, block in ((method, block["by_subject"]) for method, block in blocks.items() if block):
+            detection = block["detection"]["subject"]
+            for choice in (choice for choice in THRESHOLDS if block.get(choice)):
+                found = block[choice]
+                healthy = found["healthy"]
+                row = (
+                    with_interval(found["dice"], found["dice_interval"]),
+                    _value(found["lesions_found"], ".2f"),
+                    _value(found["false_positives"], ".1f"),
+                    with_interval(healthy["marked_share"], healthy["marked_share_interval"]),
+                    _value(healthy["false_positives"], ".1f"),
+                    with_interval(detection["auroc"], detection["auroc_interval"]),
+                )
+                rows[(method, choice, *row)] = None
+    counts = runs[0]["by_subject"]
+    header = ("by subject", "threshold", "Dice", "lesions found", "FP/scan", "healthy brain marked", "FP/healthy scan")
+    return "\n".join(
+        [
+            *_aligned((*header, "detection AUROC"), *rows),
+            f"{counts['n_subjects']} test subjects: {counts['n_with_lesion']} with a lesion in their slices, "
+            f"{counts['n_healthy']} healthy; Dice: mean over subjects with a lesion; lesions found: share of all "
+            "lesions; FP: marked components without a lesion; detection: of subjects with a lesion",
+        ]
+    )
 
 
 def describe_members(members: Sequence[Mapping[str, Any]]) -> str:
@@ -86,9 +127,13 @@ def size_table(metrics: Mapping[str, Any]) -> str:
         for method, block in methods.items():
             third = block["by_lesion_size"][size]
             bounds = "{} … {} px".format(*third["area_bounds"]) if third["area_bounds"] else "none"
-            values = [_value(third[key]) if key in third else "no val slices" for key in SIZE_COLUMNS]
+            values = [
+                _value(third[f"{choice}_dice"]) if f"{choice}_dice" in third else _missing(block, choice)
+                for choice in THRESHOLDS
+            ]
+            values = [_value(third["auprc"]), *values]
             rows.append((size, bounds, str(third["n_slices"]), method, *values))
-    header = ("lesions", "area", "slices", "method", "mean AUPRC", "oracle Dice", "validation Dice")
+    header = ("lesions", "area", "slices", "method", "mean AUPRC", *DICE_COLUMNS)
     return "\n".join(_aligned(header, *rows))
 
 
@@ -112,14 +157,14 @@ def comparison(run_a: Path, run_b: Path) -> str:
     rows = []
     for metric in (key for key in a[names[0]] if key != "lesion_area" and key in b[names[0]]):
         values = np.array([[rows_of[name][metric] for name in names] for rows_of in (a, b)])
-        difference, interval = paired_bootstrap(*values)
+        difference, interval = paired_bootstrap(*values, subjects=[subject for subject, _ in names])
         n_paired = np.count_nonzero(~np.isnan(values).any(axis=0))
         low, high = (_value(bound, "+.3f") for bound in interval)
         rows.append((metric, _value(difference, "+.3f"), f"[{low}, {high}]", str(n_paired)))
     lines = [f"A: {run_a}", f"B: {run_b}", *_aligned(("metric", "A − B", "95 % interval", "slices"), *rows)]
     lines.append(
-        "means over slices where both are defined; paired bootstrap over slices with fixed thresholds; lower is better "
-        "for the distances assd and hd95"
+        "means over slices where both are defined; paired bootstrap over subjects with fixed thresholds; lower is "
+        "better for the distances assd and hd95"
     )
     return "\n".join(lines)
 
@@ -134,10 +179,21 @@ def _aligned(*rows: Sequence[str]) -> list[str]:
     ]
 
 
-def _scores(block: Mapping[str, Any]) -> tuple[str, str, str]:
-    chosen = [block[choice] for choice in CHOICES]
-    dice = [with_interval(choice["dice"], choice["dice_interval"]) if choice else "no val slices" for choice in chosen]
+def _scores(block: Mapping[str, Any]) -> tuple[str, ...]:
+    dice = (
+        with_interval(block[choice]["dice"], block[choice]["dice_interval"])
+        if block.get(choice)
+        else _missing(block, choice)
+        for choice in THRESHOLDS
+    )
     return with_interval(block["auprc"], block["auprc_interval"]), *dice
+
+
+def _missing(block: Mapping[str, Any], choice: str) -> str:
+    """Return why a block of metrics.json has no scores at a threshold."""
+    if choice not in block:
+        return "not computed"  # by an earlier version
+    return "no val lesions" if choice == "validation" and block.get("healthy") else "no val slices"
 
 
 def with_interval(value: float | None, interval: Sequence[float | None]) -> str:
@@ -153,7 +209,10 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m evaluation.tables", description="Print one table for several test runs.")
     parser.add_argument("results", nargs="+", type=local_path, help="results folders, such as experiments/results/RUN")
     folders = parser.parse_args().results
-    print(table([read_metrics(folder) for folder in folders]))
+    runs = [read_metrics(folder) for folder in folders]
+    print(table(runs))
+    if with_subjects := [metrics for metrics in runs if metrics.get("by_subject")]:
+        print(f"\n{subject_table(with_subjects)}")
     for folder in folders:
         print(f"figures: {folder / 'figures'}")
 

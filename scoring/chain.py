@@ -73,8 +73,11 @@ def chain_parser(description: str, *, on_slices: bool = True) -> ArgumentParser:
     return parser
 
 
-def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
-    """Return the candidate scores, `ScoreSettings`, in `score_model.scoring`; validation slices select one of them.
+def scoring_options(args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of scoring error maps, as keyword arguments of `score_maps`.
+
+    Returns:
+        grid: the scores that validation slices choose from, `ScoreSettings`; healthy_share: of the threshold `healthy`.
 
     Raises:
         UserError: if the config contains an unknown score setting.
@@ -83,10 +86,12 @@ def score_grid(args: argparse.Namespace, overrides: list[str]) -> list[Any]:
     from evaluation.scores import parse_grid
 
     config, _ = configs.resolve(args.dataset, {}, overrides, preset=args.preset)
+    configs.check(config)
     try:
-        return parse_grid(config.score_model.scoring)
+        grid = parse_grid(config.score_model.scoring)
     except ValueError as error:
         raise UserError(f"score_model.scoring.{error}") from error
+    return {"grid": grid, "healthy_share": config.score_model.threshold.healthy_share}
 
 
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:

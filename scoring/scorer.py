@@ -1,9 +1,10 @@
 """Score slices: load the translators of a chain, print the cost, run the cycle, and compute error maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -11,8 +12,10 @@ from tqdm import tqdm
 
 from datasets.brats2021 import BraTS2021Dataset
 from datasets.loader import all_slices
+from datasets.records import read_lesion_flags, read_preprocessing
 from evaluation.metrics import scored_region
-from evaluation.results import REFERENCE
+from evaluation.results import HEALTHY, REFERENCE, Part, Parts, divide
+from evaluation.subjects import subject_of
 from guided_diffusion import checkpoint, dist_util
 from models import load_method
 from models.cycle import Cycle, anomaly_score, error_floor
@@ -123,24 +126,45 @@ def print_cost(scorer: Scorer, *brainmasks: Tensor) -> dict[str, Any]:
     return {"precision": precision, "network_passes": passes}
 
 
-def create_maps(scorer: Scorer, slices: dict[str, dict]) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Return the error maps of each split's slices, as arrays [N, H, W] by name, and their cost for metrics.json."""
-    cost = print_cost(scorer, *(batch["brainmask"] for batch in slices.values())) | {"score": scorer.score_kind}
-    maps = {}
-    # The first split fixes the error floor: preferably val, and train only if there is no other.
+def create_maps(
+    scorer: Scorer, slices: Mapping[str, Parts[dict]], add: Callable[[str, Part], None], voxel_size: list | None = None
+) -> dict[str, Any]:
+    """Compute the error maps of each split's slices, part by part.
+
+    Args:
+        scorer: the loaded chain.
+        slices: batches by split, as from `load_slices`.
+        add: called with the split and the maps of each part, arrays [n, H, W] by name.
+        voxel_size: of the slices, to be recorded.
+
+    Returns:
+        The cost and the constants of the maps, for metrics.json.
+    """
+    cost = print_cost(scorer, *(batch["brainmask"] for parts in slices.values() for batch in parts))
+    cost |= {"score": scorer.score_kind, "voxel_size": voxel_size}
+    # The first part fixes the error floor: preferably of val, and of train only if there is no other.
     for split in sorted(slices, key=lambda split: (split != "val", split == "train")):
-        batch = slices[split]
-        image, reference, brainmask = batch[scorer.config.data.input], batch[scorer.reference], batch["brainmask"]
-        cycle = scorer.cycle(image, brainmask, reference, f"scoring {split}")
-        if "usual_error" not in cost:
-            scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
-            cost["usual_error"] = error_floor(reference, cycle, scored & ~batch["seg"])
-        scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
-        images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
-        if scorer.reference != scorer.config.data.input:
-            images[REFERENCE] = reference
-        images |= {"translation": cycle.translation, "reconstruction": cycle.reconstruction, "variance": cycle.variance}
-        maps[split] = {key: value[:, 0].numpy() for key, value in images.items()} | {"names": batch["name"]}
+        for i, batch in enumerate(slices[split]):
+            image, reference, brainmask = batch[scorer.config.data.input], batch[scorer.reference], batch["brainmask"]
+            count = f", part {i + 1} of {len(slices[split])}" if len(slices[split]) > 1 else ""
+            cycle = scorer.cycle(image, brainmask, reference, f"scoring {split}{count}")
+            if "usual_error" not in cost:
+                scored = torch.from_numpy(scored_region(brainmask[:, 0].numpy()))[:, None]
+                cost["usual_error"] = error_floor(reference, cycle, scored & ~batch["seg"])
+            scores = anomaly_score(reference, cycle, scorer.score_kind, cost["usual_error"])
+            images = {"image": image, "truth": batch["seg"], "brainmask": brainmask, "scores": scores}
+            if scorer.reference != scorer.config.data.input:
+                images[REFERENCE] = reference
+            images |= {field: getattr(cycle, field) for field in ("translation", "reconstruction", "variance")}
+            maps = {key: value[:, 0].numpy() for key, value in images.items()}
+            add(split, maps | {"names": batch["name"], HEALTHY: batch[HEALTHY]})
+    return cost
+
+
+def maps_in_memory(scorer: Scorer, slices: Mapping[str, Parts[dict]]) -> tuple[dict[str, list[Part]], dict[str, Any]]:
+    """Return the parts of the error maps of each split, and their cost, as `create_maps` does."""
+    maps: dict[str, list[Part]] = {split: [] for split in slices}
+    cost = create_maps(scorer, slices, lambda split, part: maps[split].append(part))
     return maps, cost
 
 
@@ -149,11 +173,22 @@ def kinds_to_load(chain: Chain) -> list[str]:
     return [*dict.fromkeys((chain.config.data.input, chain.reference)), "seg", "brainmask"]
 
 
-def load_slices(chain: Chain, split: str, limit: int | None = None) -> dict | None:
-    """Load the slices of a split as one batch, or at most `limit` of them, evenly spaced.
+def voxel_size(chain: Chain) -> list[float] | None:
+    """Return the voxel size of the slices in mm, along the slice axis, the height and the width; None if unknown."""
+    grid = read_preprocessing(Path(chain.config.data.data_dir))["grid"]
+    if grid is None:
+        return None
+    (height, width), (*sizes, depth) = grid["shape"], grid["spacing"]
+    scale = [n / chain.config.data.image_size for n in (height, width)]
+    return [float(depth), *(float(mm * factor) for mm, factor in zip(sizes, scale, strict=True))]
+
+
+def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dict] | None:
+    """Return the slices of a split, as batches of whole subjects, or at most `limit` slices, evenly spaced.
 
     Returns:
-        The batch, or None if there are no validation or training slices.
+        The batches, loaded one at a time, with `healthy` beside each slice: whether its subject has no lesion anywhere.
+        None if there are no validation or training slices.
 
     Raises:
         UserError: if there are no test slices, or a modality is missing.
@@ -164,7 +199,17 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> dict | No
             print(f"no validation slices in {data.data_dir}: only the oracle threshold is reported")
         return None
     where = (data.data_dir, split, kinds_to_load(chain), data.image_size)
-    dataset = BraTS2021Dataset(*where, processes=dist_util.local_world_size(), progress=first)
+    dataset = BraTS2021Dataset(*where, progress=first, keep=False)
+    names = [files["name"] for files in dataset.files]
+    parts = divide(names)
     if limit and limit < len(dataset):
-        dataset = Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-    return all_slices(dataset)
+        parts = [[i * len(dataset) // limit for i in range(limit)]]
+    lesions = read_lesion_flags(Path(data.data_dir))
+
+    def load(i: int) -> dict:
+        batch = all_slices(Subset(dataset, parts[i]))
+        subjects = [subject_of(name) for name in batch["name"]]
+        seen = {name for name, lesion in zip(subjects, batch["seg"], strict=True) if lesion.any()}
+        return batch | {HEALTHY: np.array([not lesions.get(name, False) and name not in seen for name in subjects])}
+
+    return Parts(load, len(parts))

@@ -4,19 +4,21 @@ from collections.abc import Iterator
 
 import torch
 
-from evaluation.metrics import average_precision, ranked_scores
-from evaluation.scores import smooth_scores
+from evaluation.evaluate import Pixels
+from evaluation.metrics import RIM, average_precision
+from evaluation.report import score_functions, scored
+from evaluation.results import Parts
 from guided_diffusion.checkpoint import EMA_PREFIX, list_checkpoints
 from utils.cli import UserError
 from utils.storage import Folder
 
 from .chain import Chain
-from .scorer import Scorer, create_maps
+from .scorer import Scorer, maps_in_memory
 
 WEIGHT_PREFIXES = {"EMA": EMA_PREFIX, "raw": "model"}  # of the checkpoints' file names
 
 
-def best_on_validation(chain: Chain, experiments: Folder, slices: dict | None, device: torch.device) -> Chain:
+def best_on_validation(chain: Chain, experiments: Folder, slices: Parts | None, device: torch.device) -> Chain:
     """Return the chain with the highest validation AUPRC among the EMA and raw weights of all saved steps.
 
     Args:
@@ -32,9 +34,9 @@ def best_on_validation(chain: Chain, experiments: Folder, slices: dict | None, d
         raise UserError(f"--select validation needs validation slices, but {chain.config.data.data_dir} has none")
     results = {}
     for name, candidate in candidate_chains(chain, experiments):
-        maps = create_maps(Scorer(candidate, device), {"val": slices})[0]["val"]
-        scores = smooth_scores(maps["scores"], chain.config.score_model.sampling.smooth)
-        results[name] = average_precision(*ranked_scores(scores, maps["truth"], maps["brainmask"])), candidate
+        maps = maps_in_memory(Scorer(candidate, device), {"val": slices})[0]["val"]
+        published = score_functions(chain.config.score_model.sampling.smooth, 1, {})["scores"]
+        results[name] = average_precision(*Pixels(scored(maps, published), RIM).pooled()), candidate
         print(f"{name}: validation AUPRC {results[name][0]:.3f}")
     best = max(results, key=lambda name: results[name][0])
     print(f"chosen: {best}")

@@ -167,7 +167,7 @@ def chain_of(args: argparse.Namespace, test: Test) -> Any:
     return find_chain(chain_parser("").parse_args([*flags, *how]), [], Folder(args.logdir / f"seed{test.seed}"))
 
 
-def load_cohorts(chain: Any, cohorts: Mapping[str, Path]) -> dict[str, dict]:
+def load_cohorts(chain: Any, cohorts: Mapping[str, Path]) -> dict[str, Any]:
     """Load the validation slices of the chain's data, as `val`, and the test slices of other folders by name.
 
     Raises:

@@ -5,7 +5,7 @@ import pytest
 from test_scores import make_maps
 
 from evaluation.choice import applicable, choose, grid_auprc, intensity_grid, most_robust
-from evaluation.metrics import average_precision, ranked_scores, weighted_auprc
+from evaluation.metrics import auprc_error_bound, average_precision, ranked_scores, weighted_auprc
 from evaluation.scores import ScoreSettings, anomaly_map, fit_constants, parse_grid
 
 OPTIONS = {
@@ -41,12 +41,12 @@ def test_grid_auprc_agrees_with_each_scores_average_precision():
 def test_number_of_thresholds_bounds_the_error_of_auprc():
     rng = np.random.default_rng(0)
     truth = rng.random((8, 40, 40)) < 0.2
-    scores, ranked = rng.normal(size=truth.shape) + truth, np.ones_like(truth)
+    scores = rng.normal(size=truth.shape) + truth
     draws = rng.multinomial(8, np.full(8, 1 / 8), 20)
-    exact = weighted_auprc(scores, truth, ranked, draws)
+    exact = weighted_auprc(scores, truth, draws)
     for max_thresholds in (16, 64, 256):
-        approximate = weighted_auprc(scores, truth, ranked, draws, max_thresholds)
-        assert (np.abs(approximate - exact) <= 1 / max_thresholds).all()
+        approximate = weighted_auprc(scores, truth, draws, max_thresholds)
+        assert (np.abs(approximate - exact) <= auprc_error_bound(max_thresholds)).all()
 
 
 def test_sign_follows_the_lesions_despite_opposite_healthy_errors():

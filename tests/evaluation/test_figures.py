@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from evaluation.evaluate import ScoredSlices, by_lesion_size, evaluate
 from evaluation.figures import (
     best_median_worst,
     dice_threshold_figure,
@@ -13,7 +14,7 @@ from evaluation.figures import (
     scan_figure,
     write_figures,
 )
-from evaluation.metrics import best_threshold, by_lesion_size, evaluate, mask_scores, ranked_scores
+from evaluation.metrics import RIM, best_threshold, dice_curve, mask_scores
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,14 @@ def maps() -> dict[str, np.ndarray]:
     grey["variance"] = np.zeros(shape)
     scores = (rng.normal(size=shape) + 2 * truth) ** 2
     names = [f"S{i}_80" for i in range(len(truth))]
-    return {"names": names, "scores": scores, "truth": truth, "brainmask": brainmask, **grey}
+    return {
+        "names": names,
+        "healthy": np.zeros(len(truth), bool),
+        "scores": scores,
+        "truth": truth,
+        "brainmask": brainmask,
+        **grey,
+    }
 
 
 def labelled(maps: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,15 +43,20 @@ def labelled(maps: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw(maps: dict, **options) -> dict:
-    summary, per_slice = evaluate(*labelled(maps), n_resamples=10, **options)
+    evaluation = evaluate(*labelled(maps), n_resamples=10, **options)
+    summary, per_slice = evaluation.summary, evaluation.per_slice
     metrics = summary | {
         "input": "flair",
         "trans": "t2",
         "score": "errors",
         "by_lesion_size": by_lesion_size(per_slice),
     }
-    ranked = {"method": ranked_scores(*labelled(maps)), "intensity": ranked_scores(*labelled(maps))}
-    return draw_scores(maps, metrics, per_slice, ranked)
+    evaluations = {"method": evaluation, "intensity": evaluation}
+    return draw_scores([maps], {"scores": [slices_of(maps)]}, metrics, per_slice, {}, evaluations)
+
+
+def slices_of(maps: dict) -> ScoredSlices:
+    return ScoredSlices(*labelled(maps), maps["names"], maps["healthy"])
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 20])
@@ -86,8 +99,9 @@ def test_slices_figure_outlines_truth_and_prediction(maps):
 
 
 def test_precision_recall_legend_gives_the_area_under_the_curve(maps):
-    scores, truth = ranked_scores(*labelled(maps))
-    figure = precision_recall_figure({"method": (scores, truth), "noise": (-scores, truth)})
+    scores, truth, brainmask = labelled(maps)
+    noise = evaluate(-scores, truth, brainmask, n_resamples=10)
+    figure = precision_recall_figure({"method": evaluate(scores, truth, brainmask, n_resamples=10), "noise": noise})
     (ax,) = figure.axes
     *curves, chance = ax.lines
     for curve in curves:
@@ -95,13 +109,15 @@ def test_precision_recall_legend_gives_the_area_under_the_curve(maps):
         area = -np.sum(np.diff(recall) * precision[:-1])
         assert f"AUPRC {area:.3f}" in curve.get_label()
     assert curves[0].get_linestyle() != curves[1].get_linestyle()  # distinguishable without colour
-    assert set(chance.get_ydata()) == {truth.mean()}
+    assert set(chance.get_ydata()) == {truth.sum() / (truth | brainmask).sum()}
 
 
 def test_oracle_threshold_is_marked_at_the_peak_of_the_dice_curve(maps):
     scores = mask_scores(maps["scores"], maps["brainmask"])
     threshold, dice = best_threshold(scores, maps["truth"])
-    figure = dice_threshold_figure(scores, maps["truth"], {"oracle": threshold, "validation": threshold / 2}, "error")
+    thresholds = {"oracle": threshold, "validation": threshold / 2}
+    curve = dice_curve(scores, maps["truth"])
+    figure = dice_threshold_figure(*curve, thresholds, {"oracle": dice, "validation": None}, "error")
     curve, oracle, validation = figure.axes[0].lines
     x, y = curve.get_data()
     assert len(x) == len(np.unique(scores[np.isfinite(scores)]))
@@ -113,7 +129,7 @@ def test_oracle_threshold_is_marked_at_the_peak_of_the_dice_curve(maps):
 
 def test_histograms_count_every_scored_pixel(maps):
     scores = mask_scores(maps["scores"], maps["brainmask"])
-    figure = histograms_figure(scores, maps["truth"], {"oracle": 1.0}, "error")
+    figure = histograms_figure([slices_of(maps)], RIM, {"oracle": 1.0}, "error")
     healthy, lesion = (patch.get_xy() for patch in figure.axes[0].patches)
     for outline, pixels in ((healthy, ~maps["truth"]), (lesion, maps["truth"])):
         counts = outline[1:122:2, 1][:60]

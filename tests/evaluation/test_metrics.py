@@ -21,6 +21,7 @@ from sklearn.metrics import (
 )
 
 from evaluation import metrics
+from evaluation.evaluate import by_lesion_size, evaluate
 from evaluation.scores import smooth_scores
 
 NAN = float("nan")
@@ -87,9 +88,9 @@ def test_lesion_pixels_outside_the_brain_count_as_missed():
     truth = np.zeros_like(brain)
     truth[:, 30:34, 30:34] = True
     scores = truth.astype(float)
-    assert metrics.evaluate(scores, truth, brain).summary["auprc"] == 1
+    assert evaluate(scores, truth, brain).summary["auprc"] == 1
     truth[:, :2, :8] = True  # as many again outside the brain, with the same score
-    summary = metrics.evaluate(truth.astype(float), truth, brain).summary
+    summary = evaluate(truth.astype(float), truth, brain).summary
     assert summary["lost_lesion_share"] == 0.5
     assert summary["oracle"]["sensitivity"] == 0.5
     n_brain = int(brain[0].sum())
@@ -103,7 +104,7 @@ def test_brain_rim_is_ranked_but_healthy_pixels_outside_the_brain_are_not():
     brain = disk_mask()
     truth &= brain
     cut = np.where(metrics.scored_region(brain), scores, scores.min() - 1)
-    summary = metrics.evaluate(scores, truth, brain, n_resamples=10).summary
+    summary = evaluate(scores, truth, brain, n_resamples=10).summary
     assert summary["auprc"] == pytest.approx(average_precision_score(truth[brain], cut[brain]), abs=1e-12)
     assert summary["auroc"] == pytest.approx(roc_auc_score(truth[brain], cut[brain]), abs=1e-12)
     assert summary["chance"] == pytest.approx(truth[brain].mean())
@@ -217,7 +218,7 @@ def test_undefined_slices_are_left_out_of_the_mean_and_counted():
     truth[:2, 5:9, 5:9] = True  # the third slice has no lesion
     scores = truth * 1.0
     scores[1] = 0  # the second lesion is missed
-    found = metrics.evaluate(scores, truth, brain, n_resamples=50)
+    found = evaluate(scores, truth, brain, n_resamples=50)
     oracle = found.summary["oracle"]
     assert oracle["undefined"] == {"dice": 1, "jaccard": 1, "sensitivity": 1, "precision": 2, "assd": 2, "hd95": 2}
     assert (oracle["dice"], oracle["precision"], oracle["assd"]) == (0.5, 1, 0)
@@ -237,7 +238,7 @@ def test_ranking_without_lesion_or_without_healthy_pixels():
 def test_constant_scores_give_chance_level():
     _, truth = random_case(1)
     brain = np.ones_like(truth)
-    summary = metrics.evaluate(np.full(truth.shape, 0.3, np.float32), truth, brain, n_resamples=10).summary
+    summary = evaluate(np.full(truth.shape, 0.3, np.float32), truth, brain, n_resamples=10).summary
     region = metrics.scored_region(brain)
     assert summary["chance"] == pytest.approx(truth.mean())
     assert metrics.average_precision(np.full(truth.shape, 0.3), truth) == pytest.approx(truth.mean())
@@ -256,13 +257,13 @@ def test_nan_scores_rank_last_are_never_predicted_and_are_counted():
     assert metrics.average_precision(broken, truth) == metrics.average_precision(lowest, truth)
     assert metrics.auroc(broken, truth) == metrics.auroc(lowest, truth)
     assert metrics.best_threshold(broken, truth) == metrics.best_threshold(np.where(lowest < 0, -np.inf, lowest), truth)
-    summary = metrics.evaluate(broken, truth, brain, n_resamples=10).summary
+    summary = evaluate(broken, truth, brain, n_resamples=10).summary
     assert summary["nan_scores"] == 5 * 3 * 14  # the image border is outside the scored region
 
 
 def test_an_all_nan_map_counts_as_no_detection():
     _, truth = random_case(3)
-    found = metrics.evaluate(np.full(truth.shape, NAN), truth, np.ones_like(truth), n_resamples=10)
+    found = evaluate(np.full(truth.shape, NAN), truth, np.ones_like(truth), n_resamples=10)
     assert found.summary["auprc"] == pytest.approx(found.summary["chance"])
     assert found.summary["auroc"] == 0.5
     assert found.summary["oracle"]["threshold"] is None
@@ -272,7 +273,7 @@ def test_an_all_nan_map_counts_as_no_detection():
 
 def test_test_set_without_lesions():
     scores, truth = random_case(4)
-    found = metrics.evaluate(scores, np.zeros_like(truth), np.ones_like(truth), n_resamples=10)
+    found = evaluate(scores, np.zeros_like(truth), np.ones_like(truth), n_resamples=10)
     for name in ("auprc", "auprc_per_slice_mean", "auroc", "lost_lesion_share"):
         assert found.summary[name] is None
     assert found.summary["auprc_interval"] == [None, None]
@@ -286,7 +287,7 @@ def test_errors_on_wrong_shapes_name_the_argument(bad):
     good = np.ones((2, 16, 16), dtype=bool)
     for arguments in [(bad, good, good), (good, bad, good), (good, good, bad)]:
         with pytest.raises(ValueError, match=r"scores|truth|brainmask"):
-            metrics.evaluate(*arguments)
+            evaluate(*arguments)
     with pytest.raises(ValueError, match="truth"):
         metrics.best_threshold(good, bad)
 
@@ -354,22 +355,23 @@ def test_validation_threshold_comes_from_the_validation_slices_alone():
     scores = ramp + 0.5 * truth  # test lesions score above 0.5, healthy pixels below 0.4
     val_scores = ramp + 2 + 5 * truth  # validation lesions above 7, healthy pixels above 2
     val = (val_scores, truth, brain)
-    found = metrics.evaluate(scores, truth, brain, val, n_resamples=10).summary
+    found = evaluate(scores, truth, brain, val, n_resamples=10).summary
     lowest_lesion = val_scores[truth & metrics.scored_region(brain)].min()
     assert found["validation"]["threshold"] == lowest_lesion
     assert found["validation"]["dice"] == 0  # nothing on the test slices reaches it
     assert found["oracle"]["dice"] == 1
     # The test set does not affect the validation threshold, nor the validation set the oracle.
-    other = metrics.evaluate(scores * 3 + 1, ~truth, brain, val, n_resamples=10).summary
+    other = evaluate(scores * 3 + 1, ~truth, brain, val, n_resamples=10).summary
     assert other["validation"]["threshold"] == lowest_lesion
-    assert metrics.evaluate(scores, truth, brain, n_resamples=10).summary["oracle"] == found["oracle"]
+    assert evaluate(scores, truth, brain, n_resamples=10).summary["oracle"] == found["oracle"]
 
 
 def test_validation_is_null_without_validation_slices():
     scores, truth = random_case(0)
-    found = metrics.evaluate(scores, truth, np.ones_like(truth), n_resamples=10)
-    assert found.summary["validation"] is None
-    assert not [name for name in found.per_slice if name.startswith("validation")]
+    found = evaluate(scores, truth, np.ones_like(truth), n_resamples=10)
+    for choice in ("validation", "healthy"):
+        assert found.summary[choice] is None
+        assert not [name for name in found.per_slice if name.startswith(choice)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -452,22 +454,23 @@ def test_resampled_auprc_agrees_with_scikit_learn(levels):
     truth[2] = False
     ranked = truth | (rng.random(truth.shape) < 0.7)
     draws = rng.multinomial(6, np.full(6, 1 / 6), 20)
-    found = metrics.weighted_auprc(scores, truth, ranked, draws)
+    pixels = metrics.within(scores, ranked), metrics.within(truth, ranked)
+    found = metrics.weighted_auprc(*pixels, draws)
     finite = np.where(scores > -np.inf, scores, -1)
     for value, weights in zip(found, draws, strict=True):
         weight = np.broadcast_to(weights[:, None, None], truth.shape)[ranked]
         expected = average_precision_score(truth[ranked], finite[ranked], sample_weight=weight)
         assert value == pytest.approx(expected, abs=1e-10)
-    plain = metrics.weighted_auprc(scores, truth, ranked, np.ones((1, 6)))
+    plain = metrics.weighted_auprc(*pixels, np.ones((1, 6)))
     assert plain == pytest.approx(metrics.average_precision(scores[ranked], truth[ranked]), abs=1e-12)
 
 
 def test_resampled_auprc_does_not_depend_on_the_chunk_size(monkeypatch):
     scores, truth = random_case(5, n=4, levels=10**7)
     draws = np.random.default_rng(0).multinomial(4, np.full(4, 1 / 4), 5)
-    unchunked = metrics.weighted_auprc(scores, truth, np.ones_like(truth), draws)
+    unchunked = metrics.weighted_auprc(scores, truth, draws)
     monkeypatch.setattr(metrics, "CHUNK", 7)
-    chunked = metrics.weighted_auprc(scores, truth, np.ones_like(truth), draws)
+    chunked = metrics.weighted_auprc(scores, truth, draws)
     np.testing.assert_allclose(chunked, unchunked, atol=1e-12)
 
 
@@ -478,7 +481,7 @@ def test_auprc_interval_agrees_with_pooling_resampled_slices():
     for _ in range(1000):
         slices = rng.integers(0, 12, 12)
         resampled.append(average_precision_score(truth[slices].ravel(), scores[slices].ravel()))
-    low, high = metrics.auprc_bootstrap_interval(scores, truth, np.ones_like(truth), 4000)
+    low, high = metrics.auprc_bootstrap_interval(scores, truth, 4000)
     width = high - low
     np.testing.assert_allclose([low, high], np.percentile(resampled, [2.5, 97.5]), atol=0.1 * width)
     assert low < metrics.average_precision(scores, truth) < high
@@ -486,9 +489,9 @@ def test_auprc_interval_agrees_with_pooling_resampled_slices():
 
 def test_auprc_interval_of_too_few_slices_and_of_resamples_without_lesion():
     scores, truth = random_case(7, n=2)
-    assert np.isnan(metrics.auprc_bootstrap_interval(scores[:1], truth[:1], truth[:1] | True)).all()
+    assert np.isnan(metrics.auprc_bootstrap_interval(scores[:1], truth[:1])).all()
     truth[1] = False  # a quarter of the resamples contain only the second slice
-    low, high = metrics.auprc_bootstrap_interval(scores, truth, np.ones_like(truth))
+    low, high = metrics.auprc_bootstrap_interval(scores, truth)
     assert 0 < low < high < 1
 
 
@@ -500,10 +503,10 @@ def test_summary_agrees_with_the_per_slice_columns():
     scores, truth = random_case(8, n=6, size=64, levels=30)
     brain = disk_mask(6)
     truth &= brain
-    found = metrics.evaluate(scores, truth, brain, val=(scores[:2], truth[:2], brain[:2]), n_resamples=100)
+    found = evaluate(scores, truth, brain, val=(scores[:2], truth[:2], brain[:2]), n_resamples=100)
     json.dumps(found.summary, allow_nan=False)
     np.testing.assert_array_equal(found.per_slice["lesion_area"], truth.sum((1, 2)))
-    for choice in ("oracle", "validation"):
+    for choice in ("oracle", "validation", "healthy"):
         block = found.summary[choice]
         for name in ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95"):
             values = found.per_slice[f"{choice}_{name}"]
@@ -520,7 +523,7 @@ def test_lesion_sizes_split_the_slices_into_thirds():
     area = np.array([90, 10, 50, 20, 80, 0, 60, 30, 70, 40, 0, 0])  # three without lesion
     dice = area / 100
     dice[1] = NAN
-    thirds = metrics.by_lesion_size({"lesion_area": area, "oracle_dice": dice})
+    thirds = by_lesion_size({"lesion_area": area, "oracle_dice": dice})
     assert [third["area_bounds"] for third in thirds.values()] == [[10, 30], [40, 60], [70, 90]]
     assert [third["n_slices"] for third in thirds.values()] == [3, 3, 3]
     np.testing.assert_allclose([third["oracle_dice"] for third in thirds.values()], [0.25, 0.5, 0.8])
@@ -528,13 +531,13 @@ def test_lesion_sizes_split_the_slices_into_thirds():
 
 
 def test_lesion_sizes_of_too_few_slices():
-    thirds = metrics.by_lesion_size({"lesion_area": np.array([5, 5]), "oracle_dice": np.array([0.1, 0.3])})
+    thirds = by_lesion_size({"lesion_area": np.array([5, 5]), "oracle_dice": np.array([0.1, 0.3])})
     assert thirds["small"]["oracle_dice"] == pytest.approx(0.2)
     for name in ("medium", "large"):
         assert thirds[name]["n_slices"] == 0
         assert thirds[name]["oracle_dice"] is None
         assert thirds[name]["area_bounds"] is None
-    assert metrics.by_lesion_size({"lesion_area": np.zeros(3)})["large"]["n_slices"] == 0
+    assert by_lesion_size({"lesion_area": np.zeros(3)})["large"]["n_slices"] == 0
 
 
 @pytest.mark.parametrize(("how", "width"), [("median3", 3), ("median5", 5)])

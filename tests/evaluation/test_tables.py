@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from evaluation.metrics import evaluate, ranked_scores, scored_region
+from evaluation.evaluate import evaluate
+from evaluation.metrics import ranked_scores, scored_region
 from evaluation.tables import table
 
 
