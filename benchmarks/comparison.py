@@ -62,7 +62,9 @@ def main() -> None:
     tests = plan.list_tests(args)
     trainings = plan.list_trainings(args, tests)
     print_plan(args, tests, trainings)
-    plan.train_all(args, trainings, lambda training: {"iterations": args.iterations} if args.iterations else {})
+    plan.train_all(
+        args, left_of(args, trainings), lambda one: {"iterations": args.iterations} if args.iterations else {}
+    )
 
     from tqdm import tqdm
 
@@ -101,6 +103,14 @@ def parse_args() -> argparse.Namespace:
     return require_at_least(parser.parse_args(), workers=1, iterations=1)
 
 
+def left_of(args: argparse.Namespace, trainings: Sequence[Training]) -> list[Training]:
+    """Return the trainings that have not ended."""
+    import config as configs
+
+    iterations = args.iterations or configs.get_config(args.dataset).score_model.training.iterations
+    return [one for one in trainings if not plan.ended(args, one, iterations)]
+
+
 def print_plan(args: argparse.Namespace, tests: Sequence[Test], trainings: Sequence[Training]) -> None:
     """Print the trainings and tests to run, with an estimate of the training time from one step of each network."""
     import config as configs
@@ -110,7 +120,7 @@ def print_plan(args: argparse.Namespace, tests: Sequence[Test], trainings: Seque
 
     config = configs.get_config(args.dataset)
     iterations = args.iterations or config.score_model.training.iterations
-    left = [one.model_name for one in trainings if not plan.ended(args, one, iterations)]
+    left = [one.model_name for one in left_of(args, trainings)]
     device = pick_device(args.gpu_id)
     print(f"{len(trainings)} trainings, {len(left)} of them to be done, {iterations:,} steps each; {len(tests)} tests")
     total = 0.0

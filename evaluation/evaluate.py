@@ -26,6 +26,7 @@ from .metrics import (
     precision_recall,
     ranked_pixels,
     ratio,
+    rows_by_code,
     scored_region,
     subject_codes,
     surface_distances_at,
@@ -105,10 +106,9 @@ def masked_scores(part: ScoredSlices, rim: float) -> FloatArray:
 
 
 def volumes(part: ScoredSlices, rim: float) -> Iterator[Volume]:
-    """Yield the subjects of a part, with masked scores."""
-    scores, (scans, slice_numbers) = masked_scores(part, rim), split_names(part.names)
-    for scan in range(scans.max() + 1):
-        rows = np.flatnonzero(scans == scan)
+    """Yield the subjects of a part in order of appearance, with masked scores."""
+    scores, slice_numbers = masked_scores(part, rim), split_names(part.names)[1]
+    for rows in rows_by_code(subject_codes([subject_of(name) for name in part.names], len(part.names))):
         rows = rows[np.argsort(slice_numbers[rows], kind="stable")]
         masks = (np.asarray(mask, dtype=bool)[rows] for mask in (part.truth, part.brainmask))
         healthy = bool(part.healthy[rows[0]])

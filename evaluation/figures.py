@@ -84,7 +84,9 @@ def draw_scores(
         of_score = scored["chosen"], shown["rim"], metrics, chosen
         figures["chosen_slices"] = _segmentation_figure(parts, *of_score, columns, SCORE_MEANINGS["chosen"])
     if metrics["by_subject"]:
-        figures["froc"] = froc_figure({label: one.summary["by_subject"]["froc"] for label, one in evaluations.items()})
+        froc = {label: one.summary["by_subject"]["froc"] for label, one in evaluations.items()}
+        if any(froc.values()):
+            figures["froc"] = froc_figure(froc)
         figures |= subject_figures(parts, per_subject=per_subject, **shown)
     return figures
 

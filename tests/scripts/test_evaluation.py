@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.metrics import evaluate
-from evaluation.results import MAPS, chosen_score, write_maps
+from evaluation.evaluate import evaluate
+from evaluation.results import MAPS, THRESHOLDS, chosen_score, write_maps
 from evaluation.scores import anomaly_map, intensity_maps
 from tests.scripts.conftest import expect_refusal
 
@@ -59,10 +59,15 @@ def make_maps(n_slices: int, quality: float, seed: int) -> dict[str, np.ndarray]
     }
 
 
+def write_part(path: Path, run: dict, maps: dict[str, dict]) -> None:
+    """Write splits of a single part each."""
+    write_maps(path, run, {split: [part] for split, part in maps.items()})
+
+
 def write_run(folder, quality: float = 2.0, seed: int = 0, n_test: int = N_TEST) -> None:
     maps = {"test": make_maps(n_test, quality, seed), "val": make_maps(3, quality, seed + 1)}
     folder.mkdir(exist_ok=True)
-    write_maps(folder / "error_maps.npz", RUN, maps)
+    write_part(folder / "error_maps.npz", RUN, maps)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +129,8 @@ def test_the_table_by_lesion_size(runs, rescored):
             (row,) = [line for line in rescored.stdout.splitlines() if re.match(f"{size} .*{method}", line)]
             assert bounds in row
             assert int(row.split("px")[1].split()[0]) == len(third)
-            cells = [f"{shown[key]:.3f}" for key in ("auprc", "oracle_dice", "validation_dice")]
-            assert row.split()[-3:] == cells
+            cells = [f"{shown[key]:.3f}" for key in ("auprc", *(f"{choice}_dice" for choice in THRESHOLDS))]
+            assert row.split()[-4:] == cells
     for block in (metrics, metrics["baseline_intensity"]):  # the total is the thirds' weighted mean
         thirds = block["by_lesion_size"].values()
         total = sum(third["n_slices"] * third["auprc"] for third in thirds)
@@ -195,7 +200,7 @@ def test_invalid_error_maps_leave_the_earlier_results(runs, in_process, tmp_path
             run = RUN | {key: spoil}
         else:
             maps["test"][key] = spoil(maps["test"][key])
-    write_maps(tmp_path / "error_maps.npz", run, maps)
+    write_part(tmp_path / "error_maps.npz", run, maps)
     before = contents(tmp_path)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     expect_refusal(done, "error_maps.npz")
@@ -205,7 +210,7 @@ def test_invalid_error_maps_leave_the_earlier_results(runs, in_process, tmp_path
 def test_scores_that_are_not_finite_are_counted_and_located(in_process, tmp_path):
     maps = make_maps(N_TEST, 2.0, 0)
     maps["scores"][2, 10, 10:13], maps["scores"][5, 11, 11], maps["scores"][5, 0, 0] = np.nan, np.inf, np.nan
-    write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": maps})
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert "warning: 4 scores in 2 test slices are not finite, first in S_02_80\n" in done.stdout
@@ -224,7 +229,7 @@ def test_slices_without_any_lesion_are_scored(in_process, tmp_path):
     """For example, of healthy volunteers: undefined metrics are null."""
     maps = make_maps(N_TEST, 2.0, 0)
     maps["truth"][:] = False
-    write_maps(tmp_path / "error_maps.npz", RUN, {"test": maps})
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": maps})
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert read_metrics(tmp_path)["lost_lesion_share"] is None
@@ -241,11 +246,13 @@ def test_a_terminal_without_unicode(repository, tmp_path):
 
 
 def test_without_validation_slices(in_process, tmp_path):
-    write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(3, 2.0, 0)})
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": make_maps(3, 2.0, 0)})
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
     assert done.code == 0, done.stderr
     assert read_metrics(tmp_path)["validation"] is None
-    assert len(re.findall("no val slices", done.stdout)) == 2 + 2 * 3  # in both tables, for both methods
+    assert len(re.findall("no val slices", done.stdout)) == 2 * (
+        2 + 2 * 3
+    )  # two thresholds in both tables, both methods
 
 
 def without(key: str):
@@ -302,7 +309,7 @@ def test_comparison_has_a_line_for_every_metric(runs, in_process):
     found = re.findall(r"^(\w+) +([+-]\d\.\d{3}) +\[([+-]\d+\.\d{3}), ([+-]\d+\.\d{3})\] +(\d+)$", done.stdout, re.M)
     lines = {metric: (float(d), float(low), float(high), int(n)) for metric, d, low, high, n in found}
     kinds = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")
-    named = {f"{choice}_{kind}" for choice in ("oracle", "validation") for kind in kinds} | {"auprc"}
+    named = {f"{choice}_{kind}" for choice in THRESHOLDS for kind in kinds} | {"auprc"}
     named |= {f"chosen_{name}" for name in named}
     assert named == {line.split()[0] for line in done.stdout.splitlines()[4:-1]}
     for metric in ("auprc", "oracle_dice", "validation_dice"):
@@ -323,7 +330,7 @@ def test_comparison_pairs_slices_by_name_not_by_order(runs, in_process, tmp_path
 def test_a_run_does_not_differ_from_itself(runs, in_process):
     done = in_process(TEST, "--compare", "good", "good", cwd=runs)
     rows = done.stdout.splitlines()[4:-1]
-    assert len(rows) == 26
+    assert len(rows) == 38
     for row in rows:
         assert row.split()[1:4] == ["+0.000", "[+0.000,", "+0.000]"]
 
@@ -384,7 +391,7 @@ def test_the_chosen_score_is_reported_beside_the_published_one(runs, rescored):
         assert block["validation"]["dice"] <= block["oracle"]["dice"] <= 1
     maps = make_maps(N_TEST, 5, 0)
     published = evaluate(maps["scores"], maps["truth"], maps["brainmask"]).summary
-    del published["validation"]
+    del published["validation"], published["healthy"]
     assert {key: metrics[key] for key in published} == published
     rows = [line.split("  ")[0] for line in rescored.stdout.splitlines() if line.startswith(("intensity", "Cyclic"))]
     assert rows[:4] == ["intensity (flair)", "intensity (flair), chosen", "Cyclic UNet", "Cyclic UNet, chosen"]
@@ -443,7 +450,7 @@ def spoilt_val(how: str) -> dict:
     "how", ["without a lesion", "of one slice", "of one subject", "with NaN", "without a healthy pixel"]
 )
 def test_uninformative_validation_slices(in_process, tmp_path, how):
-    write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), "val": spoilt_val(how)})
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), "val": spoilt_val(how)})
     done = in_process(TEST, "--rescore", tmp_path, *fixed(rim="0"), cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -463,7 +470,7 @@ def test_training_slices_calibrate_the_score_without_validation_slices(in_proces
     train = make_maps(5, 0.0, 3)
     train["truth"][:] = False
     for maps in ({}, {"train": train}):
-        write_maps(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), **maps})
+        write_part(tmp_path / "error_maps.npz", RUN, {"test": make_maps(N_TEST, 2.0, 0), **maps})
         done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
         assert done.code == 0, done.stderr
         chosen = read_metrics(tmp_path)["chosen"]
@@ -476,7 +483,7 @@ def test_training_slices_calibrate_the_score_without_validation_slices(in_proces
 def test_one_way_scores_use_the_target_modality(in_process, tmp_path):
     run = RUN | {"method": "one_way_unet"}
     maps = {split: make_maps(n, 2.0, n) for split, n in (("test", N_TEST), ("val", 3))}
-    write_maps(tmp_path / "error_maps.npz", run, maps)
+    write_part(tmp_path / "error_maps.npz", run, maps)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert "no score can be chosen" in done.stdout  # these maps lack the reference image
     assert read_metrics(tmp_path)["chosen"] is None
@@ -485,7 +492,7 @@ def test_one_way_scores_use_the_target_modality(in_process, tmp_path):
         for group in maps.values():
             group["reference"] = (group["reconstruction"] + group["truth"]).astype(np.float32)
             group["image"] = scale * group["image"]
-        write_maps(tmp_path / "error_maps.npz", run, maps)
+        write_part(tmp_path / "error_maps.npz", run, maps)
         assert in_process(TEST, "--rescore", tmp_path, *fixed(sign="bright", rim="0"), cwd=tmp_path).code == 0
         found.append(read_metrics(tmp_path)["chosen"]["auprc"])
     assert found[0] == found[1] > 0.9  # independent of the input image
@@ -496,7 +503,7 @@ def test_a_scan_with_unusual_contrast_is_named(in_process, tmp_path):
     for group in maps.values():
         group["image"] = group["reconstruction"] + 0.1 * group["image"]
     maps["test"]["image"][2] *= 3
-    write_maps(tmp_path / "error_maps.npz", RUN, maps)
+    write_part(tmp_path / "error_maps.npz", RUN, maps)
     done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
     assert re.findall(r"warning: (\w+) has (\d)\.\d+ times the usual contrast", done.stdout) in (
         [("S_02", "2")],
@@ -531,7 +538,7 @@ def combined(runs, in_process):
         for group in maps.values():  # independent errors of the same image
             noise = rng.normal(size=group["image"].shape)
             group["reconstruction"] = (group["image"] - quality * group["truth"] + noise).astype(np.float32)
-        write_maps(folder / name / "error_maps.npz", RUN, maps)
+        write_part(folder / name / "error_maps.npz", RUN, maps)
         assert in_process(TEST, "--rescore", folder / name, *fixed(rim="0"), cwd=runs).code == 0
     done = in_process(TEST, "--combine", folder / "a", folder / "b", "intensity", cwd=runs)
     assert done.code == 0, done.stderr
@@ -590,7 +597,7 @@ def write_different_run(what: str, folder) -> None:
     elif what == "splits":
         del maps["val"]
     folder.mkdir()
-    write_maps(folder / "error_maps.npz", run, maps)
+    write_part(folder / "error_maps.npz", run, maps)
 
 
 @pytest.fixture(scope="module")
