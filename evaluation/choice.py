@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .metrics import ranked_pixels, scored_region, subject_codes, weighted_auprc, within
-from .results import PART_SLICES, Part
+from .metrics import ranked_pixels, rows_by_code, scored_region, subject_codes, weighted_auprc, within
+from .results import Part
 from .scores import (
     BRIGHT_LESIONS,
     Constants,
@@ -23,6 +23,7 @@ from .scores import (
 )
 from .subjects import subject_of
 
+CHOICE_SLICES = 256  # validation slices to choose on: every score of the grid is computed on them
 RESAMPLES = 200  # bootstrap resamples that give the standard error of AUPRC differences
 MAX_THRESHOLDS = 512  # of AUPRC during the choice, evenly spaced quantiles of the lesion pixels' scores
 SLICE_CORRELATION = 3  # factor on standard errors over the slices of one subject, which are correlated
@@ -32,17 +33,17 @@ PREFERENCE = ("sign", "match", "calibration", "smoothing", "width", "rim", "outs
 
 
 def slices_to_choose_on(parts: Sequence[Part]) -> Part:
-    """Return the only part of a split, or of several parts about PART_SLICES slices in memory.
+    """Return the slices of a split, or about CHOICE_SLICES of them if there are more and subjects have several.
 
     Of each subject these are a block of consecutive slices, because a score may average neighbouring ones. Its height
     varies evenly from subject to subject.
     """
-    if len(parts) == 1:
-        return parts[0]
     names = [str(name) for part in parts for name in part["names"]]
+    if len(parts) == 1 and len(names) <= CHOICE_SLICES:
+        return parts[0]
     subjects = subject_codes([subject_of(name) for name in names], len(names))
     n_subjects = subjects.max() + 1
-    length, kept = max(1, PART_SLICES // n_subjects), np.zeros(len(names), dtype=bool)
+    length, kept = max(1, CHOICE_SLICES // n_subjects), np.zeros(len(names), dtype=bool)
     for subject in range(n_subjects):
         rows = np.flatnonzero(subjects == subject)
         rows = rows[np.argsort(split_names([names[i] for i in rows])[1], kind="stable")]
@@ -86,8 +87,8 @@ def choose(maps: Mapping[str, Any], grid: Sequence[ScoreSettings], input: str, l
     single_scan = len(np.unique(scans)) == 1
     units = np.arange(len(scans)) if single_scan else scans
     draws = np.random.default_rng(0).multinomial(n := units.max() + 1, np.full(n, 1 / n), RESAMPLES)
-    draws = np.concatenate([np.ones((1, n), dtype=draws.dtype), draws])[:, units]
-    auprc = dict(tqdm(grid_auprc(maps, grid, draws), total=len(grid), desc=label, unit="score", leave=False))
+    draws = np.concatenate([np.ones((1, n), dtype=draws.dtype), draws])
+    auprc = dict(tqdm(grid_auprc(maps, grid, draws, units), total=len(grid), desc=label, unit="score", leave=False))
     values = np.array(list(auprc.values()))  # [scores, 1 + resamples]
     best = values[:, 0].argmax()
     errors = np.nanstd(values[:, 1:] - values[best, 1:], axis=1) * (SLICE_CORRELATION if single_scan else 1)
@@ -129,11 +130,23 @@ def most_robust(candidates: Sequence[ScoreSettings], sign: str) -> ScoreSettings
 
 
 def grid_auprc(
-    maps: Mapping[str, Any], grid: Sequence[ScoreSettings], draws: np.ndarray
+    maps: Mapping[str, Any], grid: Sequence[ScoreSettings], draws: np.ndarray, units: np.ndarray
 ) -> Iterator[tuple[ScoreSettings, np.ndarray]]:
-    """Yield every score of a grid with its AUPRC [R] under resamples of the slices, [R, N] as in `weighted_auprc`."""
-    ranked = ranked_pixels(maps["truth"], maps["brainmask"])
-    truth = within(maps["truth"], ranked)
+    """Yield every score of a grid with its AUPRC [R] under resamples.
+
+    Args:
+        maps: as in `choose`.
+        grid: scores.
+        draws: [R, U] as in `weighted_auprc`.
+        units: resampled unit of each slice, [N] in 0 … U − 1: its subject, or the slice itself.
+    """
+    ranked, rows = ranked_pixels(maps["truth"], maps["brainmask"]), rows_by_code(units)
+
+    def by_unit(slices: np.ndarray) -> list[np.ndarray]:
+        pixels = within(slices, ranked)
+        return [np.concatenate([pixels[i] for i in of_unit]) for of_unit in rows]
+
+    truth = by_unit(maps["truth"])
     regions = {rim: scored_region(maps["brainmask"], rim) for rim in {settings.rim for settings in grid}}
     matches = {settings.match for settings in grid} - {"none"}
     matched = {match: {**maps, "image": match_scans(maps, match, fit_match(maps, match))[0]} for match in matches}
@@ -145,7 +158,7 @@ def grid_auprc(
             scores = smooth(pixels, maps, (same_scores := list(same_scores))[0])
             for settings in same_scores:
                 masked = np.where(regions[settings.rim], scores, -np.inf)
-                yield settings, weighted_auprc(within(masked, ranked), truth, draws, MAX_THRESHOLDS)
+                yield settings, weighted_auprc(by_unit(masked), truth, draws, MAX_THRESHOLDS)
 
 
 def intensity_grid(grid: Sequence[ScoreSettings], sign: str) -> tuple[str, list[ScoreSettings]]:

@@ -269,7 +269,7 @@ def _median(scores: FloatArray, brain: NDArray[np.bool_], radius: int, outside: 
     """Median filter a slice [H, W] inside the brain, with pixels outside set to `outside`, or ignored if it is NaN."""
     padded = np.pad(np.where(brain, scores, np.float32(outside)), radius, constant_values=outside)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * (2 * radius + 1,))[brain]
-    ordered = np.sort(windows.reshape(len(windows), -1), axis=1)  # NaNs sort last
+    ordered = np.sort(windows.reshape(len(windows), (2 * radius + 1) ** 2), axis=1)  # NaNs sort last
     n = np.count_nonzero(~np.isnan(ordered), axis=1)
     rows, smoothed = np.arange(len(ordered)), np.zeros_like(scores)
     smoothed[brain] = (ordered[rows, (n - 1) // 2] + ordered[rows, n // 2]) / 2

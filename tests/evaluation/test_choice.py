@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_scores import make_maps
 
-from evaluation.choice import applicable, choose, grid_auprc, intensity_grid, most_robust
+from evaluation.choice import applicable, choose, grid_auprc, intensity_grid, most_robust, slices_to_choose_on
 from evaluation.metrics import auprc_error_bound, average_precision, ranked_scores, weighted_auprc
 from evaluation.scores import ScoreSettings, anomaly_map, fit_constants, parse_grid
 
@@ -30,7 +30,7 @@ def test_grid_auprc_agrees_with_each_scores_average_precision():
     maps = make_maps(n=6)
     grid = applicable(maps, GRID)
     assert {settings.neighbours for settings in grid} == {0.0}  # each scan has one slice
-    found = dict(grid_auprc(maps, grid, np.ones((1, 6), dtype=int)))
+    found = dict(grid_auprc(maps, grid, np.ones((1, 6), dtype=int), np.arange(6)))
     assert list(found) == grid
     for settings in grid[::7]:
         scores = anomaly_map(maps, settings, fit_constants(maps, settings))
@@ -128,3 +128,16 @@ def test_intensity_baseline_gets_the_same_choice():
     assert {settings.rim for settings in grid} == {0.0, 4.0}
     assert intensity_grid([ScoreSettings("bright")], "dark")[0] == "bright"
     assert len(intensity_grid([ScoreSettings(norm="standardised")], "dark")[1]) == 1
+
+
+def test_many_slices_are_thinned_to_blocks_of_consecutive_ones(monkeypatch):
+    monkeypatch.setattr("evaluation.choice.CHOICE_SLICES", 12)
+    names = [[f"S{s}_{z}" for s in group for z in range(8)] for group in ((0, 1), (2, 3))]
+    parts = [{"names": np.array(of_part), "image": np.arange(16.0) + 100 * i} for i, of_part in enumerate(names)]
+    kept = slices_to_choose_on(parts)
+    assert kept["names"].tolist() == [f"S{s}_{z + shift}" for s, shift in enumerate((0, 2, 3, 5)) for z in range(3)]
+    assert kept["image"].tolist() == [
+        *(z + shift + 8 * (s % 2) + 100 * (s // 2) for s, shift in enumerate((0, 2, 3, 5)) for z in range(3))
+    ]
+    one_each = [{"names": np.array([f"S{s}_80" for s in range(20)]), "image": np.zeros(20)}]
+    assert len(slices_to_choose_on(one_each)["names"]) == 20  # of one slice each, none is left out
