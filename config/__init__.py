@@ -160,7 +160,6 @@ _BOUNDS = {"seed": (0, 2**32 - 1), "data.image_size": (1, inf)} | {
         ("baselines", (0, inf), ("noise_std",)),
         ("sampling", (1, inf), ("batch_size",)),
         ("sampling", (0, 1), ("eta",)),
-        ("threshold", (0, 0.5), ("healthy_share",)),
     )
     for key in keys
 }

@@ -80,18 +80,19 @@ def scoring_options(args: argparse.Namespace, overrides: list[str]) -> dict[str,
         grid: the scores that validation slices choose from, `ScoreSettings`; healthy_share: of the threshold `healthy`.
 
     Raises:
-        UserError: if the config contains an unknown score setting.
+        UserError: if the config contains an unknown score setting or an invalid share.
     """
     import config as configs
     from evaluation.scores import parse_grid
 
     config, _ = configs.resolve(args.dataset, {}, overrides, preset=args.preset)
-    configs.check(config)
     try:
         grid = parse_grid(config.score_model.scoring)
     except ValueError as error:
         raise UserError(f"score_model.scoring.{error}") from error
-    return {"grid": grid, "healthy_share": config.score_model.threshold.healthy_share}
+    if not 0 <= (share := config.score_model.threshold.healthy_share) <= 0.5:
+        raise UserError(f"score_model.threshold.healthy_share={share} must be between 0 and 0.5")
+    return {"grid": grid, "healthy_share": share}
 
 
 def find_chain(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> Chain:

@@ -14,6 +14,8 @@ from scipy.ndimage import binary_erosion
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from evaluation.results import THRESHOLDS
+
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
 
 TRAIN, TEST = "modality_cyclic_train.py", "modality_cyclic_test.py"
@@ -247,7 +249,7 @@ def test_the_printed_table_matches_the_metrics(chain, results, method, label):
     rows |= {f"{start}, chosen": block["chosen"] for start, block in rows.items()}
     for start, block in rows.items():
         (row,) = [line for line in printed.splitlines() if line.startswith(f"{start}  ")]
-        cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in ("oracle", "validation"))]
+        cells = [f"{block['auprc']:.3f}", *(f"{block[key]['dice']:.3f}" for key in THRESHOLDS)]
         assert re.findall(r"(\d\.\d{3}) \[\d\.\d{3}, \d\.\d{3}\]", row) == cells
     assert "4 + 4" in row  # training steps of each translator
     assert re.search(rf"chance-level AUPRC {metrics['chance']:.3f}", printed)
