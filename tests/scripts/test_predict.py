@@ -34,6 +34,7 @@ from utils.grid import SliceGeometry
 pytestmark = pytest.mark.xdist_group("predict")  # one worker, so that its fixtures are built once
 
 PREDICT, TEST = "modality_cyclic_predict.py", "modality_cyclic_test.py"
+FROZEN = ("validation", "healthy")  # thresholds
 SHAPE = (32, 32, 14)  # in-plane, the tiny networks' image size: no resizing
 SPACING = 5.0  # mm
 AFFINE = from_matvec(np.diag([-SPACING, -SPACING, SPACING]), [80, 90, -30])
@@ -437,7 +438,7 @@ def test_the_standardised_score_needs_a_test_run_even_with_a_threshold(experimen
     assert done.code == 0, done.stderr
     assert "threshold: 3, from --threshold" in done.stdout
     (metrics,) = (experiments / "results").glob("*standardised*/metrics.json")
-    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"validation": None}))
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"validation": None, "healthy": None}))
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
     assert done.code == 0, done.stderr
     done = predict("raw/C/C_flair.nii.gz", tmp_path / "none", *flags[1:])
@@ -461,6 +462,18 @@ def test_the_threshold_is_found_in_a_copy_of_the_experiments(experiments, predic
     assert done.code == 0, done.stderr
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_healthy_threshold_by_name_or_without_a_validation_threshold(experiments, predict, tmp_path, by_name):
+    path = experiments / "results" / RESULTS["cyclic_unet"] / "metrics.json"
+    threshold = json.loads(path.read_text())["healthy"]["threshold"]
+    if not by_name:
+        rewrite(experiments, validation=None)
+    flags = ("--threshold=healthy",) if by_name else ()
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}", "--slices", 7, 8, *flags)
+    assert done.code == 0, done.stderr
+    assert f"threshold: {threshold:.6g}, the healthy threshold in" in done.stdout
+
+
 def train_on(experiments: Path) -> None:
     shutil.copy(experiments / FORWARD / "ema_0.5_000004.pt", experiments / FORWARD / "ema_0.5_000006.pt")
 
@@ -477,10 +490,15 @@ def rewrite(experiments: Path, **changes: object) -> None:
 STALE = {
     "never tested": (forget_the_test, ["no metrics.json in", RESULTS["cyclic_unet"]]),
     "trained on since": (train_on, ["with other weights", "ema_0.5_000004.pt", f"{FORWARD}/ema_0.5_000006.pt"]),
-    "no validation slices": (lambda folder: rewrite(folder, validation=None), ["no validation threshold"]),
+    "no validation slices": (
+        lambda folder: rewrite(folder, validation=None, healthy=None),
+        ["no validation or healthy threshold"],
+    ),
     "nothing predicted": (
-        lambda folder: rewrite(folder, validation={"threshold": None, "dice": 0.0, "dice_interval": [None, None]}),
-        ["no validation threshold"],
+        lambda folder: rewrite(
+            folder, **{name: {"threshold": None, "dice": 0.0, "dice_interval": [None, None]} for name in FROZEN}
+        ),
+        ["no validation or healthy threshold"],
     ),
     "sampled otherwise": (
         lambda folder: rewrite(folder, sampling_settings={"smooth": "none", "seed": 7}),
