@@ -254,8 +254,7 @@ def scan_figure(
         axes[0, 0].text(x, 0.97, side, color="white", fontsize=9, **where)
     bar = figure.colorbar(colours, ax=axes, shrink=0.6, aspect=40, label=f"{meaning} (line: threshold)")
     bar.ax.axhline(threshold, color=PREDICTION_STYLE["color"], linewidth=2)
-    # Matplotlib's own `wrap` fails on a "$" in the file name despite `parse_math`. An inch holds 11 characters.
-    figure.suptitle(textwrap.fill(printable(title), int(11 * size[0])), fontsize=11, parse_math=False)
+    _write_title(figure, title)
     return figure
 
 
@@ -341,11 +340,15 @@ def histograms_figure(
 
 
 def froc_figure(curves: Mapping[str, Mapping[str, Sequence[float]] | None]) -> Figure:
-    """Plot the share of lesions found against false positives per scan; `curves` are as from `froc`, by label."""
+    """Plot the share of lesions found against false positives per scan; `curves` are as from `froc`, by label.
+
+    At low thresholds marks merge, and their number falls. The curves keep the highest number so far.
+    """
     figure, ax = _chart("false positives per scan", "share of lesions found")
     for (label, curve), style in zip(curves.items(), CURVE_STYLES, strict=False):
         if curve:
-            ax.plot(curve["false_positives"], curve["sensitivity"], marker=".", label=label, **style)
+            false_positives = np.maximum.accumulate(curve["false_positives"][::-1])
+            ax.plot(false_positives, curve["sensitivity"][::-1], marker=".", label=label, **style)
     ax.set_ylim(0, 1.02)
     ax.set_xlim(left=0)
     ax.legend()
@@ -425,11 +428,17 @@ def page_figure(
         _outline(ax, marked[crop], PREDICTION_STYLE)
         _outline(ax, lesion[crop], TRUTH_STYLE)
         ax.set_title(label, fontsize=6.5, parse_math=False)
-    marks = {"prediction": PREDICTION_STYLE, "truth": TRUTH_STYLE}
+    marks = {"prediction": PREDICTION_STYLE} | ({"truth": TRUTH_STYLE} if truth.any() else {})
     handles = [Line2D([], [], label=label, **style) for label, style in marks.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=9, facecolor="0.3", labelcolor="white")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    _write_title(figure, title)
     return figure
+
+
+def _write_title(figure: Figure, title: str) -> None:
+    # Matplotlib's own `wrap` fails on a "$" in a file name despite `parse_math`. An inch holds 11 characters.
+    width = int(11 * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(printable(title), width), fontsize=11, parse_math=False)
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:

@@ -87,8 +87,9 @@ def subject_table(runs: Sequence[Mapping[str, Any]]) -> str:
         [
             *_aligned((*header, "detection AUROC"), *rows),
             f"{counts['n_subjects']} test subjects: {counts['n_with_lesion']} with a lesion in their slices, "
-            f"{counts['n_healthy']} healthy; Dice: mean over subjects with a lesion; lesions found: share of all "
-            "lesions; FP: marked components without a lesion; detection: of subjects with a lesion",
+            f"{counts['n_healthy']} healthy",
+            "Dice: mean over subjects with a lesion; lesions found: share of all lesions; FP: marked components that "
+            "touch no lesion; detection: of subjects with a lesion",
         ]
     )
 
