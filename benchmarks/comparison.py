@@ -11,12 +11,13 @@ command: training from its checkpoints, testing from the CSV.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import isnan
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -158,16 +159,16 @@ def measure(
     maps, _ = maps_in_memory(Scorer(chain, device), slices)
     sign = better_sign(slices_to_choose_on(maps["val"]))
     choices = choose_scores(test._asdict(), maps, plan.grid_of(args), sign)
+    of_score = score_functions("none", sign, choices)
+    keys = {test.method: ("scores", "chosen")}
+    if test.method == REFERENCE:  # the intensity is the same for every method
+        keys[INTENSITY] = "intensity", "chosen_intensity"
     functions = {}
-    for smooth in FILTERS:
-        published = score_functions(smooth, sign, choices)
-        functions[test.method, smooth] = published["scores"], RIM
-        functions[INTENSITY, smooth] = published["intensity"], RIM
-    for name, key in ((test.method, "chosen"), (INTENSITY, "chosen_intensity")):
-        functions[name, "chosen"] = published[key], choices[key].settings.rim
+    for name, (published, chosen) in keys.items():
+        for smooth in FILTERS:
+            functions[name, smooth] = partial(filtered, of_score[published], smooth), RIM
+        functions[name, "chosen"] = of_score[chosen], choices[chosen].settings.rim
     for cohort, ((name, smooth), (score, rim)) in product(cohorts, functions.items()):
-        if name == INTENSITY and test.method != REFERENCE:
-            continue  # the same for every method
         found = evaluate_parts(scored(maps[cohort], score), scored(maps["val"], score), rim)
         point = Point(cohort, test.input, test.trans, name, test.seed, smooth)
         row = dict.fromkeys(SCORES) | {"auprc": found.summary["auprc"]}
@@ -179,11 +180,15 @@ def measure(
             row["detection"] = whole["detection"]["subject"]["auroc"]
             subjects = found.per_subject["subject"].tolist()
         auprc = (found.per_subject or found.per_slice)["auprc"]
-        yield (
-            point,
-            row,
-            {Subject(*point, name): {"auprc": float(value)} for name, value in zip(subjects, auprc, strict=True)},
-        )
+        named = zip(subjects, auprc, strict=True)
+        yield point, row, {Subject(*point, subject): {"auprc": float(value)} for subject, value in named}
+
+
+def filtered(score: Callable[[Mapping], Any], smooth: str, part: Mapping) -> Any:
+    """Return the scores of a part under a median filter."""
+    from evaluation.scores import smooth_scores
+
+    return smooth_scores(score(part), smooth)
 
 
 # ----------------------------------------------------------------------------------------------------------
