@@ -42,12 +42,12 @@ def parse_args() -> argparse.Namespace:
     parser = create_parser(
         __doc__,
         subjects=([8, 32, 139], "numbers of test subjects"),
-        val=(8, "validation subjects"),
+        val=(8, "validation subjects; 0: no score is chosen, and only the oracle threshold is evaluated"),
         slices=(155, "slices of a subject"),
         image_size=(128, "height and width of a slice in px"),
         folder=(Path(), "folder for temporary files; an error map of 128 px takes up to 0.4 MB"),
     )
-    return require_at_least(parser.parse_args(), val=1, slices=1, image_size=32)
+    return require_at_least(parser.parse_args(), val=0, slices=1, image_size=32)
 
 
 def write_cohort(path: Path, n_subjects: int, args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from .metrics import (
     bootstrap_interval,
     dice_curve,
     healthy_threshold,
+    highest_dice,
     mask_scores,
     mean_over_slices,
     number,
@@ -195,7 +196,7 @@ def evaluate_parts(
         "healthy": None,
     }
     curves = {"precision_recall": precision_recall(*pooled), "dice": dice_curve(pixels.scores, pixels.truth)}
-    thresholds = {"oracle": best_threshold(pixels.scores, pixels.truth)[0]}
+    thresholds = {"oracle": highest_dice(*curves["dice"])[0]}
     by_subject = needs_subject_scores(pixels.names, pixels.truth)
     del pooled, pixels  # hundreds of megabytes of whole scans
     thresholds |= validation_thresholds(Pixels(val, rim), healthy_share) if val else {}

@@ -252,7 +252,7 @@ def surface_distances(
         "y_pred": torch.from_numpy(prediction[defined, None]),
         "y": torch.from_numpy(truth[defined, None]),
         "include_background": True,  # the only channel is the foreground
-        "spacing": None if spacing is None else list(spacing),
+        "spacing": None if spacing is None else [float(size) for size in spacing],
     }
     with warnings.catch_warnings():
         # MONAI passes a deprecated argument to its own function.
@@ -274,9 +274,16 @@ def best_threshold(scores: Sequence[np.ndarray], truth: Sequence[np.ndarray]) ->
         The threshold (the highest of equally good ones; inf if every score is -inf or NaN), and the mean Dice, as in
         `overlap_at`: slices without lesions count as soon as anything is predicted in them.
     """
-    thresholds, mean_dice = dice_curve(scores, truth)
+    threshold, mean_dice = highest_dice(*dice_curve(scores, truth))
+    if threshold == np.inf and any(np.any(lesion) for lesion in truth):
+        mean_dice = 0.0
+    return threshold, mean_dice
+
+
+def highest_dice(thresholds: FloatArray, mean_dice: FloatArray) -> tuple[float, float]:
+    """Return the highest threshold with the highest mean Dice of a `dice_curve`, and this Dice; (inf, NaN) if empty."""
     if not thresholds.size:
-        return np.inf, 0.0 if any(np.any(lesion) for lesion in truth) else float("nan")
+        return np.inf, float("nan")
     # The first within rounding error of the maximum: the running sum is not exact.
     best = np.argmax(mean_dice >= mean_dice.max() - 1e-12)
     return float(thresholds[best]), float(mean_dice[best])

@@ -157,7 +157,8 @@ class MapWriter:
     """
 
     def __init__(self, path: Path):
-        self._file = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+        # Noise hardly compresses, and at level 1 three times as fast as at the default.
+        self._file = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
         self._n_parts = dict.fromkeys(SPLITS, 0)
 
     def add(self, split: str, part: Part) -> None:

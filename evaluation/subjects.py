@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import label, maximum
+from scipy.ndimage import label
 
 from .metrics import (
     BoolArray,
@@ -88,7 +88,9 @@ def components(mask: BoolArray, numbers: NDArray[np.integer]) -> tuple[NDArray[n
 def lesion_peaks(volume: Volume) -> FloatArray:
     """Return the highest score of every lesion: a lesion is found at each threshold up to it."""
     labels, n = components(volume.truth, volume.numbers)
-    return np.asarray(maximum(volume.scores, labels, np.arange(1, n + 1)), dtype=np.float64).reshape(n)
+    peaks = np.full(n, -np.inf)
+    np.maximum.at(peaks, labels[volume.truth] - 1, volume.scores[volume.truth])
+    return peaks
 
 
 class Marks(NamedTuple):

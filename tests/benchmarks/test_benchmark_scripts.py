@@ -207,12 +207,20 @@ def test_a_second_comparison_reuses_the_first(slices, small_grid, trainings_here
         assert len(rows) == len(settings) == 2 * 3 * (len(methods) + 1)  # 2 inputs, 3 scores, and the intensity
         assert {row["method"] for row in rows} == {*methods, "intensity"}
         assert all(0 < float(row["auprc"]) <= 1 for row in rows)
-        assert len(read_rows(tmp_path / "all_slices.csv")) == len(rows)  # one test slice each
+        assert len(read_rows(tmp_path / "all_subjects.csv")) == len(rows)  # one test subject each
         assert re.search(r"^flair → t2 → flair, as it is$", done.stdout, re.MULTILINE)
         assert f"{8 if which is methods else 2} trainings, " in done.stdout  # both cycles share two UNets
     assert "2 trainings, 0 of them to be done" in done.stdout
     assert "pass/s" not in done.stderr  # the second run only reads the CSV
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_and_memory_of_whole_scans(tmp_path):
+    flags = ["--subjects", "2", "--val", "0", "--slices", "3", "--image_size", "32", "--folder", str(tmp_path)]
+    done = run_benchmark("subjects", *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^2 +6 +0\.\d+ +\d+ +[\d.]+ +0\.\d+$", done.stdout, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_explained_variance_equals_the_closed_form():

@@ -268,6 +268,20 @@ def test_batching_does_not_change_error_maps(run_mmccd, results):
             np.testing.assert_allclose(maps[key], expected[key], rtol=1e-6, atol=1e-5)
 
 
+def test_computing_maps_in_parts_changes_nothing(run_mmccd, results, monkeypatch):
+    monkeypatch.setattr("evaluation.results.PART_SLICES", 2)
+    metrics, maps = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5_stride8")
+    assert len(maps["test_names"]) == 2
+    expected = read_maps(results["mmccd"])
+    for key in ("names", "scores", "translation", "healthy"):
+        joined = np.concatenate([maps[f"test_{key}"], maps[f"test_{key}_1"]])
+        if key == "names":
+            assert joined.tolist() == expected["test_names"].tolist()
+        else:
+            np.testing.assert_allclose(joined, expected[f"test_{key}"], rtol=1e-6, atol=1e-5)
+    assert metrics["auprc"] == pytest.approx(read_metrics(results["mmccd"])["auprc"], abs=1e-6)
+
+
 def test_scores_are_reproducible_and_depend_on_the_seed(run_mmccd, results):
     first = read_metrics(results["mmccd"])
     again, _ = run_mmccd("--timestep_respacing=5", name=f"{MASKED}__ddim5_stride8")

@@ -178,6 +178,49 @@ def test_a_full_disk_leaves_the_earlier_results(in_process, tmp_path):
     assert {name: contents(tmp_path)[name] for name in kept} == {name: before[name] for name in kept}
 
 
+def test_maps_in_parts_are_scored_as_one(runs, in_process, tmp_path):
+    maps = {"test": make_maps(N_TEST, 5, 0), "val": make_maps(3, 5, 1)}
+    rows = {"test": (slice(0, 3), slice(3, 4), slice(4, None)), "val": (slice(0, 1), slice(1, None))}
+    parts = {
+        split: [{key: array[of_part] for key, array in group.items()} for of_part in rows[split]]
+        for split, group in maps.items()
+    }
+    write_maps(tmp_path / "error_maps.npz", RUN, parts)
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path, pictures=True)
+    assert done.code == 0, done.stderr
+    assert read_metrics(tmp_path) == read_metrics(runs / "good")
+    assert (tmp_path / "per_slice.csv").read_text() == (runs / "good/per_slice.csv").read_text()
+    with np.load(tmp_path / "error_maps.npz") as file:
+        stored = np.concatenate([file[f"test_scores{suffix}"] for suffix in ("", "_1", "_2")])
+    np.testing.assert_array_equal(stored, maps["test"]["scores"])
+
+
+@pytest.mark.parametrize("key", ["scores", "image", "truth", "names"])
+def test_a_damaged_later_part_leaves_the_earlier_results(in_process, tmp_path, key):
+    write_run(tmp_path)
+    assert in_process(TEST, "--rescore", tmp_path, cwd=tmp_path).code == 0
+    before = contents(tmp_path)
+    del before[Path("error_maps.npz")]
+    parts = [make_maps(N_TEST, 2.0, seed) for seed in (0, 1)]
+    parts[1][key] = parts[1][key][:2] if key == "names" else parts[1][key].astype(np.int8)
+    write_maps(tmp_path / "error_maps.npz", RUN, {"test": parts})
+    expect_refusal(
+        in_process(TEST, "--rescore", tmp_path, cwd=tmp_path), "cannot be scored", "run modality_cyclic_test"
+    )
+    after = contents(tmp_path)
+    assert {path: after[path] for path in before} == before
+
+
+def test_maps_in_half_precision_are_scored(in_process, tmp_path):
+    maps = make_maps(N_TEST, 2.0, 0)
+    half = {key: array.astype(np.float16) if array.dtype.kind == "f" else array for key, array in maps.items()}
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": half, "val": half})
+    done = in_process(TEST, "--rescore", tmp_path, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    exact = evaluate(maps["scores"], maps["truth"], maps["brainmask"], n_resamples=10).summary["auprc"]
+    assert read_metrics(tmp_path)["auprc"] == pytest.approx(exact, abs=1e-3)
+
+
 SPOILT = {
     "truth of whole numbers": {"truth": lambda truth: truth.astype(np.int64)},
     "no brain": {"brainmask": np.zeros_like},
