@@ -182,6 +182,8 @@ def explain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
         yield
     except tuple(remedies) as error:
         raise UserError(f"{error}: {remedies[type(error)]}") from error
+    except BrokenPipeError:  # from printing
+        raise
     except OSError as error:  # from writing a log, when the disk is full
         remedy = "make room, and resume from the last checkpoint with the same command"
         raise UserError(f"{directory} cannot be written to ({error.strerror or error}): {remedy}") from error
