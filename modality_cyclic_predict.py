@@ -1,11 +1,12 @@
 """Segment anomalies in your own scans: skull-stripped NIfTI volumes of the input modality, without ground truth."""
 
 import argparse
+import ctypes
 import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def predict(args: argparse.Namespace, overrides: list[str], experiments: Folder)
         create_output_dir(args.output_dir)
         anomaly = score_scan(scores, scan)
         if dist_util.rank() == 0:
+            require_safe_output(args.output_dir, {name: path})  # another run may have written there since
             report = draw_report(scan, anomaly, threshold, meaning)
             write_results(args.output_dir / name, scan, anomaly, threshold, report)
     is_first = dist_util.rank() == 0
@@ -117,15 +119,16 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 def threshold_or_name(text: str) -> float | str:
-    """Parse the name of a threshold, or a finite number above 0."""
+    """Parse the name of a threshold, or a number that is finite and above 0 in single precision."""
     if text in FROZEN_THRESHOLDS:
         return text
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(FROZEN_THRESHOLDS)} or a number above 0")
+    if not 0 < ctypes.c_float(number).value < math.inf:  # scores have single precision
+        names = ", ".join(FROZEN_THRESHOLDS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {names} or a finite number above 0 in single precision")
     return number
 
 
@@ -173,18 +176,24 @@ def find_references(args: argparse.Namespace, scans: Mapping[str, Path]) -> dict
     return references
 
 
-def require_safe_output(output_dir: Path, scans: Iterable[str]) -> None:
-    """Check that no file of someone else's is overwritten: NAME_mask.nii.gz is a common name for brain masks.
+def require_safe_output(output_dir: Path, scans: Mapping[str, Path]) -> None:
+    """Check that a scan's results replace only earlier ones of the same scan.
+
+    Other folders may hold scans of the same name, and NAME_mask.nii.gz is a common name for brain masks.
 
     Raises:
-        UserError: if there is such a file, or `output_dir` is not a folder.
+        UserError: if another file would be overwritten, or `output_dir` is not a folder.
     """
+    from scoring.scan import RESULT_SUFFIXES, is_result
+
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    for name in scans:
-        mask = output_dir / f"{name}_mask.nii.gz"
-        if mask.exists() and not (output_dir / f"{name}_anomaly.nii.gz").exists():
-            raise UserError(f"{mask} is not from an earlier run and would be overwritten: name another --output_dir")
+    for name, scan in scans.items():
+        paths = [output_dir / (name + suffix) for suffix in RESULT_SUFFIXES]
+        for path, volume in zip(paths, (*paths[:2], paths[0]), strict=True):  # the report has no header
+            if path.exists() and not is_result(volume, scan):
+                remedy = "move it away or name another --output_dir"
+                raise UserError(f"{path} is not marked as a result of {scan} and would be overwritten: {remedy}")
 
 
 def create_output_dir(output_dir: Path) -> None:

@@ -31,7 +31,7 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     from guided_diffusion import checkpoint, dist_util
     from guided_diffusion.logger import create_logger
     from guided_diffusion.train_util import TrainLoop
-    from models.training import bytes_a_sample, create_losses, seconds_a_step
+    from models.training import bytes_a_sample, create_losses, seconds_a_step, weight_bytes
     from utils import compiling
     from utils.device import pick_device, pick_precision, require_memory, speed_up
     from utils.experiment import RECORD, describe_run, write_record
@@ -55,11 +55,15 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     try:
+        # Weights, gradients, AdamW's two moments, and the EMA.
+        require_memory(device, 5 * weight_bytes(method, config), "training this network", "model.model_channels")
         network = method.create_network(config.score_model)
         share = dist_util.shard(training.batch_size)
         if method.fit is None:
             losses, draws, schedule_sampler = create_losses(method, config, device, share)
-            require_memory(device, share.stop - share.start, bytes_a_sample(method, config) * precision.itemsize // 4)
+            n_slices = share.stop - share.start
+            n_bytes = n_slices * bytes_a_sample(method, config) * precision.itemsize // 4
+            require_memory(device, n_bytes, f"a training step of {n_slices} slices", "training.batch_size")
         method.create_translator(network, config)  # fail now rather than at the first save
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -182,6 +186,8 @@ def explain_errors(directory: Path, experiments: Folder) -> Iterator[None]:
         yield
     except tuple(remedies) as error:
         raise UserError(f"{error}: {remedies[type(error)]}") from error
+    except BrokenPipeError:  # from printing
+        raise
     except OSError as error:  # from writing a log, when the disk is full
         remedy = "make room, and resume from the last checkpoint with the same command"
         raise UserError(f"{directory} cannot be written to ({error.strerror or error}): {remedy}") from error

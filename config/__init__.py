@@ -1,5 +1,6 @@
 """Settings: one config per data set, overridden from the command line with `--config.KEY=VALUE`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
@@ -11,6 +12,7 @@ from models import METHODS, load_method
 from utils.cli import UserError, did_you_mean
 from utils.device import PRECISIONS
 from utils.experiment import flatten, require_name
+from utils.records import EXPERIMENT, parse
 
 from . import brats_config, phantom_config
 
@@ -109,6 +111,8 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
     model, width = score_model.model, score_model.mask.width
     for flag, modality in (("--input", data.input), ("--trans", data.trans)):
         require_name(flag, modality)
+        if modality in ("seg", "brainmask"):
+            raise UserError(f"{flag} {modality!r} is a mask: name a modality")
     if data.input == data.trans and METHODS[model_name].translates:
         raise UserError(f"--input and --trans are both {data.input!r}: a translation needs two modalities")
     if not model.channel_mult:
@@ -140,10 +144,19 @@ def check(config: ConfigDict, model_name: str = "unet") -> None:
             f"data.image_size={data.image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
             f"score_model.model.channel_mult require: use a multiple of {2**halvings}"
         )
+    if data.image_size == 2**halvings and min(model.channel_mult[-2:]) * model.model_channels == model.norm_groups:
+        raise UserError(
+            f"the last of the {halvings + 1} levels of score_model.model.channel_mult has 1 px, and norm_groups="
+            f"{model.norm_groups} leaves one value per group: use fewer levels or groups"
+        )
     for section in ("mask", "sampling"):
         stride = score_model[section].stride
         if not 1 <= stride <= width:
             raise UserError(f"score_model.{section}.stride={stride} must be between 1 and mask.width to skip no pixel")
+    try:  # upper bounds, far above any real network, beyond which a checkpoint's record would count as damaged
+        parse(json.dumps(config.to_dict()), EXPERIMENT["properties"]["config"])
+    except ValueError as error:
+        raise UserError(f"a setting is invalid: {error}") from error
 
 
 # Minimum and maximum of the numeric settings.

@@ -28,22 +28,31 @@ def setup() -> None:
     """Initialise the process group, if there are several processes, and silence stdout on all ranks but 0.
 
     Raises:
-        UserError: if several tasks were started that cannot find each other.
+        UserError: if several tasks were started that cannot find each other, or torchrun's variables are damaged.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and not _init_from_mpi():
         return
-    if local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank())
-    # CPU tensors always use gloo, so that exchanging a value never waits for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+        # CPU tensors always use gloo, so that exchanging a value never waits for a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        remedy = "start with torchrun again, or unset TORCHELASTIC_RUN_ID for a single process"
+        raise UserError(f"torchrun's environment variables are incomplete or damaged ({error}): {remedy}") from error
     if rank() > 0:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (open until exit)
 
 
+def _tasks(*names: str) -> int:
+    """Return the number of processes in a launcher's variables; 1 for those that are not set to a number."""
+    return max(int(text) if (text := os.environ.get(name, "")).isdecimal() else 1 for name in names)
+
+
 def _init_from_mpi() -> bool:
     """Set torchrun's environment variables from MPI; return False for a single process."""
-    mpi = max(int(os.environ.get(name, 1)) for name in _MPI_SIZES)
-    if max(mpi, int(os.environ.get(_SLURM_SIZE, 1))) == 1:
+    mpi = _tasks(*_MPI_SIZES)
+    if max(mpi, _tasks(_SLURM_SIZE)) == 1:
         return False
     size = 1
     if mpi > 1:

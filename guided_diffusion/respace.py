@@ -26,7 +26,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Collection[int]) -
     """
     kind, counts = "sections", section_counts
     if isinstance(section_counts, str):
-        kind, numbers = re.fullmatch(r"(ddim|trailing|)(.*)", section_counts).groups()
+        kind, numbers = re.fullmatch(r"(?s)(ddim|trailing|)(.*)", section_counts).groups()
         counts = numbers.split(",") if numbers else []
         if not all(re.fullmatch("[0-9]+", count) for count in counts) or (kind and len(counts) != 1):
             raise ValueError(f"timestep_respacing {section_counts!r} is not of the form N, N,N,…, ddimN or trailingN")

@@ -69,5 +69,8 @@ class DenoisingAutoencoder(Method):
         )
         return Objective(denoising_losses, draw)
 
+    def bounds(self, config: ConfigDict) -> dict[str, tuple[float, float]]:
+        return {"score_model.baselines.noise_size": (1, config.data.image_size)}
+
 
 METHOD = DenoisingAutoencoder()

@@ -49,6 +49,12 @@ def seconds_a_step(method: Method, config: ConfigDict, device: torch.device) -> 
     return config.score_model.training.batch_size * (time.perf_counter() - started)
 
 
+def weight_bytes(method: Method, config: ConfigDict) -> int:
+    """Return the bytes of a network's weights, without allocating them."""
+    with torch.device("meta"):
+        return sum(one.nbytes for one in method.create_network(config.score_model).parameters())
+
+
 def bytes_a_sample(method: Method, config: ConfigDict) -> int:
     """Estimate the float32 bytes that a training step stores for the gradients of one sample; 0 without gradients.
 

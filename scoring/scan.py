@@ -32,7 +32,7 @@ from utils.cli import UserError
 from utils.experiment import RECORD
 from utils.files import replaced
 from utils.grid import TOLERANCE, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
-from utils.nifti import read_header, read_volume, write_like
+from utils.nifti import checksum, read_header, read_volume, write_like
 
 from .chain import Chain, TrainedTranslator
 from .scorer import Scorer, print_cost
@@ -213,6 +213,20 @@ def score_slices(member: ScanScore, scan: Scan, images: Tensor, reference: Tenso
     return np.where(scored_region(maps["brainmask"], rim), scores, np.float32(0))[:, None]
 
 
+def description_of(scan: Path) -> bytes:
+    """Return the `descrip` of the headers of a scan's results, which tells scans of the same name apart."""
+    return f"anomalies of the scan with CRC-32 {checksum(scan):08x}".encode()
+
+
+def is_result(path: Path, scan: Path) -> bool:
+    """Return whether a volume is a result of this scan."""
+    description = description_of(scan)
+    try:
+        return read_header(path)["descrip"].item() == description
+    except UserError:
+        return False
+
+
 def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float, figure: Figure) -> None:
     """Write the score, the mask and the report of a scan to `stem` + `RESULT_SUFFIXES`, and print a summary.
 
@@ -223,6 +237,7 @@ def write_results(stem: Path, scan: Scan, anomaly: np.ndarray, threshold: float,
     with replaced(stem.parent, "--output_dir") as new:
         paths = [new / (stem.name + suffix) for suffix in RESULT_SUFFIXES]
         header = read_header(scan.path)
+        header["descrip"] = description_of(scan.path)
         for path, voxels in zip(paths, (anomaly, mask), strict=False):
             write_like(header, voxels, scan.grid.affine, path)
         figure.savefig(paths[-1], dpi=110)

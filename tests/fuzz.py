@@ -86,6 +86,7 @@ def make_place(folder: Path) -> None:
         (TRAIN, *once, "--training_process=backward"),
         (TEST, *DATA),
         (TEST, "--combine", RESULTS, "intensity"),
+        PREDICTION_AGAIN,
     ):
         done = run_here(*command, cwd=folder)
         assert done.code == 0, done.stderr
@@ -228,6 +229,7 @@ PREPROCESS = (
 TABLE = ("datasets/brats_preprocess.py", "--output_dir=other", "--workers=1", "--csv=cohort.csv", "--modality=t2")
 TRAINING_ON_IT = (TRAIN, *TINY, *SHORT, "--data_dir=own", "--experiment_name=own")
 PREDICTION = (PREDICT, "--dataset=phantom", "--scan=scan.nii.gz", "--output_dir=out")
+PREDICTION_AGAIN = (*PREDICTION, "--output_dir=predicted")
 COMBINED_PREDICTION = (*PREDICTION, f"--combined={COMBINED}")
 RESCORE = (TEST, "--rescore", RESULTS)
 KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[str, ...], ...]]] = {
@@ -249,6 +251,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
     ),
     "per_slice.csv": (f"{RESULTS}/per_slice.csv", spoil_csv, ((TEST, "--compare", RESULTS, RESULTS),)),
     "scan.nii.gz": ("scan.nii.gz", spoil_nifti, (PREDICTION,)),
+    "result.nii.gz": ("predicted/scan_anomaly.nii.gz", spoil_nifti, (PREDICTION_AGAIN,)),
     "volume.nii.gz": ("raw/C/C_t2.nii.gz", spoil_nifti, ((*PREPROCESS, "--output_dir=other"),)),
     "cohort.csv": ("cohort.csv", spoil_csv, (TABLE,)),
     "subject.json": ("own/subjects/A.json", spoil_json_file, (PREPROCESS, TRAINING_ON_IT)),

@@ -8,6 +8,7 @@ import difflib
 import errno
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -116,7 +117,10 @@ def thread_excepthook(error: threading.ExceptHookArgs) -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 on success, 2 with one sentence on stderr for a user or disk error, 130 for Ctrl-C."""
+    """Call `main` and exit: 0 on success, 2 with one sentence on stderr for a user or disk error, 130 for Ctrl-C.
+
+    Exit with 141, without a sentence, if the output goes to a pipe that its reader has closed.
+    """
     limit_spinning()
     keep_compiled_code()
     threading.excepthook = thread_excepthook
@@ -125,15 +129,23 @@ def run(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except UserError as error:
-        code, message = 2, str(error)
-    except OSError as error:
-        if error.errno not in FILE_SYSTEM_ERRORS:
-            raise
-        code, message = 2, f"{error.filename or 'a file'}: {error.strerror}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    if code:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        except UserError as error:
+            code, message = 2, str(error)
+        except OSError as error:
+            if error.errno not in FILE_SYSTEM_ERRORS:
+                raise
+            code, message = 2, f"{error.filename or 'a file'}: {error.strerror}"
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        if message:
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or 128 + signal.SIGPIPE
+        sys.stdout = sys.stderr = None  # else Python would flush them again at exit
     sys.exit(code)

@@ -72,14 +72,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision, cache_enabled=cached)
 
 
-def require_memory(device: torch.device, batch_size: int, bytes_per_item: int) -> None:
-    """Raise a UserError if a training batch will not fit into the device's memory."""
+def require_memory(device: torch.device, n_bytes: int, purpose: str, setting: str) -> None:
+    """Raise a UserError, with a `setting` of score_model to reduce, if the device's memory is below `n_bytes`."""
     available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
-    if batch_size * bytes_per_item > available:
-        raise UserError(
-            f"a training step needs about {batch_size * bytes_per_item / 1e9:,.1f} GB ({bytes_per_item / 1e9:,.3f} per "
-            f"slice), but only {available / 1e9:,.1f} GB are available: reduce --config.score_model.training.batch_size"
-        )
+    if n_bytes > available:
+        needs = f"{purpose} needs about {n_bytes / 1e9:,.1f} GB, but only {available / 1e9:,.1f} GB are available"
+        raise UserError(f"{needs}: reduce --config.score_model.{setting}")
 
 
 def _pin_for(device: torch.device, tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_ori
 from scipy.ndimage import affine_transform, label
 
 TOLERANCE = 1e-3  # within which spacings (mm), direction cosines and voxel coordinates count as equal
+MIN_VOXEL = 0.02  # mm; a header that declares a smaller voxel has another unit
 MAX_LENGTH = 1000.0  # mm of a volume along any grid axis; a header that declares more is wrong and would exhaust memory
 
 
@@ -73,10 +74,13 @@ def place_grid(
         The grid [H, W, D], and the fraction of the mask's voxels, in [0, 1], that are outside it.
 
     Raises:
-        ValueError: if the mask is empty, the affine is singular, or the volume is longer than MAX_LENGTH.
+        ValueError: if the mask is empty, the affine is singular, or the volume's size is implausible.
     """
     if not mask.any():
         raise ValueError("every voxel is 0")
+    if (sizes := nibabel.affines.voxel_sizes(affine)).max() < MIN_VOXEL:
+        size = " × ".join(f"{mm:.2g}" for mm in sizes)
+        raise ValueError(f"its affine makes its voxels {size} mm large, too small for a scan: use mm as the unit")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError("its affine is singular")
     turn = ornt_transform(io_orientation(affine), axcodes2ornt(geometry.axcodes))

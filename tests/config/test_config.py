@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from ml_collections import ConfigDict
 
 import config as configs
@@ -226,7 +227,17 @@ def test_preset_uses_the_sizes_of_another_config(preset, like):
     [
         ("data.trans=flair", "both 'flair': a translation needs two modalities"),
         ("data.image_size=120", "image_size=120 cannot be halved 4 times.*multiple of 16"),
+        ("data.input=seg", "--input 'seg' is a mask: name a modality"),
+        ("data.trans=brainmask", "--trans 'brainmask' is a mask: name a modality"),
         ("data.image_size=0", "image_size=0"),
+        ("data.image_size=32768", "data.image_size: 32768 is greater than the maximum of 16384"),
+        ("score_model.model.model_channels=100000000", "model_channels: 100000000 is greater than .* 4096"),
+        ("score_model.model.num_res_blocks=1000", "num_res_blocks: 1000 is greater than the maximum of 64"),
+        ("score_model.model.channel_mult=(1,1,2,3,1000)", r"channel_mult\[4\]: 1000 is greater than the maximum of 64"),
+        ("score_model.diffusion.steps=99999999999", "diffusion.steps: 99999999999 is greater than .* 1000000"),
+        ("score_model.diffusion.steps=100000000", "diffusion.steps: 100000000 is greater than the maximum of 1000000"),
+        ("score_model.baselines.latent_channels=1000000000000", "latent_channels: 1000000000000 is greater than"),
+        ("score_model.training.lr=inf", "Infinity is not a finite number"),
         ("data.image_size=-16", "image_size=-16"),
         ("score_model.model.channel_mult=(1,0)", "channel_mult holds 0"),
         ("score_model.model.channel_mult=(1,1.5)", "channel_mult holds 1.5"),
@@ -268,12 +279,39 @@ def test_invalid_values_are_refused(brats, setting, message):
         check(brats)
 
 
+def test_noise_finer_than_the_image_is_refused(brats):
+    override(brats, ["--config.score_model.baselines.noise_size=129"])
+    check(brats)  # only the denoising autoencoder draws noise on this grid
+    with pytest.raises(UserError, match="noise_size=129 must be between 1 and 128"):
+        check(brats, "dae")
+
+
+@pytest.mark.parametrize(("channel_mult", "refused"), [("(1, 1, 1)", True), ("(1, 1, 2)", True), ("(1, 2, 2)", False)])
+def test_groups_of_single_values_are_refused(brats, channel_mult, refused):
+    """Their norm is 0 whatever the slice; torch refuses to compute it for a single slice."""
+    settings = {"data.image_size": 4, "score_model.model.model_channels": 16, "score_model.mask.width": 4}
+    override(brats, [f"--config.{key}={value}" for key, value in settings.items()])
+    override(brats, [f"--config.score_model.model.channel_mult={channel_mult}"])
+    network = load_method("unet").create_network(brats.score_model)
+    single = torch.zeros(1, 1, 4, 4)
+    if refused:
+        with pytest.raises(UserError, match=r"last of the 3 levels .* has 1 px, and norm_groups=16 leaves one value"):
+            check(brats)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            network(single)
+    else:
+        check(brats)
+        network(single)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         ["score_model.mask.width=128", "score_model.mask.stride=128"],
         ["score_model.mask.width=1", "score_model.mask.stride=1", "score_model.sampling.stride=1"],
         ["data.image_size=16"],
+        ["data.image_size=16384"],
+        ["score_model.model.model_channels=4096", "score_model.diffusion.steps=1000000"],
         ["data.image_size=50", "score_model.model.channel_mult=(1,2)"],
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guided_diffusion import dist_util
+from utils.cli import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -114,6 +115,29 @@ def test_launcher_of_another_mpi_than_mpi4pys_is_refused(variable):
     )
     assert done.returncode == 1
     assert "UserError: several tasks were started, but they cannot find each other" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["", "x", "-3", "0", "1", "2.5", "²"])
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_variable_without_a_number_of_processes_is_ignored(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    dist_util.setup()
+    assert dist_util.world_size() == 1
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29777", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(dict.fromkeys(TORCHRUN), "RANK expected"), *[({name: "x"}, "'x'") for name in ("RANK", "LOCAL_RANK")]],
+)
+def test_damaged_variables_of_torchrun_are_refused(monkeypatch, damage, message):
+    """TORCHELASTIC_RUN_ID alone, for example, as a shell may keep it from an earlier job."""
+    for name, value in ({"TORCHELASTIC_RUN_ID": "none"} | TORCHRUN | damage).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"incomplete or damaged .*{message}.* unset TORCHELASTIC_RUN_ID"):
+        dist_util.setup()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

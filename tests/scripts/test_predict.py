@@ -1,5 +1,6 @@
 """Prediction on a user's own scans: scores equal the test script's, and results keep the scan's grid and header."""
 
+import gzip
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nibabel.affines import apply_affine, from_matvec
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
@@ -25,8 +28,10 @@ from scoring.scan import (
     RESULT_SUFFIXES,
     axial_axis,
     draw_report,
+    is_result,
     pick_slices,
     read_scan,
+    score_scan,
 )
 from tests.scripts.conftest import expect_refusal
 from utils.grid import SliceGeometry
@@ -652,6 +657,58 @@ def test_a_damaged_scan_in_a_folder_does_not_stop_the_others(workdir, results, p
     np.testing.assert_array_equal(voxels(load(tmp_path, "a")), expected)
 
 
+def test_another_scan_of_the_same_name_is_refused(workdir, predict, monkeypatch, tmp_path):
+    """Results are replaced only if they come from the same voxels, whatever the scan's folder and compression."""
+    for subject in ("B", "C"):
+        (tmp_path / subject).mkdir()
+        shutil.copy(workdir / f"raw/{subject}/{subject}_flair.nii.gz", tmp_path / subject / "flair.nii.gz")
+    (tmp_path / "D").mkdir()
+    (tmp_path / "D/flair.nii").write_bytes(gzip.decompress((tmp_path / "C/flair.nii.gz").read_bytes()))
+    out, slices = tmp_path / "out", ("--slices", 7, 8)
+
+    def written(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert predict(tmp_path / "C/flair.nii.gz", out, *slices).code == 0
+    for scan in ("C/flair.nii.gz", "D/flair.nii", "C"):  # the last is a folder
+        done = predict(tmp_path / scan, out, *slices, "--threshold=3")
+        assert done.code == 0, done.stderr
+    before = written(out)
+    for scan in ("B/flair.nii.gz", "B"):
+        done = predict(tmp_path / scan, out, *slices)
+        expect_refusal(done, "out/flair_anomaly.nii.gz is not marked as a result of", "B/flair.nii.gz", "--output_dir")
+        assert "passes" not in done.stdout
+    assert written(out) == before
+
+    def meanwhile(*args: object) -> np.ndarray:
+        shutil.copytree(out, tmp_path / "late", dirs_exist_ok=True)
+        return score_scan(*args)
+
+    monkeypatch.setattr("scoring.scan.score_scan", meanwhile)
+    done = predict(tmp_path / "B/flair.nii.gz", tmp_path / "late", *slices)
+    expect_refusal(done, "late/flair_anomaly.nii.gz is not marked as a result of")
+    assert written(tmp_path / "late") == before
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.randoms(use_true_random=False))
+def test_a_damaged_result_is_nobodys_or_the_same_scans(results, workdir, tmp_path, rng):
+    content = bytearray(gzip.decompress((results["cyclic_unet"][0] / "C_flair_mask.nii.gz").read_bytes()))
+    intact, description = bytes(content), slice(148, 228)
+    for _ in range(rng.randint(0, 3)):
+        content[rng.choice([rng.randrange(352), rng.randrange(148, 200)])] = rng.randrange(256)
+    (tmp_path / "damaged.nii").write_bytes(content[: rng.choice([len(content), rng.randrange(400)])])
+    scans = [workdir / f"raw/{subject}/{subject}_flair.nii.gz" for subject in "CB"]
+    found = [is_result(tmp_path / "damaged.nii", scan) for scan in scans]
+    assert found in ([True, False], [False, False])
+    if found[0]:
+        assert content[description] == intact[description]
+    elif content == intact:
+        assert (tmp_path / "damaged.nii").stat().st_size < len(intact)
+
+
 def test_two_processes_predict_the_same_as_one(workdir, results, repository, tmp_path):
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     flags = ("--dataset=phantom", "--gpu_id=cpu", "--scan=raw/C/C_flair.nii.gz", f"--output_dir={tmp_path}")
@@ -777,7 +834,13 @@ MISTAKES = {
     "threshold 0": ([SCAN, "--threshold=0"], ["--threshold", "'0'", "above 0"]),
     "output is a file": ([SCAN, "--output_dir=bad/text.nii"], ["--output_dir bad/text.nii is a file"]),
     "output below a file": ([SCAN, "--output_dir=bad/text.nii/x"], ["--output_dir", "cannot be written to"]),
-    "another's mask": ([SCAN, "--output_dir=bad/masks"], ["C_flair_mask.nii.gz", "not from an earlier run"]),
+    "threshold 0 in single precision": ([SCAN, "--threshold=1e-46"], ["'1e-46'", "above 0 in single precision"]),
+    "threshold infinite in single precision": ([SCAN, "--threshold=1e39"], ["'1e39' is not a finite number"]),
+    "affine in metres": (["--scan=bad/metres.nii.gz"], ["cannot be scored", "0.005 × 0.005 × 0.005 mm", "use mm"]),
+    "another's mask": ([SCAN, "--output_dir=bad/masks"], ["C_flair_mask.nii.gz", "not marked as a result of raw/C"]),
+    "another's anomaly": ([SCAN, "--output_dir=bad/anomaly"], ["C_flair_anomaly.nii.gz is not marked", "overwritten"]),
+    "another's report": ([SCAN, "--output_dir=bad/report"], ["C_flair_report.png is not marked", "overwritten"]),
+    "a folder in the way": ([SCAN, "--output_dir=bad/folder"], ["C_flair_report.png is not marked", "move it away"]),
     "no experiment": ([SCAN, "--logdir=nowhere"], [f"no experiment '{FORWARD}'", "train it first"]),
     "no slices flag": ([SCAN, "--data_dir=slices"], ["unknown argument", "--data_dir"]),
     "flag mistyped": ([SCAN, "--treshold=1"], ["did you mean '--threshold'?"]),
@@ -798,6 +861,8 @@ def invalid_scans(workdir) -> Path:
         ("nan", np.where(volume > 400, np.nan, volume).astype(np.float32), AFFINE),
         ("series", np.ones((8, 8, 8, 2), np.int16), AFFINE),
         ("twice/a", volume, AFFINE),
+        ("metres", volume, np.diag([0.001, 0.001, 0.001, 1]) @ AFFINE),
+        ("anomaly/C_flair_anomaly", volume.astype(np.float32), AFFINE),
     ):
         save(bad / f"{name}.nii.gz", voxels, affine)
     save(bad / "twice/a.nii", volume)
@@ -807,6 +872,9 @@ def invalid_scans(workdir) -> Path:
     flat.to_filename(bad / "flat.nii.gz")
     (bad / "text.nii").write_text("not a volume")
     save(bad / "masks/C_flair_mask.nii.gz", (volume != 0).astype(np.uint8))
+    (bad / "report").mkdir()
+    (bad / "report/C_flair_report.png").write_bytes(b"a picture of someone's")
+    (bad / "folder/C_flair_report.png").mkdir(parents=True)
     return workdir
 
 

@@ -437,6 +437,19 @@ def test_a_disk_that_fills_up_during_logging(in_process, workdir, uninterrupted,
     expect_same_end(workdir / "experiments/full", uninterrupted)
 
 
+def test_training_whose_output_is_closed_ends_quietly(in_process, workdir, monkeypatch):
+    """As by `| head -1`: no file is at fault, and no room to be made."""
+
+    def refuse(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with monkeypatch.context() as closed:
+        closed.setattr(Logger, "scalars", refuse)
+        done = in_process(TRAIN, *UNET, "--experiment_name=piped", cwd=workdir)
+    assert done.code == 141
+    assert "error" not in done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Records
 

@@ -1,8 +1,11 @@
-"""`run`, which wraps every script: spinning of threads, and exit codes and messages of errors."""
+"""`run`, which wraps every script: spinning of threads, exit codes and messages of errors, and closed pipes."""
 
 import errno
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +88,37 @@ def test_a_full_disk_in_a_thread_prints_no_traceback(capsys, error, shown):
 
     assert exit_code(main) == 0
     assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+# What a script prints before it ends, and its exit code when nobody reads it.
+PRINTS = {
+    "a line": ("print('x')", 141),
+    "many lines": ("[print('x' * 1000) for _ in range(1000)]", 141),
+    "help": ("ArgumentParser(description='x').parse_args(['--help'])", 141),
+    "a mistake": ("print('x'); raise UserError('do this')", 2),
+    "failed scans": ("print('x'); sys.exit(1)", 1),
+}
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize("prints", PRINTS)
+def test_a_closed_pipe_ends_a_script_quietly(prints, both):
+    """As in `script | head -1`, after head has exited."""
+    code, expected = PRINTS[prints]
+    script = f"import sys\nfrom utils.cli import ArgumentParser, UserError, run\ndef main():\n    {code}\nrun(main)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        stdout=writer,
+        stderr=writer if both else subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == expected
+    if not both:
+        assert done.stderr == (b"-c: error: do this\n" if prints == "a mistake" else b"")
