@@ -73,28 +73,28 @@ class Pixels:
     """Masked scores and truth of the ranked pixels of a split, and counts over its slices."""
 
     def __init__(self, parts: Sequence[ScoredSlices], rim: float):
-        self.scores: list[FloatArray] = []
-        self.truth: list[BoolArray] = []
+        scores: list[FloatArray] = []
+        truth: list[BoolArray] = []
         self.names: list[str] = []
         self.n_lesion = self.n_lost = self.n_nan = 0
         for part in parts:
-            region, truth = scored_region(part.brainmask, rim), np.asarray(part.truth, dtype=bool)
-            masked = masked_scores(part, rim)
-            ranked = ranked_pixels(truth, part.brainmask)
-            self.scores += within(masked, ranked)
-            self.truth += within(truth, ranked)
+            masked, region = masked_scores(part, rim), scored_region(part.brainmask, rim)
+            lesions = np.asarray(part.truth, dtype=bool)
+            ranked = ranked_pixels(lesions, part.brainmask)
+            scores += within(masked, ranked)
+            truth += within(lesions, ranked)
             self.names += map(str, part.names)
-            self.n_lesion += np.count_nonzero(truth)
-            self.n_lost += np.count_nonzero(truth & ~region)
+            self.n_lesion += np.count_nonzero(lesions)
+            self.n_lost += np.count_nonzero(lesions & ~region)
             self.n_nan += np.count_nonzero(np.isnan(part.scores) & region)
-
-    def pooled(self) -> tuple[FloatArray, BoolArray]:
-        """Return scores and truth [M] of all slices."""
-        return np.concatenate(self.scores), np.concatenate(self.truth)
+        self.pooled = np.concatenate(scores), np.concatenate(truth)  # of all slices, [M] each
+        ends = np.cumsum([len(of_slice) for of_slice in scores])[:-1]
+        self.scores, self.truth = (np.split(pixels, ends) for pixels in self.pooled)  # views, by slice
 
     def healthy(self) -> FloatArray:
         """Return the scores of the healthy brain pixels."""
-        return np.concatenate([s[~t] for s, t in zip(self.scores, self.truth, strict=True)])
+        scores, truth = self.pooled
+        return scores[~truth]
 
 
 def masked_scores(part: ScoredSlices, rim: float) -> FloatArray:
@@ -180,7 +180,7 @@ def evaluate_parts(
     options = {"n_resamples": n_resamples, "seed": seed, "subjects": subjects}
     auprc = np.array([average_precision(s, t) for s, t in zip(pixels.scores, pixels.truth, strict=True)])
     lesion_area = np.array([np.count_nonzero(lesion) for lesion in pixels.truth])
-    pooled = pixels.pooled()
+    pooled = pixels.pooled
     summary = {
         "n_slices": len(subjects),
         "auprc": number(average_precision(*pooled)),

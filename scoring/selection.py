@@ -36,7 +36,7 @@ def best_on_validation(chain: Chain, experiments: Folder, slices: Parts | None, 
     for name, candidate in candidate_chains(chain, experiments):
         maps = maps_in_memory(Scorer(candidate, device), {"val": slices})[0]["val"]
         published = score_functions(chain.config.score_model.sampling.smooth, 1, {})["scores"]
-        results[name] = average_precision(*Pixels(scored(maps, published), RIM).pooled()), candidate
+        results[name] = average_precision(*Pixels(scored(maps, published), RIM).pooled), candidate
         print(f"{name}: validation AUPRC {results[name][0]:.3f}")
     best = max(results, key=lambda name: results[name][0])
     print(f"chosen: {best}")

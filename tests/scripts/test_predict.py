@@ -835,7 +835,10 @@ MISTAKES = {
     "output is a file": ([SCAN, "--output_dir=bad/text.nii"], ["--output_dir bad/text.nii is a file"]),
     "output below a file": ([SCAN, "--output_dir=bad/text.nii/x"], ["--output_dir", "cannot be written to"]),
     "threshold 0 in single precision": ([SCAN, "--threshold=1e-46"], ["'1e-46'", "above 0 in single precision"]),
-    "threshold infinite in single precision": ([SCAN, "--threshold=1e39"], ["'1e39' is not a finite number"]),
+    "threshold infinite in single precision": (
+        [SCAN, "--threshold=1e39"],
+        ["'1e39' is not", "a finite number above 0"],
+    ),
     "affine in metres": (["--scan=bad/metres.nii.gz"], ["cannot be scored", "0.005 × 0.005 × 0.005 mm", "use mm"]),
     "another's mask": ([SCAN, "--output_dir=bad/masks"], ["C_flair_mask.nii.gz", "not marked as a result of raw/C"]),
     "another's anomaly": ([SCAN, "--output_dir=bad/anomaly"], ["C_flair_anomaly.nii.gz is not marked", "overwritten"]),
