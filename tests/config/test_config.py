@@ -16,6 +16,7 @@ import modality_cyclic_train
 from config import brats_config, check, flatten, get_config, override, resolve
 from models import METHODS, load_method
 from models.sampling import SAMPLING, sampling_keys
+from scoring.chain import chain_parser, scoring_options
 from utils.cli import UserError
 
 PAPER = {  # Liang et al. 2023, and their published settings
@@ -74,6 +75,7 @@ PAPER = {  # Liang et al. 2023, and their published settings
     "score_model.scoring.outside": "zeros,left_out",
     "score_model.scoring.neighbours": "0,3",
     "score_model.scoring.rim": "0,4",
+    "score_model.threshold.healthy_share": 0.01,
 }
 
 
@@ -494,3 +496,10 @@ def test_network_refuses_an_unused_key(brats):
         brats.score_model.model.dead = 1
     with pytest.raises(TypeError, match="dead"):
         load_method("unet").create_network(brats.score_model)
+
+
+@pytest.mark.parametrize("share", ["-0.1", "0.6", "nan"])
+def test_the_share_of_marked_healthy_pixels_is_at_most_a_half(share):
+    args = chain_parser("").parse_args([])
+    with pytest.raises(UserError, match="healthy_share"):
+        scoring_options(args, [f"--config.score_model.threshold.healthy_share={share}"])
