@@ -17,6 +17,7 @@ from scoring.chain import (
     find_chain,
     reload_chain,
     require_same_preprocessing,
+    require_tested_weights,
     results_name,
 )
 from utils.cli import UserError, parse_run_args, run
@@ -162,17 +163,21 @@ def find_references(args: argparse.Namespace, scans: Mapping[str, Path]) -> dict
     """Return the volumes of the target modality for a one-way score, by the names of their scans.
 
     Raises:
-        UserError: if `--scan_trans` is missing or superfluous, or a volume does not exist.
+        UserError: if `--scan_trans` is missing or superfluous, or a volume does not exist or is the scan itself.
     """
+    from utils.nifti import find_copies
+
     if (args.scan_trans is None) != (args.score == "cycle"):
         raise UserError("--score one_way and --scan_trans go together: the score compares the translation with it")
     if args.scan_trans is None:
         return {}
     in_folder = args.scan.is_dir()
     references = {name: args.scan_trans / path.name if in_folder else args.scan_trans for name, path in scans.items()}
-    for path in references.values():
+    for name, path in references.items():
         if not path.is_file():
             raise UserError(f"no volume at {path}: check --scan_trans")
+        if find_copies((scans[name], path)):
+            raise UserError(f"--scan_trans {path} is the same scan as {scans[name]}: name the other modality")
     return references
 
 
@@ -264,6 +269,7 @@ def find_chain_score(
     if tested != current:
         difference = f"{' and '.join(tested.values())}, not {' and '.join(current.values())}"
         raise UserError(f"{path} was computed with other weights ({difference}): {remedy}")
+    require_tested_weights(chain, metrics, path, remedy)
     if metrics.get("sampling_settings") != method.sampling_settings(chain.config):
         raise UserError(f"{path} was computed with other sampling settings: {remedy}")
     block, chosen = metrics.get("chosen"), None

@@ -28,12 +28,11 @@ def main() -> None:
 def score_translators(args: argparse.Namespace, overrides: list[str], experiments: Folder) -> None:
     """Compute error maps of the test and validation slices, score them, and write the results folder."""
     # Imported here because these take seconds to load.
-    from datasets.brats2021 import fingerprint
     from evaluation.report import EVENTS, score_maps
     from evaluation.results import ERROR_MAPS, MapWriter, read_maps
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import step_of
-    from scoring.scorer import Scorer, create_maps, kinds_to_load, load_slices, voxel_size
+    from scoring.scorer import Scorer, create_maps, load_slices, voxel_size
     from scoring.selection import best_on_validation
     from utils.device import pick_device
     from utils.experiment import describe_run, write_record
@@ -74,10 +73,12 @@ def score_translators(args: argparse.Namespace, overrides: list[str], experiment
             "sampling_settings": scorer.method.sampling_settings(config),
             **cost,
             "checkpoints": checkpoints,
+            "weights": chain.weights,
+            "test_set": slices["test"].fingerprint["contents"],
             "trained_steps": {direction: step_of(path.name) for direction, path in chain.checkpoints.items()},
         }
         writer.close(run)
-        data = {split: fingerprint(config.data.data_dir, split, kinds_to_load(chain)) for split in slices}
+        data = {split: parts.fingerprint for split, parts in slices.items()}
         write_record(new, {**run, "config": config.to_dict(), "data": data, "run": describe_run(scorer.device)})
         score_maps(new, *read_maps(new / ERROR_MAPS), experiments.address(results), **options)
         experiments.remove(f"results/{results.name}", EVENTS)

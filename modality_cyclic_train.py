@@ -68,9 +68,11 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    directory, record = open_experiment(args, config, [image, target], experiments)
+    directory, record = open_experiment(args, config, experiments)
     slices = (data.data_dir, "train", [image, target], data.image_size)
     dataset = BraTS2021Dataset(*slices, processes=dist_util.local_world_size(), progress=is_first)
+    record["data"] = dataset.fingerprint
+    require_same_start(args, directory, record)
     with locked(directory, "--logdir", "give another --experiment_name") if is_first else nullcontext():
         if is_first and args.overwrite:
             experiments.remove(directory.name, *checkpoint.TRAINING_FILES, RECORD)
@@ -146,27 +148,34 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
         dist_util.shut_down()
 
 
-def open_experiment(args: argparse.Namespace, config: Any, kinds: list[str], experiments: Folder) -> tuple[Path, dict]:
-    """Return an experiment's folder, with the files needed to resume, and the record of its settings and slices.
+def open_experiment(args: argparse.Namespace, config: Any, experiments: Folder) -> tuple[Path, dict]:
+    """Return an experiment's folder, with the files needed to resume, and the record of its settings.
 
     Raises:
-        UserError: if the name is invalid, slices are missing, or the experiment was started with other settings.
+        UserError: if the name is invalid, or the experiment was started with other settings.
     """
-    from datasets.brats2021 import fingerprint
     from guided_diffusion import checkpoint
     from utils import experiment
 
     kind = {key: getattr(args, key) for key in ("model_name", "training_process", "dataset")}
     name = args.experiment_name or experiment.experiment_name(*kind.values(), config.data.trans, config.data.input)
     directory = experiments.local / experiment.require_name("--experiment_name", name)
-    record = {**kind, "config": config.to_dict(), "data": fingerprint(config.data.data_dir, "train", kinds)}
+    record = {**kind, "config": config.to_dict()}
     if not args.overwrite:
         needed = checkpoint.needed_to_resume(experiments.list_files(name), config.score_model.training.keep_last)
         experiments.pull(name, experiment.RECORD, "log.txt", "progress.csv", *needed)
-        if checkpoint.list_checkpoints(directory):
-            unused = (f"config.{key}" for key in load_method(args.model_name).unused)
-            experiment.require_same_settings(directory, record, tuple(unused))
+        require_same_start(args, directory, record)
     return directory, record
+
+
+def require_same_start(args: argparse.Namespace, directory: Path, record: dict) -> None:
+    """Raise a UserError if a training that is to be resumed was started with other settings or slices."""
+    from guided_diffusion import checkpoint
+    from utils import experiment
+
+    if not args.overwrite and checkpoint.list_checkpoints(directory):
+        unused = (f"config.{key}" for key in load_method(args.model_name).unused)
+        experiment.require_same_settings(directory, record, tuple(unused))
 
 
 @contextmanager

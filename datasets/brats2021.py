@@ -1,7 +1,8 @@
 """PyTorch dataset of the slices that brats_preprocess.py wrote, kept in memory if they fit."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,14 +13,15 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm.contrib.concurrent import thread_map
 
-from datasets.cohorts import MASKS, suggest_modality
+from datasets.cohorts import MASKS, SPLITS, suggest_modality
+from datasets.quality import BACKGROUND, MAX_INTENSITY
 from datasets.records import read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
 # NumPy reads headers with Python's parser, which can fail with a SystemError in two threads at a time (Python 3.11).
 PARSING = Lock()
-MAX_INTENSITY = 1e4  # normalised intensities are far smaller: a larger value means a damaged file
+REMEDY = "preprocess again with --overwrite"
 
 
 class BraTS2021Dataset(Dataset):
@@ -38,8 +40,13 @@ class BraTS2021Dataset(Dataset):
         progress: show a progress bar while reading.
         keep: keep the slices in memory if they fit. Otherwise all are read once, to check them, and again on demand.
 
+    Attributes:
+        fingerprint: `slices`, their number; `sha256`, a hash of their names; `contents`, one of their pixels for each
+            kind; and their `normalisation` and `grid`, as from `read_preprocessing`.
+
     Raises:
-        UserError: if the split or a kind is missing, the kinds do not have the same slices, or a file is damaged.
+        UserError: if the split or a kind is missing, the kinds do not have the same slices, a subject is in another
+            split, too, or a file is damaged or no such slice.
     """
 
     def __init__(
@@ -62,39 +69,56 @@ class BraTS2021Dataset(Dataset):
         storage = "kept in memory" if fits else "read from disk on demand"
         storage = f", {storage} ({needed / 1e9:.3f} of {available / 1e9:.3f} GB)" if keep else ""
         print(f"{split}: {len(self.files)} slices{storage}")
-        # Open every file even if none is kept, so that truncated files and wrong shapes are found at the start.
-        check = self._open if keep else self._read
-        read = self._read if fits and keep else lambda files: check(files) and None
+
+        def load(files: Mapping[str, str]) -> tuple[dict | None, tuple[int, ...], list[int]]:
+            arrays = self._open(files)
+            item = self._resize(files["name"], arrays) if fits and keep else None
+            return item, arrays[kinds[0]].shape, [zlib.crc32(np.ascontiguousarray(array)) for array in arrays.values()]
+
+        # Read every file even if none is kept, so that damaged and foreign files are found at the start.
         try:
-            slices = thread_map(read, self.files, disable=not progress, desc=f"reading {split}", unit="slice")
+            found = thread_map(load, self.files, disable=not progress, desc=f"reading {split}", unit="slice")
+            items, shapes, checksums = zip(*found, strict=True)
+            if len(different := dict(zip(shapes, self.files, strict=True))) > 1:
+                listed = ", ".join(f"{files['name']} {shape}" for shape, files in different.items())
+                raise ValueError(f"shapes differ: {listed}")
         except ValueError as error:
-            raise UserError(f"a slice in {folder} cannot be read ({error}): preprocess again") from error
-        self._in_memory = slices if fits and keep else None
+            raise UserError(f"a slice in {folder} cannot be read ({error}): {REMEDY}") from error
+        self._in_memory = items if fits and keep else None
+        names = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in self.files)
+        self.fingerprint = {
+            "slices": len(self.files),
+            "sha256": sha256(names.encode()).hexdigest(),
+            "contents": {
+                kind: sha256(str(of_kind).encode()).hexdigest()
+                for kind, of_kind in zip(kinds, zip(*checksums, strict=True), strict=True)
+            },
+            **read_preprocessing(Path(data_dir)),
+        }
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self._in_memory[index]) if self._in_memory else self._read(self.files[index])
+        if self._in_memory:
+            return dict(self._in_memory[index])
+        return self._resize(self.files[index]["name"], self._open(self.files[index]))
 
-    def _read(self, files: Mapping[str, str]) -> dict[str, Any]:
-        item: dict[str, Any] = {"name": files["name"]}
-        for kind, array in self._open(files).items():
-            if kind not in MASKS and not np.abs(array).max() <= MAX_INTENSITY:
-                raise ValueError(f"{files[kind]} holds values that are not finite or beyond ±{MAX_INTENSITY:g}")
+    def _resize(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        item: dict[str, Any] = {"name": name}
+        for kind, array in arrays.items():
             resize = resize_mask if kind in MASKS else resize_image
             item[kind] = resize(torch.from_numpy(np.array(array, dtype=np.float32))[None], self.image_size)
         return item
 
     def _open(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """Memory-map the arrays of a slice, and check that they are numeric and [H, W] of one size."""
+        """Memory-map the arrays of a slice, and check that preprocessing can have made them."""
         arrays = {}
         for kind in self.kinds:
             try:
                 with PARSING:
                     arrays[kind] = np.load(files[kind], mmap_mode="r")
-                if arrays[kind].dtype.kind not in "biuf":
-                    raise ValueError(f"values of type {arrays[kind].dtype}")
+                require_normalised(kind, arrays[kind])
             except Exception as error:  # NumPy raises many types for damaged or foreign files
                 raise ValueError(f"{files[kind]}: {error}") from error
         shapes = {array.shape for array in arrays.values()}
@@ -114,26 +138,26 @@ def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(mask[None], (size, size), mode="nearest-exact")[0] > 0
 
 
-def fingerprint(data_dir: Path | str, split: str, kinds: Sequence[str]) -> dict[str, Any]:
-    """Return the number of slices, a hash of their names and kinds, and the normalisation and grid they share.
-
-    Raises:
-        UserError: if the split or a kind is missing, or the kinds do not have the same slices.
-    """
-    slices = find_slices(Path(data_dir) / split, kinds)
-    lines = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in slices)
-    return {
-        "slices": len(slices),
-        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
-        **read_preprocessing(Path(data_dir)),
-    }
+def require_normalised(kind: str, array: np.ndarray) -> None:
+    """Raise a ValueError unless the values of an array can be those of a slice of this kind."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"values of type {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if kind in MASKS:
+        most = 1 if kind == "brainmask" else 255
+        if not (low >= 0 and high <= most) or (array.dtype.kind == "f" and (array % 1).any()):
+            raise ValueError(f"a {kind} must hold whole numbers from 0 to {most}, not {low:g} to {high:g}")
+    elif not (abs(low - BACKGROUND) < 1e-3 and BACKGROUND < high <= MAX_INTENSITY):
+        expected = f"{BACKGROUND:g}, the background, to at most {MAX_INTENSITY:g}"
+        raise ValueError(f"its values range from {low:g} to {high:g}, but those of a slice from {expected}")
 
 
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
     """Return the files of every slice in a split's folder, by name: {"name": "{subject}_{slice}", kind: path, …}.
 
     Raises:
-        UserError: if the folder or a kind is missing, or the kinds do not have the same slices.
+        UserError: if the folder or a kind is missing, the kinds do not have the same slices, or a subject is in another
+            split, too.
     """
     if not folder.is_dir():
         raise UserError(f"no slices in {folder}: run datasets/brats_preprocess.py first, or pass another --data_dir")
@@ -143,13 +167,23 @@ def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
         if kind not in available:
             hint = f"{suggest_modality(kind, available)} (available: {', '.join(available)})"
             raise UserError(f"no modality {kind!r} in {folder}{hint}; preprocess it first")
-        for path in (folder / kind).glob(f"*_{kind}_*.npy"):
-            # Split at the last _{kind}_, because a subject's name may contain it, too.
-            subject, _, number = path.stem.rpartition(f"_{kind}_")
+        for subject, number, path in list_slices(folder, kind):
             names.setdefault(f"{subject}_{number}", {})[kind] = str(path)
     for name, files in names.items():
         if missing := set(kinds) - set(files):
             raise UserError(f"slice {name} in {folder} has no {', '.join(sorted(missing))}: preprocess it again")
     if not names:
         raise UserError(f"no slices in {folder}: preprocess again with subjects for this split")
+    subjects = {subject for subject, *_ in list_slices(folder, kinds[0])}
+    for other in (folder.with_name(split) for split in SPLITS if split != folder.name):
+        if shared := sorted(subjects.intersection(subject for subject, *_ in list_slices(other, kinds[0]))):
+            raise UserError(f"{shared[0]} is both in {folder} and in {other}: {REMEDY}, or remove it from one")
     return [{"name": name, **names[name]} for name in sorted(names)]
+
+
+def list_slices(folder: Path, kind: str) -> Iterator[tuple[str, str, Path]]:
+    """Yield the subject, the number and the path of each slice of a kind in a split's folder."""
+    for path in (folder / kind).glob(f"*_{kind}_*.npy"):
+        # Split at the last _{kind}_, because a subject's name may contain it, too.
+        subject, _, number = path.stem.rpartition(f"_{kind}_")
+        yield subject, number, path

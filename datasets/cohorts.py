@@ -156,11 +156,15 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         UserError: if the file is missing, not UTF-8 text or not CSV, or has no subject, no modality or bad columns.
     """
     try:
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.strip().partition("\n")[0].count)  # of equals the comma
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         remedy = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "pass a CSV file as --csv"
         raise UserError(f"the table {path} cannot be read: {error}; {remedy}") from error
+    if delimiter != ",":
+        print(f"{path} is separated by {'semicolons' if delimiter == ';' else 'tabs'}")
     lines = [(line, cells) for line, cells in lines if any(cells)]
     if not lines:
         raise UserError(f"the table {path} is empty: begin with a row of column names, subject first")

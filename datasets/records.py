@@ -28,7 +28,7 @@ RECORDS = "subjects"
 PARTIAL = ".partial"
 NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # the paper's quantiles
 TEST_SLICES = ("largest", "all")  # of val and test subjects
-EARLIER = {"test_slices": "largest"}  # settings of records from before these keys existed
+EARLIER = {"test_slices": "largest", "rules": 1}  # settings of records from before these keys existed
 START_OVER = "pass --overwrite to start over, or choose another --output_dir"
 
 
@@ -69,8 +69,17 @@ def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
     Returns:
         `normalisation`, the quantiles by the names in NORMALISATION, and `grid`, a `SliceGeometry` as JSON. Either is
         None if it was not recorded; `grid` also if the records differ.
+
+    Raises:
+        UserError: if the records differ in anything else that all subjects must share.
     """
-    made_with = [record.made_with if record else {} for record in load_records(output_dir).values()]
+    records = load_records(output_dir)
+    made_with = [record.made_with if record else {} for record in records.values()]
+    for key in (*NORMALISATION, *EARLIER):
+        found = {made.get(key, EARLIER.get(key)): name for name, made in zip(records, made_with, strict=True) if made}
+        if len(found) > 1:
+            which = " and ".join(f"{name} with {key} {value}" for value, name in found.items())
+            raise UserError(f"{output_dir} mixes slices that do not belong together, {which}: {START_OVER}")
     first = next(filter(None, made_with), {})
     quantiles = {key: first[key] for key in NORMALISATION} if first.keys() >= NORMALISATION.keys() else None
     grids = [provenance.get("grid") for provenance in made_with]
@@ -113,6 +122,8 @@ def describe_mismatch(made_with: Mapping[str, Any], requested: Mapping[str, Any]
             return f"made from a different {' and '.join(kinds)}"
         if key == "split":
             return f"which was in the {before} split and is now in {now}"
+        if key == "rules":
+            return "made by another version of this script"
         return f"made with --{key} {before}, not {now}"
     return ""
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from nibabel.orientations import aff2axcodes
+from tqdm import tqdm
 
 from datasets.cohorts import MASKS, Cohort, Subject
+from datasets.quality import (
+    BACKGROUND,
+    MAX_INTENSITY,
+    brain_warnings,
+    coverage_warnings,
+    intensity_warnings,
+    require_background,
+)
 from utils.cli import UserError
 from utils.grid import SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
-from utils.nifti import checksum, read_header, read_volume
+from utils.nifti import checksum, find_copies, header_warnings, read_header, read_volume
 
-BACKGROUND = -3.0  # normalised intensity of the background and the lower quantile
 UPPER = 3.0  # normalised intensity of the upper quantile
 BRATS_SLICES = SliceGeometry("LPS", (1.0, 1.0, 1.0), (240, 240))
 DEPTH = 155  # number of slices of the BraTS grid
 MAX_OUTSIDE = 0.5  # share of the non-zero voxels outside that grid: a neck may be cut off, but not half of a brain
-MAX_MISSING = 0.1  # share of the brain where a modality may be 0 without a warning
+MAX_ROUNDING = 0.05  # difference of a label in a resampled mask from the whole number that it stands for
+RULES = 1  # version of the rules by which slices are made: raise it when the same volumes would give other slices
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Settings:
     def describe(self, split: str, subject: Subject) -> dict:
         """Return the provenance of a subject's slices, JSON-serialisable: all settings and inputs they depend on."""
         return {
+            "rules": RULES,
             "split": split,
             "modality": ",".join(sorted(self.modalities)),  # the slices do not depend on their order
             "slices": f"{self.start} {self.stop}",
@@ -68,8 +78,8 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
     """Check the data and the flags before the first subject is sliced.
 
     Raises:
-        UserError: if a subject lacks a volume, or no volume has all of the requested slices. If only some volumes have
-            too few, `slice_subject` reports each of them.
+        UserError: if a subject lacks a volume, two volumes are the same scan, or no volume has all of the requested
+            slices. If only some volumes have too few, `slice_subject` reports each of them.
     """
     for subject in (cohort.subjects[name] for name in names):
         for kind in settings.input_kinds(subject):
@@ -79,6 +89,9 @@ def check_subjects(settings: Settings, cohort: Cohort, names: Collection[str]) -
                 raise UserError(f"{cohort.source} has no {kind} for {subject.name}: {remedy}")
             if not path.is_file():
                 raise UserError(f"{path} is missing: restore it or remove {subject.name} from the data")
+    paths = [cohort.subjects[name].volumes[kind] for name in names for kind in settings.modalities]
+    if copies := find_copies(tqdm(paths, desc="comparing volumes", unit="volume", leave=False, disable=None)):
+        raise UserError("{} and {} are the same scan: give each subject and modality its own".format(*copies))
     if not settings.shared_grid:
         return settings.require_depth("the BraTS grid", DEPTH)
     shallow = None
@@ -100,7 +113,7 @@ class SubjectSlices(NamedTuple):
     made_with: dict  # provenance, as in `Settings.describe`, `grid` and `lesion`: whether the volume has one anywhere
     # [H, W] by `{kind}/{subject}_{kind}_{slice}.npy`, grouped by kind: float32 modalities, uint8 seg and brainmask.
     slices: dict[str, np.ndarray]
-    warnings: list[str]  # see `quality_warnings`
+    warnings: list[str]  # see datasets/quality.py
     nearest: int | None  # if no slice in [start, stop) is usable, the nearest one outside that is, if any
 
 
@@ -110,33 +123,33 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
     Raises:
         UserError: if a volume cannot be read or normalised, or does not match the others; the message names the file.
     """
-    made_with, reader = settings.describe(split, subject), VolumeReader(settings)
+    made_with, reader = settings.describe(split, subject), VolumeReader(settings, subject)
     window = slice(settings.start, settings.stop)
     stacks = {}  # by kind: [H, W, stop - start]
     brainmask = None  # bool [H, W, D], if the data include one
     if "brainmask" in subject.volumes:
-        brainmask = reader.read_labels(subject.volumes["brainmask"]) > 0
+        brainmask = reader.read_labels("brainmask")[0] > 0
     brain = False  # union of the modalities, bool [H, W, D]
     nonzero = {}  # by modality, bool [H, W, D]
+    usable = True  # bool [D]: slices that show brain in all modalities, and whose lesions are known
     # The first volume sets a subject's own grid: sort, so that the order of --modality does not matter.
     for modality in settings.modalities if settings.shared_grid else sorted(settings.modalities):
-        path = subject.volumes[modality]
-        volume = reader.read_intensities(path)
-        if brainmask is not None:
-            volume = np.where(brainmask, volume, 0)
         try:
+            volume = reader.read_intensities(modality, brainmask)
             image = normalise(volume, settings.percentage_lower, settings.percentage_upper)
         except ValueError as error:
-            raise UserError(f"{path} cannot be normalised: {error}") from error
+            raise UserError(f"{subject.volumes[modality]} cannot be normalised: {error}") from error
         stacks[modality] = image[:, :, window].copy()  # a view would keep the whole volume in memory
         nonzero[modality] = volume != 0
         brain = brain | nonzero[modality]
+        usable = usable & (image > BACKGROUND).any(axis=(0, 1))
     brain = brain if brainmask is None else brainmask
-    lesions = read_lesions(reader, subject, brain)
+    lesions, covered = read_lesions(reader, subject, brain)
+    usable = usable & ~(brain & ~covered).any(axis=(0, 1))
     stacks["brainmask"] = brain[:, :, window].astype(np.uint8)
     stacks["seg"] = lesions[:, :, window]
 
-    chosen = choose_slices(split, stacks["seg"], stacks["brainmask"], settings.test_slices)
+    chosen = choose_slices(split, stacks["seg"], usable[window], settings.test_slices)
     slices = {
         f"{kind}/{subject.name}_{kind}_{settings.start + index}.npy": stack[:, :, index].copy()
         for kind, stack in stacks.items()
@@ -144,22 +157,13 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
     }
     nearest = None
     if not chosen:
-        others = choose_slices(split, lesions, brain, settings.test_slices)
+        others = choose_slices(split, lesions, usable, settings.test_slices)
         nearest = min(others, key=lambda i: max(settings.start - i, i + 1 - settings.stop), default=None)
     made_with |= {"grid": reader.slice_geometry(), "lesion": bool(lesions.any())}
-    return SubjectSlices(made_with, slices, quality_warnings(nonzero, brain), nearest)
-
-
-def quality_warnings(nonzero: Mapping[str, np.ndarray], brain: np.ndarray) -> list[str]:
-    """Return warnings about readable but suspicious volumes, given their non-zero voxels and the brain, [H, W, D]."""
-    warnings = []
-    for modality, filled in nonzero.items():
-        if np.count_nonzero(brain & ~filled) > MAX_MISSING * np.count_nonzero(brain):
-            warnings.append(f"{modality} is 0 in more than {MAX_MISSING:.0%} of the brain")
-        (indices,) = filled.any(axis=(0, 1)).nonzero()
-        if len(indices) < indices[-1] - indices[0] + 1:
-            warnings.append(f"{modality} has empty slices between others")
-    return warnings
+    warnings = [*reader.warnings, *coverage_warnings(nonzero, brain), *brain_warnings(brain, reader.grid.affine)]
+    if not covered.all() and (brain & ~covered).any():
+        warnings.append("seg ends before the brain, and slices that it does not cover are left out")
+    return SubjectSlices(made_with, slices, warnings, nearest)
 
 
 class VolumeReader:
@@ -168,14 +172,17 @@ class VolumeReader:
     With a shared grid, all volumes must already be on it. Otherwise they are resampled onto the BraTS grid.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, subject: Subject):
+        self.settings, self.subject = settings, subject
         self.first: Path | None = None  # path of the first volume
         self.grid: VoxelGrid | None = None
+        self.warnings: list[str] = []  # about the volumes read so far
 
-    def read(self, path: Path) -> tuple[np.ndarray, VoxelGrid]:
+    def read(self, kind: str) -> tuple[np.ndarray, VoxelGrid]:
         """Read a volume and its grid without resampling; with a shared grid, check that the volume is on it."""
+        path = self.subject.volumes[kind]
         volume, grid = read_volume(path)
+        self.warnings += [f"{kind}: {warning}" for warning in header_warnings(path)]
         if self.grid is None:
             self.first = path
             self.grid = grid if self.settings.shared_grid else place_brats_grid(path, volume != 0, grid)
@@ -187,29 +194,45 @@ class VolumeReader:
             self.settings.require_depth(path, grid.shape[2])
         return volume, grid
 
-    def read_intensities(self, path: Path) -> np.ndarray:
-        """Return a modality [H, W, D] on the common grid."""
-        volume, grid = self.read(path)
-        return volume if self.settings.shared_grid else resample_intensities(volume, grid.affine, self.grid)
+    def read_intensities(self, modality: str, brainmask: np.ndarray | None) -> np.ndarray:
+        """Return a modality [H, W, D] on the common grid, 0 outside the brain mask, if there is one.
 
-    def read_labels(self, path: Path) -> np.ndarray:
-        """Return a mask on the common grid, uint8 [H, W, D].
+        Raises:
+            UserError: as in `read`.
+            ValueError: if the background is not 0 and there is no brain mask.
+        """
+        volume, grid = self.read(modality)
+        self.warnings += [f"{modality}: {warning}" for warning in intensity_warnings(volume)]
+        if brainmask is None:
+            require_background(volume)
+        volume = volume if self.settings.shared_grid else resample_intensities(volume, grid.affine, self.grid)
+        return volume if brainmask is None else np.where(brainmask, volume, 0)
+
+    def read_labels(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a mask on the common grid, uint8 [H, W, D], and where its volume covers the grid, bool [H, W, D].
 
         Raises:
             UserError: as in `read`, if it has labels beyond max_label, or if resampling loses all of them.
         """
-        labels, grid = self.read(path)
-        highest, marked = self.settings.max_label, labels[labels != 0]  # few voxels, quick to search
-        unknown = marked[~np.isin(marked, range(highest + 1))]
+        labels, grid = self.read(kind)
+        path, highest, marked = self.subject.volumes[kind], self.settings.max_label, labels != 0
+        found = labels[marked]  # few voxels, quick to search
+        whole = np.round(found)
+        unknown = found[~(np.abs(found - whole) <= MAX_ROUNDING) | ~np.isin(whole, range(highest + 1))]
         if unknown.size:
             raise UserError(f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}")
-        labels = labels.astype(np.uint8)
+        if (found != whole).any():
+            self.warnings.append(f"{kind}: labels are up to {MAX_ROUNDING} off whole numbers, which are used instead")
+        labels = np.zeros(labels.shape, np.uint8)
+        labels[marked] = whole
         if self.settings.shared_grid:
-            return labels
-        resampled = resample(labels, grid.affine, self.grid, order=0)
+            return labels, np.ones_like(marked)
+        numbers = resample(labels.astype(np.uint16) + 1, grid.affine, self.grid, order=0)  # 0 outside the volume
+        covered = numbers > 0
+        resampled = np.where(covered, numbers - 1, 0).astype(np.uint8)
         if labels.any() and not resampled.any():
             raise UserError(f"{path} has no label left on the grid of {self.first.name}, check its affine")
-        return resampled
+        return resampled, covered
 
     def slice_geometry(self) -> dict | None:
         """Return the grid of the slices as JSON, None if the affine defines no orientation."""
@@ -234,21 +257,23 @@ def place_brats_grid(path: Path, brain: np.ndarray, grid: VoxelGrid) -> VoxelGri
     return target
 
 
-def read_lesions(reader: VolumeReader, subject: Subject, brain: np.ndarray) -> np.ndarray:
-    """Return the subject's lesion labels, uint8 [H, W, D], all 0 if it is declared healthy and has no seg.
+def read_lesions(reader: VolumeReader, subject: Subject, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the subject's lesion labels and where they are known, as from `read_labels`.
+
+    A subject that is declared healthy and has no seg has no lesion anywhere.
 
     Raises:
         UserError: as in `read_labels`, if a healthy subject has a lesion, or if all lesions are outside the brain.
     """
     if "seg" not in subject.volumes:
-        return np.zeros(reader.grid.shape, np.uint8)
+        return np.zeros(brain.shape, np.uint8), np.ones_like(brain)
     path = subject.volumes["seg"]
-    labels = reader.read_labels(path)
+    labels, covered = reader.read_labels("seg")
     if subject.healthy and labels.any():
         raise UserError(f"{path} has a lesion, but {subject.name} is declared healthy")
     if not reader.settings.shared_grid and labels.any() and not labels[brain].any():
         raise UserError(f"{path} has a lesion, but all of it is outside the brain of {reader.first.name}")
-    return labels
+    return labels, covered
 
 
 def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: float) -> np.ndarray:
@@ -265,7 +290,7 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
         float32 array of the same shape, with a background of exactly -3.
 
     Raises:
-        ValueError: if all voxels are 0, any is not finite, the quantiles are equal, or the range of values overflows.
+        ValueError: if all voxels are 0, any is not finite, the quantiles are equal, or a result exceeds MAX_INTENSITY.
     """
     brain = volume != 0
     voxels = volume[brain]
@@ -280,25 +305,24 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
         image = np.full(volume.shape, BACKGROUND, dtype=np.float32)
         scaled = (voxels - low) / (high - low) * (UPPER - BACKGROUND) + BACKGROUND
         image[brain] = np.maximum(scaled, BACKGROUND)
-    if not np.isfinite(image).all():
-        raise ValueError("its intensities differ by too many orders of magnitude")
+    if not image.max() <= MAX_INTENSITY:
+        raise ValueError("its highest intensities are orders of magnitude above the others: clip damaged voxels")
     return image
 
 
-def choose_slices(split: str, seg: np.ndarray, brainmask: np.ndarray, test_slices: str = "largest") -> list[int]:
-    """Return the sorted indices of the slices that go into `split`, among those that contain brain.
+def choose_slices(split: str, seg: np.ndarray, usable: np.ndarray, test_slices: str = "largest") -> list[int]:
+    """Return the sorted indices of the slices that go into `split`, among the usable ones.
 
     Args:
         split: "train" for all slices without tumour; "val" or "test" for those that `test_slices` names.
         seg: labels, [H, W, N]; tumour is > 0.
-        brainmask: [H, W, N]; brain is > 0.
+        usable: bool [N].
         test_slices: "largest" for the one with the largest tumour, if any (the first of equals); "all" for all.
     """
     tumour_area = (seg > 0).sum(axis=(0, 1))  # pixels
-    has_brain = brainmask.any(axis=(0, 1))
     if split == "train":
-        return (has_brain & (tumour_area == 0)).nonzero()[0].tolist()
+        return (usable & (tumour_area == 0)).nonzero()[0].tolist()
     if test_slices == "all":
-        return has_brain.nonzero()[0].tolist()
-    tumour_area[~has_brain] = 0
+        return usable.nonzero()[0].tolist()
+    tumour_area[~usable] = 0
     return [int(tumour_area.argmax())] if tumour_area.any() else []

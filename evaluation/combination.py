@@ -13,7 +13,18 @@ from utils.cli import UserError
 
 from .choice import MAX_THRESHOLDS, slices_to_choose_on
 from .metrics import ranked_pixels, scored_region, weighted_auprc, within
-from .results import ERROR_MAPS, HEALTHY, MAPS, Maps, Part, Parts, chosen_score, read_maps, read_metrics
+from .results import (
+    ERROR_MAPS,
+    HEALTHY,
+    MAPS,
+    Maps,
+    Part,
+    Parts,
+    chosen_score,
+    different_kinds,
+    read_maps,
+    read_metrics,
+)
 from .scores import anomaly_map, intensity_maps, reference_maps
 
 INTENSITY = "intensity"  # in place of a run: the input intensity of the first run
@@ -71,7 +82,7 @@ def combine(runs: Sequence[str]) -> tuple[str, dict[str, Any], Maps]:
     summed = {split: Parts(partial(summed_part, split), len(maps[0][split])) for split in ("test", "val")}
     steps = {member["run"]: member["trained_steps"].get("forward") for member in members if member["trained_steps"]}
     header = {
-        **{key: headers[0][key] for key in ("input", "image_size")},
+        **{key: headers[0][key] for key in ("input", "image_size", "test_set") if key in headers[0]},
         "trans": headers[0]["input"],
         "method": "combined",
         "score": "combined",
@@ -95,6 +106,8 @@ def require_same_slices(
     """
     if header["input"] != other_header["input"]:
         raise UserError(f"{first} and {other} have different inputs, {header['input']} and {other_header['input']}")
+    if kinds := different_kinds(header, other_header):
+        raise UserError(f"{first} and {other} differ in their {' and '.join(kinds)} slices: test both on the same data")
     for split in ("test", "val"):
         if (split in maps) != (split in other_maps):
             raise UserError(f"only one of {first} and {other} has {split} slices: test both on the same data")
@@ -124,6 +137,7 @@ def describe_member(run: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         **{key: metrics[key] for key in ("input", "trans", "sampling_settings", "image_size")},
         "checkpoints": {} if is_intensity else metrics["checkpoints"],
         "trained_steps": {} if is_intensity else metrics["trained_steps"],
+        "weights": {} if is_intensity else metrics.get("weights", {}),
         **{key: block[key] for key in ("settings", "constants")},
     }
 

@@ -107,6 +107,10 @@ _BY_SUBJECT["properties"] |= {choice: nullable(_OF_SUBJECTS) for choice in THRES
 _BLOCK["properties"] |= {"healthy": nullable(_AT_THRESHOLD), "by_subject": nullable(_BY_SUBJECT)}
 _CHOSEN["allOf"][1]["properties"] |= {"healthy": _THRESHOLD}
 _METRICS["properties"] |= {"healthy": _THRESHOLD, "by_subject": nullable(_BY_SUBJECT), "chosen": nullable(_CHOSEN)}
+_HASHES = {"type": "object", "additionalProperties": STRING}
+_RUN["properties"] |= {"weights": _HASHES, "test_set": _HASHES}
+_MEMBER["properties"] |= {"weights": _HASHES}
+_METRICS["properties"] |= {"weights": _HASHES, "test_set": _HASHES}
 _METRICS["properties"]["baseline_intensity"]["properties"] = {"chosen": nullable(_CHOSEN)}
 
 
@@ -114,10 +118,13 @@ T = TypeVar("T")
 
 
 class Parts(Sequence[T]):
-    """Parts of a split, each with whole subjects, loaded when they are indexed; the last one is kept in memory."""
+    """Parts of a split, each with whole subjects, loaded when they are indexed; the last one is kept in memory.
 
-    def __init__(self, load: Callable[[int], T], n_parts: int):
-        self._load, self._n_parts = lru_cache(maxsize=1)(load), n_parts
+    `fingerprint` describes the split's slices, as from `BraTS2021Dataset`.
+    """
+
+    def __init__(self, load: Callable[[int], T], n_parts: int, fingerprint: Mapping[str, Any] | None = None):
+        self._load, self._n_parts, self.fingerprint = lru_cache(maxsize=1)(load), n_parts, fingerprint
 
     def __len__(self) -> int:
         return self._n_parts
@@ -328,6 +335,12 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): score the run again with --rescore") from error
     return slices
+
+
+def different_kinds(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of test slices that two runs (contents of metrics.json) both scored, but with other contents."""
+    first, second = run.get("test_set", {}), other.get("test_set", {})
+    return [kind for kind in first if first[kind] != second.get(kind, first[kind])]
 
 
 def chosen_score(block: Mapping[str, Any]) -> tuple[ScoreSettings, Constants]:

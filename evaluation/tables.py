@@ -13,7 +13,7 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import THRESHOLDS, TITLES, read_metrics, read_per_slice
+from .results import THRESHOLDS, TITLES, different_kinds, read_metrics, read_per_slice
 
 DICE_COLUMNS = tuple(f"{choice} Dice" for choice in THRESHOLDS)
 
@@ -152,6 +152,8 @@ def comparison(run_a: Path, run_b: Path) -> str:
             f"{run_a} and {run_b} hold different slices ({len(set(a) - set(b))} of {len(a)} only in the first, "
             f"{len(set(b) - set(a))} of {len(b)} only in the second): test both on the same data"
         )
+    if kinds := different_kinds(read_metrics(run_a), read_metrics(run_b)):
+        raise UserError(f"{run_a} and {run_b} differ in their {' and '.join(kinds)} slices: test both on the same data")
     names = sorted(a)
     if any(a[name]["lesion_area"] != b[name]["lesion_area"] for name in names):
         raise UserError(f"{run_a} and {run_b} differ in lesion areas: test both at the same image size")
@@ -206,14 +208,27 @@ def _value(value: float | None, spec: str = ".3f") -> str:
     return "undefined" if value is None or math.isnan(value) else format(value, spec)
 
 
+def same_test_set(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two runs were scored on the same test slices, as far as their metrics.json tell."""
+    return all(run[key] == other[key] for key in ("n_slices", "image_size")) and not different_kinds(run, other)
+
+
 def main() -> None:
     parser = ArgumentParser(prog="python -m evaluation.tables", description="Print one table for several test runs.")
     parser.add_argument("results", nargs="+", type=local_path, help="results folders, such as experiments/results/RUN")
     folders = parser.parse_args().results
-    runs = [read_metrics(folder) for folder in folders]
-    print(table(runs))
-    if with_subjects := [metrics for metrics in runs if metrics.get("by_subject")]:
-        print(f"\n{subject_table(with_subjects)}")
+    groups: list[list[dict[str, Any]]] = []
+    for metrics in map(read_metrics, folders):
+        known = next((group for group in groups if same_test_set(group[0], metrics)), None)
+        if known is None:
+            groups.append(known := [])
+        known.append(metrics)
+    if len(groups) > 1:
+        print(f"warning: {len(groups)} different test sets, a table for each: do not compare scores between tables\n")
+    for i, runs in enumerate(groups):
+        print("\n" * (i > 0) + table(runs))
+        if with_subjects := [metrics for metrics in runs if metrics.get("by_subject")]:
+            print(f"\n{subject_table(with_subjects)}")
     for folder in folders:
         print(f"figures: {folder / 'figures'}")
 

@@ -5,6 +5,7 @@ A checkpoint consists of `model{step}.pt` and `ema_{rate}_{step}.pt` (plain stat
 """
 
 import contextlib
+import hashlib
 import io
 import re
 import warnings
@@ -102,6 +103,12 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a flipped byte can raise nearly any exception
         raise UnreadableError(f"{path} is damaged ({reason(error)})") from error
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason(error: Exception) -> str:

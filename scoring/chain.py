@@ -39,6 +39,13 @@ class Chain(NamedTuple):
         return {direction: translator.checkpoint for direction, translator in self.translators.items()}
 
     @property
+    def weights(self) -> dict[str, str]:
+        """The hash of each translator's weights."""
+        from guided_diffusion.checkpoint import digest
+
+        return {direction: digest(path) for direction, path in self.checkpoints.items()}
+
+    @property
     def reference(self) -> str:
         """The modality that the output is compared with."""
         return self.config.data.input if self.backward else self.config.data.trans
@@ -143,7 +150,23 @@ def reload_chain(run: Mapping[str, Any], experiments: Folder) -> Chain:
     if "noise_timestep" in sampling:
         overrides.append(f"--config.score_model.baselines.noise_timestep={sampling.pop('noise_timestep')}")
     overrides += [f"--config.score_model.sampling.{key}={value}" for key, value in sampling.items()]
-    return find_chain(chain_parser("").parse_args(flags), overrides, experiments)
+    chain = find_chain(chain_parser("").parse_args(flags), overrides, experiments)
+    require_tested_weights(chain, run, run["run"], "test it again, and combine the runs again")
+    return chain
+
+
+def require_tested_weights(chain: Chain, run: Mapping[str, Any], source: Any, remedy: str) -> None:
+    """Check that a test run, described by metrics.json, was computed with the contents of the chain's checkpoints.
+
+    Raises:
+        UserError: otherwise, because scores and thresholds do not carry over to other weights.
+    """
+    if not run.get("weights"):
+        print(f"warning: {source} is from an earlier version, which did not record the weights; assuming the same")
+    elif changed := [
+        str(chain.checkpoints[key]) for key, hash in chain.weights.items() if run["weights"].get(key) != hash
+    ]:
+        raise UserError(f"{source} was computed with other weights than are now in {' and '.join(changed)}: {remedy}")
 
 
 def network_name(model_name: str, direction: str) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from torch import Tensor
 
 from datasets.brats2021 import resize_image, resize_mask
+from datasets.quality import brain_warnings, intensity_warnings, require_background
 from datasets.subject import BRATS_SLICES, normalise
 from evaluation.figures import scan_figure
 from evaluation.metrics import RIM, scored_region
@@ -32,13 +32,12 @@ from utils.cli import UserError
 from utils.experiment import RECORD
 from utils.files import replaced
 from utils.grid import TOLERANCE, SliceGeometry, VoxelGrid, place_grid, resample, resample_intensities
-from utils.nifti import checksum, read_header, read_volume, write_like
+from utils.nifti import checksum, header_warnings, read_header, read_volume, write_like
 
 from .chain import Chain, TrainedTranslator
 from .scorer import Scorer, print_cost
 
 RESULT_SUFFIXES = ("_anomaly.nii.gz", "_mask.nii.gz", "_report.png")
-MAX_BRAIN_LITRES = 2.2  # adult brains have 1 to 1.9 litres, heads with a skull 3 or more, scans with noise in the air 8
 REPORT_SLICES = 6
 REPORT_SPACING = 6.0  # minimum distance of two slices in a report, in mm
 
@@ -96,6 +95,7 @@ def read_scan(
     try:
         if not np.isfinite(volume).all():
             raise ValueError("some voxels are not finite")
+        require_background(volume)
         training_grid, cut_off = place_grid(geometry, brain, grid.affine)
         resampled = resample_intensities(volume, grid.affine, training_grid)
         voxels, image = normalise(volume, **quantiles), normalise(resampled, **quantiles)
@@ -122,20 +122,12 @@ def read_scan(
         where = f"in --slices {slices[0]} {slices[1]}" if slices else "on the training grid"
         raise UserError(f"{path} has no brain {where}")
 
-    warnings = []
-    litres = np.count_nonzero(brain) * abs(np.linalg.det(grid.affine[:3, :3])) / 1e6
-    if litres > MAX_BRAIN_LITRES:
-        warnings.append(
-            f"{litres:.1f} litres are non-zero, more than any brain ({MAX_BRAIN_LITRES}): the scan is not "
-            "skull-stripped or its background is not 0. Expect false positives."
-        )
+    warnings = [*header_warnings(path), *intensity_warnings(volume), *brain_warnings(brain, grid.affine)]
+    if reference_path:
+        warnings += [f"{reference_path}: {warning}" for warning in header_warnings(reference_path)]
     if cut_off > 0.001:
         field_of_view = "{} × {} px field of view".format(*geometry.shape)
         warnings.append(f"{100 * cut_off:.1f} % of the brain is outside the {field_of_view} and is not scored")
-    header = read_header(path)
-    if header["sform_code"] == header["qform_code"] == 0:
-        axcodes = "".join(nibabel.aff2axcodes(grid.affine))
-        warnings.append(f"the header has no orientation (sform and qform codes are 0); assuming {axcodes}")
     return Scan(path, voxels, grid, roi, training_grid, image, resampled_brain, indices, warnings, reference)
 
 
@@ -149,6 +141,7 @@ def read_reference(path: Path, training_grid: VoxelGrid, quantiles: dict[str, fl
     try:
         if not np.isfinite(volume).all():
             raise ValueError("some voxels are not finite")
+        require_background(volume)
         resampled = resample_intensities(volume, grid.affine, training_grid)
         if np.count_nonzero(brain & (resampled != 0)) < np.count_nonzero(brain) / 2:
             raise ValueError("it covers less than half of the scan's brain; register the two")

@@ -212,4 +212,4 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dic
         seen = {name for name, lesion in zip(subjects, batch["seg"], strict=True) if lesion.any()}
         return batch | {HEALTHY: np.array([not lesions.get(name, False) and name not in seen for name in subjects])}
 
-    return Parts(load, len(parts))
+    return Parts(load, len(parts), dataset.fingerprint)

@@ -25,7 +25,7 @@ _CHANGEABLE = (
     *(f"config.score_model.training.{key}" for key in ("iterations", "log_interval", "save_interval", "keep_last")),
 )
 # Settings that earlier versions did not record: experiments without them resume with any value.
-_NOT_ALWAYS_RECORDED = ("data.grid.", "config.score_model.baselines.")
+_NOT_ALWAYS_RECORDED = ("data.grid.", "data.contents.", "config.score_model.baselines.")
 
 
 def experiment_name(model_name: str, direction: str, dataset: str, trans: str, input: str) -> str:

@@ -7,13 +7,14 @@ import logging
 import math
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import nibabel
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from .cli import UserError
 from .files import write_atomically
@@ -49,7 +50,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, VoxelGrid]:
         image = IMAGE_CLASSES[type(header)].from_bytes(bytes(content))
         if not np.isfinite(image.affine).all():
             raise UserError(f"{path} is damaged: its affine is not finite")
-        return np.asarray(image.dataobj), VoxelGrid(image.shape, image.affine)
+        return np.asarray(image.dataobj).reshape(shape := image.shape[:3]), VoxelGrid(shape, image.affine)
 
 
 def read_header(path: Path) -> nibabel.Nifti1Header:
@@ -60,6 +61,34 @@ def read_header(path: Path) -> nibabel.Nifti1Header:
     """
     with explain_errors(path), open_volume(path) as file:
         return parse_header(path, file.read(HEADER_BYTES))[0]
+
+
+def header_warnings(path: Path) -> list[str]:
+    """Return warnings about a volume whose file or header is unusual, and how it is read.
+
+    Raises:
+        UserError: as from `read_header`.
+    """
+    header, warned = read_header(path), []
+    if is_gzipped(path) != (path.suffix == ".gz"):
+        warned.append(f"the file is {'' if is_gzipped(path) else 'not '}gzipped, unlike its name says")
+    if len(header.get_data_shape()) > 3:
+        warned.append("the volume has trailing axes of length 1, which are left out")
+    found = {name: _orientation(header, name) for name in ("sform", "qform") if header[f"{name}_code"] > 0}
+    if not found:
+        axcodes = "".join(map(str, nibabel.aff2axcodes(header.get_best_affine())))
+        warned.append(f"the header has no orientation (sform and qform codes are 0); assuming {axcodes}")
+    elif len(set(found.values()) - {None}) > 1:
+        said = " and ".join(f"{name} {axcodes}" for name, axcodes in found.items())
+        warned.append(f"the header contradicts itself ({said}): left and right may be swapped; using sform")
+    return warned
+
+
+def _orientation(header: nibabel.Nifti1Header, name: str) -> str | None:
+    """Return the directions of the axes in a header's sform or qform, None if they are undefined."""
+    with suppress(ValueError, HeaderDataError, np.linalg.LinAlgError):
+        axcodes = nibabel.aff2axcodes(getattr(header, f"get_{name}")())
+        return None if None in axcodes else "".join(axcodes)
 
 
 def write_volume(image: nibabel.Nifti1Image, path: Path) -> None:
@@ -85,13 +114,28 @@ def checksum(path: Path) -> int:
         UserError: if the file cannot be read.
     """
     with explain_errors(path), path.open("rb") as file:
-        if path.suffix == ".gz":  # at the end, before the size
+        if is_gzipped(path):  # at the end, before the size
             file.seek(-min(8, path.stat().st_size), 2)
             return int.from_bytes(file.read(4), "little")
         crc = 0
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
         return crc
+
+
+def find_copies(paths: Iterable[Path]) -> tuple[Path, Path] | None:
+    """Return the first two files that hold the same volume, gzipped or not.
+
+    Files that cannot be read and volumes that are 0 everywhere are skipped.
+    """
+    found: dict[int, Path] = {}
+    for path in paths:
+        with suppress(UserError):
+            other = found.get(key := checksum(path))
+            if other and np.array_equal(read_volume(other)[0], voxels := read_volume(path)[0]) and voxels.any():
+                return other, path
+            found[key] = path
+    return None
 
 
 @contextmanager
@@ -110,7 +154,13 @@ def explain_errors(path: Path) -> Iterator[None]:
 
 def open_volume(path: Path) -> BinaryIO:
     """Open a stream of the file's uncompressed bytes."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path) if is_gzipped(path) else path.open("rb")
+
+
+def is_gzipped(path: Path) -> bool:
+    """Return whether the file's content is gzipped, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def parse_header(path: Path, head: bytes) -> tuple[nibabel.Nifti1Header, int]:
@@ -124,6 +174,7 @@ def parse_header(path: Path, head: bytes) -> tuple[nibabel.Nifti1Header, int]:
         raise UserError(f"{path} cannot be read: it does not start with a NIfTI header")
     header = header_class(head[: header_class.sizeof_hdr])
     shape = tuple(int(length) for length in header.get_data_shape())
+    shape = shape[:3] if set(shape[3:]) <= {1} else shape
     dtype = header.get_data_dtype()
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"{path} must hold one 3D volume, but its shape is {shape}")

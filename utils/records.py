@@ -67,7 +67,12 @@ EXPERIMENT["properties"]["data"] = {
 }
 
 # Record of a preprocessed subject, in the output folder of preprocessing.
-_MADE_WITH = {"grid": nullable(_GRID), "lesion": BOOL, "test_slices": {"enum": ["largest", "all"]}}
+_MADE_WITH = {
+    "grid": nullable(_GRID),
+    "lesion": BOOL,
+    "test_slices": {"enum": ["largest", "all"]},
+    "rules": integer(1, 1000),
+}
 SUBJECT = object_of(
     made_with={"type": "object", "properties": _MADE_WITH | _NORMALISATION["properties"]},
     files={"type": "object", "additionalProperties": integer(0, 2**60)},

@@ -30,7 +30,7 @@ def arrays() -> dict[str, dict[tuple[str, int], np.ndarray]]:
     made = {kind: {} for kind in KINDS}
     for which in SLICES:
         for kind in ("flair", "t2"):
-            made[kind][which] = np.where(brain, rng.normal(size=(SIZE, SIZE)), -3).astype(np.float32)
+            made[kind][which] = np.where(brain, rng.uniform(-3, 4, (SIZE, SIZE)), -3).astype(np.float32)
         made["seg"][which] = brain * rng.choice([0, 1, 2, 4], size=(SIZE, SIZE)).astype(np.uint8)
         made["brainmask"][which] = brain
     return made
@@ -94,26 +94,30 @@ def test_masks_are_resized_to_the_nearest_pixel(data_dir, arrays, size):
 
 @pytest.mark.parametrize("size", [16, 20, 64])
 def test_background_stays_constant_up_to_the_border(tmp_path, write_slices, size):
-    write_slices(tmp_path, "test", {"flair": {("A", 1): np.full((SIZE, SIZE), -3, np.float32)}})
+    slice_ = np.full((SIZE, SIZE), -3, np.float32)
+    slice_[SIZE // 2, SIZE // 2] = 1
+    write_slices(tmp_path, "test", {"flair": {("A", 1): slice_}})
     image = BraTS2021Dataset(tmp_path, "test", ["flair"], size)[0]["flair"]
-    torch.testing.assert_close(image, torch.full((1, size, size), -3.0))
+    for border in (image[:, :4], image[:, -4:], image[..., :4], image[..., -4:]):
+        torch.testing.assert_close(border, torch.full_like(border, -3.0))
 
 
 def test_axes_are_not_swapped(tmp_path, write_slices):
-    image = np.zeros((SIZE, SIZE), np.float32)
+    image = np.full((SIZE, SIZE), -3, np.float32)
     image[:6, 30:] = 1
     write_slices(tmp_path, "test", {"flair": {("A", 1): image}})
     small = BraTS2021Dataset(tmp_path, "test", ["flair"], 16)[0]["flair"][0]
     assert small[0, 15] == pytest.approx(1, abs=1e-5)
-    assert small[15, 0] == small[0, 0] == small[15, 15] == pytest.approx(0, abs=1e-5)
+    assert small[15, 0] == small[0, 0] == small[15, 15] == pytest.approx(-3, abs=1e-5)
 
 
 def test_modalities_with_a_common_prefix(tmp_path, write_slices):
     values = {"t1": 1.0, "t1ce": 2.0}
     for kind, value in values.items():
-        write_slices(tmp_path, "test", {kind: {("A", 1): np.full((SIZE, SIZE), value, np.float32)}})
+        image = np.where(np.arange(SIZE) < SIZE // 2, value, -3) * np.ones((SIZE, 1))
+        write_slices(tmp_path, "test", {kind: {("A", 1): image}})
     item = BraTS2021Dataset(tmp_path, "test", list(values), 16)[0]
-    assert {kind: item[kind].mean().item() for kind in values} == pytest.approx(values)
+    assert {kind: item[kind].max().item() for kind in values} == pytest.approx(values)
 
 
 def test_slices_are_cached_after_resizing(data_dir, monkeypatch):
@@ -192,7 +196,7 @@ def test_slices_that_fit_into_half_of_the_memory_are_kept(data_dir, memory, caps
     assert (dataset.workers > 0) == bool(lacking)
     before = dataset[0]["flair"].clone()
     for path in (data_dir / "train/flair").iterdir():
-        np.save(path, np.zeros((SIZE, SIZE), np.float32))
+        np.save(path, np.full((SIZE, SIZE), -3) + np.eye(SIZE))
     assert torch.equal(dataset[0]["flair"], before) == (not lacking)
 
 

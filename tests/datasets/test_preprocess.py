@@ -19,9 +19,10 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats
+from datasets.quality import coverage_warnings
 from datasets.records import find_complete, load_records, read_lesion_flags, store
 from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
-from datasets.subject import choose_slices, normalise, quality_warnings
+from datasets.subject import choose_slices, normalise
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here, run_process
 from utils.cli import UserError
 
@@ -164,7 +165,7 @@ def test_normalise_refuses_invalid_volumes(volume, message):
 
 
 @pytest.mark.parametrize(
-    ("areas", "brain", "train", "test"),
+    ("areas", "usable", "train", "test"),
     [
         ([0, 2, 0, 5], [1, 1, 1, 1], [0, 2], [3]),
         ([3, 5, 5, 0], [1, 1, 1, 1], [3], [1]),
@@ -173,17 +174,16 @@ def test_normalise_refuses_invalid_volumes(volume, message):
         ([1, 9, 2, 0], [1, 0, 1, 0], [], [2]),
     ],
 )
-def test_choose_slices(areas, brain, train, test):
+def test_choose_slices(areas, usable, train, test):
     seg = np.zeros((4, 5, 4), np.uint8)
-    brainmask = np.zeros((4, 5, 4), np.uint8)
     for index in range(4):
         seg[1:4, :3, index] = 4 * (np.arange(9) < areas[index]).reshape(3, 3)
-        brainmask[0, 0, index] = brain[index]
-    assert choose_slices("train", seg, brainmask) == train
-    assert choose_slices("test", seg, brainmask) == choose_slices("val", seg, brainmask) == test
-    assert choose_slices("train", seg, brainmask, "all") == train
-    shown = [index for index in range(4) if brain[index]]
-    assert choose_slices("test", seg, brainmask, "all") == choose_slices("val", seg, brainmask, "all") == shown
+    usable = np.array(usable, bool)
+    assert choose_slices("train", seg, usable) == train
+    assert choose_slices("test", seg, usable) == choose_slices("val", seg, usable) == test
+    assert choose_slices("train", seg, usable, "all") == train
+    shown = usable.nonzero()[0].tolist()
+    assert choose_slices("test", seg, usable, "all") == choose_slices("val", seg, usable, "all") == shown
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -276,18 +276,18 @@ def test_summary_names_the_flag_that_keeps_subjects_without_a_tumour(tmp_path, s
     assert line not in preprocess(tmp_path / "raw", tmp_path / "all", "--test_slices", "all").stdout
 
 
-def test_quality_warnings():
+def test_gaps_in_a_modality_give_warnings():
     full = np.zeros((8, 8, 9), bool)
     full[1:7, 1:7, 1:8] = True
     thinner, gaps = full.copy(), full.copy()
     thinner[1, 1:4] = False  # 3 of 36 columns
     gaps[:, :, 2:7:2] = False
-    assert quality_warnings({"t1": full, "t2": thinner}, full) == []
-    assert quality_warnings({"t1": full, "t2": gaps}, full) == [
+    assert coverage_warnings({"t1": full, "t2": thinner}, full) == []
+    assert coverage_warnings({"t1": full, "t2": gaps}, full) == [
         "t2 is 0 in more than 10% of the brain",
         "t2 has empty slices between others",
     ]
-    assert quality_warnings({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
+    assert coverage_warnings({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
 
 
 def test_brain_mask_is_the_union_of_the_requested_modalities(cohort, tmp_path):
@@ -795,7 +795,7 @@ def wrong_checksum(path: Path) -> None:
 
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_VOLUMES = {  # the kind, the damage, parts of the message
-    "no gzip": ("t1", lambda path: path.write_text("a web page"), "cannot be read", "gzip"),
+    "no gzip": ("t1", lambda path: path.write_text("a web page"), "cannot be read", "NIfTI"),
     "empty": ("t1", lambda path: path.write_bytes(b""), "cannot be read", "NIfTI"),
     "no NIfTI": ("t2", lambda path: path.write_bytes(gzip.compress(bytes(5000))), "cannot be read", "NIfTI"),
     "gzip cut off": ("t1", cut_bytes, "cannot be read"),
@@ -819,7 +819,7 @@ BAD_VOLUMES = {  # the kind, the damage, parts of the message
     "Inf": ("t1", put(np.float64, 7, -np.inf), "not finite"),
     "scaling without sense": ("t1", header(scl_slope=1, scl_inter=np.nan), "cannot be read", "intercept"),
     "no brain": ("t1", voxels(np.zeros_like), "every voxel is 0"),
-    "constant": ("t1", voxels(lambda volume: np.full_like(volume, -7)), "both -7"),
+    "constant": ("t1", voxels(lambda volume: np.full_like(volume, -7)), "background is -7, not 0"),
     "constant brain": ("flair", voxels(lambda volume: (volume != 0).astype(np.uint8)), "both 1"),
     "too wide a range": ("t1", voxels(lambda v: np.sign(v) * 1.7e308), "orders of magnitude"),
     "complex": ("t1", voxels(lambda volume: volume.astype(np.complex64)), "real numbers", "complex64"),
@@ -840,7 +840,7 @@ def damaged_cohort(cohort, tmp_path_factory) -> tuple[Path, Path, Done]:
     shutil.copytree(cohort, data_dir)
     names = [f"B{index:02d}" for index in range(len(BAD_VOLUMES))]
     for name, (kind, damage, *_) in zip(names, BAD_VOLUMES.values(), strict=True):
-        make_subject(data_dir, name, {5: (1, 3)})
+        make_subject(data_dir, name, {5: (1, 3)}, seed=100 + int(name[1:]))
         damage(data_dir / name / f"{name}_{kind}.nii.gz")
     write_lists(data_dir, {**SPLITS, "train": names[::2] + SPLITS["train"], "test": SPLITS["test"] + names[1::2]})
     result = run_script("--data_dir", data_dir, "--output_dir", output_dir, "--slices", 4, 9, "--workers", 2)
