@@ -53,7 +53,8 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "timed.py").write_text(TIMED, encoding="utf-8")
-        call(folder, "datasets/phantom.py", "--output_dir=phantoms", "--train=1", "--val=1", "--test=1")
+        n_test = max(args.subjects, *args.memory_subjects) - 2
+        call(folder, "datasets/phantom.py", "--output_dir=phantoms", "--train=1", "--val=1", f"--test={n_test}")
         link_cohort(folder, "raw", args.subjects)
         preprocess(folder, "raw", "slices")
         for flags in ((MMCCD,), ("--training_process=backward",)):  # the networks that scoring chains
@@ -144,14 +145,12 @@ def family(pid: int) -> Iterator[int]:
 
 
 def link_cohort(folder: Path, name: str, n_subjects: int) -> None:
-    """Link the phantoms under `n_subjects` names: one subject for training, one for validation, the rest for test."""
-    phantoms = sorted(path for path in (folder / "phantoms").iterdir() if path.is_dir())
-    names = [f"BraTS2021_{i:05d}" for i in range(n_subjects)]
-    for i, subject in enumerate(names):
-        phantom = phantoms[i % len(phantoms)]
-        (folder / name / subject).mkdir(parents=True)
-        for path in phantom.iterdir():
-            (folder / name / subject / path.name.replace(phantom.name, subject)).symlink_to(path)
+    """Link the first `n_subjects` phantoms: one subject for training, one for validation, the rest for test."""
+    phantoms = sorted(path for path in (folder / "phantoms").iterdir() if path.is_dir())[:n_subjects]
+    names = [phantom.name for phantom in phantoms]
+    (folder / name).mkdir()
+    for phantom in phantoms:
+        (folder / name / phantom.name).symlink_to(phantom)
     for part, subjects in (("training", names[:1]), ("validation", names[1:2]), ("testing", names[2:])):
         (folder / name / f"brats_split_{part}.txt").write_text("\n".join(subjects) + "\n", encoding="utf-8")
 

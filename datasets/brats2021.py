@@ -59,7 +59,7 @@ class BraTS2021Dataset(Dataset):
         progress: bool = True,
         keep: bool = True,
     ):
-        folder = Path(data_dir) / split
+        folder, kinds = Path(data_dir) / split, list(dict.fromkeys(kinds))
         self.files, self.kinds, self.image_size = find_slices(folder, kinds), kinds, image_size
         pixel_bytes = sum(1 if kind in MASKS else 4 for kind in kinds)
         needed = processes * len(self.files) * image_size**2 * pixel_bytes

@@ -129,8 +129,9 @@ def slices(write_slices, tmp_path) -> Path:
     brain = np.pad(np.ones((40, 40), np.uint8), 12)
     lesion = np.pad(np.ones((8, 8), np.uint8), 28)
     for split, (flair, t2, *_) in zip(("train", "val", "test"), images, strict=True):
-        shown = {"flair": flair + 3 * lesion, "t2": t2, "seg": lesion * (split != "train"), "brainmask": brain}
-        write_slices(tmp_path / "slices", split, {kind: {("A", 1): image} for kind, image in shown.items()})
+        images = {"flair": np.where(brain, flair + 3 * lesion, -3), "t2": np.where(brain, t2, -3)}
+        shown = {**images, "seg": lesion * (split != "train"), "brainmask": brain}
+        write_slices(tmp_path / "slices", split, {kind: {(split, 1): image} for kind, image in shown.items()})
     return tmp_path / "slices"
 
 

@@ -438,9 +438,9 @@ def slices(tmp_path, write_slices):
     lesion[6:9, 6:9] = 4
     for split in ("train", "val", "test"):
         arrays = {kind: {} for kind in ("flair", "t2", "seg", "brainmask")}
-        for subject in ("A", "B"):
+        for subject in (f"{split}-A", f"{split}-B"):
             for kind in ("flair", "t2"):
-                image = np.where(brain, rng.normal(size=brain.shape) + lesion, -3)
+                image = np.where(brain, rng.uniform(-2, 2, brain.shape) + lesion, -3)
                 arrays[kind][subject, 70] = image.astype(np.float32)
             arrays["seg"][subject, 70] = lesion
             arrays["brainmask"][subject, 70] = brain

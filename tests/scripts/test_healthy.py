@@ -29,11 +29,11 @@ def study(tmp_path_factory, in_process, tiny, short) -> tuple[Path, dict[str, st
     folder = tmp_path_factory.mktemp("healthy")
     rows = []
     for split, names in SPLITS.items():
-        for seed, name in enumerate(names):
+        for name in names:
             healthy = name.startswith("h")
             row = {"subject": name, "seg": "", "healthy": "yes" if healthy else "", "split": split}
             for kind in ("flair", "t2"):
-                volume = head(int(name[1:]) + seed, kind)
+                volume = head(int(name[1:]) + 10 * healthy, kind)
                 if healthy:
                     volume = np.where((volume > 0) & lesion(), 400, volume).astype(np.int16)
                 row[kind] = save(folder / f"raw/{name}_{kind}.nii.gz", volume).relative_to(folder)
