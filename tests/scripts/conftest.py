@@ -137,15 +137,17 @@ def write_random_slices(
 ) -> None:
     """Write `counts[split]` noise slices of 48 × 48 px, with a brain in the middle and a lesion in a corner."""
     masks = {"seg": ((0, 24),), "brainmask": 12}  # padding around 24 × 24 px
+    first = 0
     for split, n in counts.items():
         for kind in (*modalities, *masks):
             folder = data_dir / split / kind
             folder.mkdir(parents=True)
-            for i in range(n):
-                image = rng.normal(size=(48, 48)).astype(np.float32)
+            for i in range(first, first + n):
+                image = np.pad(rng.uniform(-2.5, 3, (46, 46)).astype(np.float32), 1, constant_values=-3)
                 if kind in masks:
                     image = np.pad(np.ones((24, 24), np.uint8), masks[kind])
                 np.save(folder / f"S{i}_{kind}_80.npy", image)
+        first += n
 
 
 def expect_success(done: Done) -> Done:

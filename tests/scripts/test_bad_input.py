@@ -77,8 +77,14 @@ TRAINING = {
         ["--data_dir=datasets/volumes"],
         ["datasets/volumes/train", "slice S2_80", "flair (48, 48, 2)", "preprocess again"],
     ),
-    "slices that are not finite": (["--data_dir=datasets/nan"], ["S1_flair_80.npy", "not finite", "preprocess again"]),
-    "slices of an absurd range": (["--data_dir=datasets/huge"], ["S1_t2_80.npy", "beyond ±10000"]),
+    "slices that are not finite": (
+        ["--data_dir=datasets/nan"],
+        ["S1_flair_80.npy", "range from nan to nan", "preprocess again"],
+    ),
+    "slices of an absurd range": (
+        ["--data_dir=datasets/huge"],
+        ["S1_t2_80.npy", "range from -1e+30", "to at most 1000"],
+    ),
     "slices of complex numbers": (["--data_dir=datasets/complex"], ["S1_flair_80.npy", "complex64"]),
     **{
         f"experiment called {name!r}": ([f"--experiment_name={name}"], ["--experiment_name", "plain name"])

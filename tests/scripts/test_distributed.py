@@ -108,7 +108,7 @@ def data(tmp_path_factory) -> Path:
             for kind, image in kinds.items():
                 (folder / split / kind).mkdir(parents=True, exist_ok=True)
                 dtype = np.float32 if kind in ("flair", "t2") else np.uint8
-                np.save(folder / split / kind / f"S{i}_{kind}_70.npy", image.astype(dtype))
+                np.save(folder / split / kind / f"{split}{i}_{kind}_70.npy", image.astype(dtype))
     return folder
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.brats2021 import fingerprint
+from datasets.brats2021 import BraTS2021Dataset
 from guided_diffusion import checkpoint
 from guided_diffusion.logger import Logger
 
@@ -62,7 +62,8 @@ def workdir(tmp_path_factory) -> Path:
     for kind in ("flair", "t2"):
         (folder / "data/train" / kind).mkdir(parents=True)
         for i in range(5):
-            np.save(folder / f"data/train/{kind}/S{i}_{kind}_80.npy", rng.normal(size=(16, 16)).astype("f4"))
+            image = np.pad(rng.uniform(-2, 2, (14, 14)).astype("f4"), 1, constant_values=-3)
+            np.save(folder / f"data/train/{kind}/S{i}_{kind}_80.npy", image)
     return folder
 
 
@@ -332,7 +333,7 @@ def test_the_data_may_move_but_not_change(in_process, workdir, copy, tmp_path):
     longer = (*UNET, f"{TRAINING}.iterations=7", f"--experiment_name={copy.name}")
     shutil.copytree(workdir / "data", tmp_path / "more")
     for kind in ("flair", "t2"):
-        np.save(tmp_path / f"more/train/{kind}/S9_{kind}_80.npy", np.zeros((16, 16), np.float32))
+        np.save(tmp_path / f"more/train/{kind}/S9_{kind}_80.npy", np.eye(16, dtype=np.float32) - 3)
     before = contents(copy)
     done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'more'}", cwd=workdir)
     expect_sentence(done, "data.slices=5, not 6", "data.sha256=", "--overwrite")
@@ -476,24 +477,32 @@ def test_the_record_describes_the_run(repository, workdir, uninterrupted):
         assert run["git_dirty"] is bool(git[1].returncode)
     else:
         assert run["git_commit"] is run["git_dirty"] is None
-    kinds = ["flair", "t2"]
-    assert record["data"] == fingerprint(workdir / "data", "train", kinds)
+    assert record["data"] == fingerprint(workdir / "data", "flair", "t2")
     assert record["data"]["slices"] == 5
 
 
+def fingerprint(data_dir: Path, *kinds: str) -> dict:
+    return BraTS2021Dataset(data_dir, "train", kinds, 16, progress=False).fingerprint
+
+
 def test_the_fingerprint_depends_on_the_slices_and_not_on_their_folder(workdir, tmp_path):
-    first = fingerprint(workdir / "data", "train", ["flair", "t2"])
+    first = fingerprint(workdir / "data", "flair", "t2")
     shutil.copytree(workdir / "data", tmp_path / "moved")
-    assert fingerprint(tmp_path / "moved", "train", ["t2", "flair"]) == first
+    assert fingerprint(tmp_path / "moved", "t2", "flair") == first
     for kind in ("flair", "t2"):
         shutil.copy(
             tmp_path / f"moved/train/{kind}/S0_{kind}_80.npy", tmp_path / f"moved/train/{kind}/S0_{kind}_81.npy"
         )
-    more = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
+    more = fingerprint(tmp_path / "moved", "flair", "t2")
     assert (first["slices"], more["slices"]) == (5, 6)
     assert more["sha256"] != first["sha256"]
     for kind in ("flair", "t2"):  # the same number of slices, but other ones
         (tmp_path / f"moved/train/{kind}/S0_{kind}_80.npy").unlink()
-    other = fingerprint(tmp_path / "moved", "train", ["flair", "t2"])
+    other = fingerprint(tmp_path / "moved", "flair", "t2")
     assert other["slices"] == 5
     assert other["sha256"] not in (first["sha256"], more["sha256"])
+    path = tmp_path / "moved/train/t2/S1_t2_80.npy"
+    np.save(path, np.load(path)[::-1])  # the same name and size
+    changed = fingerprint(tmp_path / "moved", "flair", "t2")
+    assert changed["sha256"] == other["sha256"]
+    assert [kind for kind, digest in changed["contents"].items() if digest != other["contents"][kind]] == ["t2"]
