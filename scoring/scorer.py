@@ -191,7 +191,7 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dic
         None if there are no validation or training slices.
 
     Raises:
-        UserError: if there are no test slices, or a modality is missing.
+        UserError: if there are no test slices, a modality is missing, or (when loaded) no slice of a batch has brain.
     """
     data, first = chain.config.data, dist_util.rank() == 0
     if split != "test" and not any(Path(data.data_dir, split).glob("*/*.npy")):
@@ -208,6 +208,8 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dic
 
     def load(i: int) -> dict:
         batch = all_slices(Subset(dataset, parts[i]))
+        if not batch["brainmask"].any():
+            raise UserError(f"{data.data_dir}/{split} has no brain (every brain mask is 0): preprocess again")
         subjects = [subject_of(name) for name in batch["name"]]
         seen = {name for name, lesion in zip(subjects, batch["seg"], strict=True) if lesion.any()}
         return batch | {HEALTHY: np.array([not lesions.get(name, False) and name not in seen for name in subjects])}

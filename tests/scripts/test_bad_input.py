@@ -290,6 +290,17 @@ def test_testing_refuses_mistakes(workdir, in_process, tiny, mistake):
     assert listing(workdir) == before
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_slices_without_brain_are_refused_before_they_are_scored(workdir, in_process, tmp_path, split):
+    shutil.copytree(workdir / "datasets/data", tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / split / "brainmask").iterdir():
+        np.save(path, np.zeros((48, 48), np.uint8))
+    done = in_process(TEST, *DATA, f"--data_dir={tmp_path}", cwd=workdir)
+    expect_refusal(done, f"{tmp_path}/{split} has no brain", "preprocess again")
+    assert "scoring" not in done.stderr
+    (workdir / "experiments/results").rmdir()  # it is empty
+
+
 def test_commands_without_a_mistake_succeed(workdir, in_process):
     for flags in ((), (*RESPACING, "5")):
         done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=workdir)
