@@ -49,6 +49,10 @@ TRAINING = {
         ["training this network needs about", "GB", "--config.score_model.model.model_channels"],
     ),
     "blocks that take minutes to make": ([f"{SCORE_MODEL}.model.num_res_blocks=1000"], ["num_res_blocks: 1000", "64"]),
+    "levels of which a single slice fills the memory": (
+        [f"{SCORE_MODEL}.model.channel_mult=({'1, ' * 10})", "--config.data.image_size=1024"],
+        ["score_model.model.channel_mult", "too long"],
+    ),
     "noise finer than the image": (
         ["--model_name=dae", f"{SCORE_MODEL}.baselines.noise_size=100_000"],
         ["noise_size=100000", "between 1 and 32"],
@@ -63,7 +67,10 @@ TRAINING = {
     "seed": (["--seed=first"], ["--seed", "first"]),
     "seed too large": ([f"--seed={10**30}"], ["seed"]),
     "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
-    "a batch that no memory holds": ([f"{SCORE_MODEL}.training.batch_size={10**7}"], ["GB", "training.batch_size"]),
+    "a batch that no memory holds": (
+        [f"{SCORE_MODEL}.training.batch_size={10**7}"],
+        ["GB", "training.batch_size", "data.image_size"],
+    ),
     "a name that no system takes": ([f"--experiment_name={'x' * 300}"], ["xxx", "name too long"]),
     "a path that no system takes": ([f"--data_dir={'x' * 300}"], ["xxx", "name too long"]),
     "no iterations": ([f"{SCORE_MODEL}.training.iterations=0"], ["iterations=0", "at least 1"]),
@@ -324,6 +331,14 @@ def test_a_subprocess_exits_with_code_2_and_one_line(workdir, as_subprocess, rep
 def test_an_intact_experiment_has_a_complete_record(workdir):
     record = json.loads((workdir / "experiments" / FORWARD / "config.json").read_text())
     assert {"model_name", "training_process", "config"} <= set(record)
+
+
+def test_fitting_more_slices_than_memory_holds_is_refused(workdir, in_process, tiny, monkeypatch):
+    monkeypatch.setattr("utils.device.available_memory", lambda: 10**5)
+    before = listing(workdir)
+    done = in_process(TRAIN, *tiny, "--model_name=histogram", "--experiment_name=new", cwd=workdir)
+    expect_refusal(done, "fitting all training slices needs about", "reduce --config.data.image_size")
+    assert listing(workdir) == before
 
 
 def test_long_training_is_announced_before_its_first_step(workdir, in_process, tiny, short):
