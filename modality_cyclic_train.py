@@ -56,14 +56,16 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     torch.manual_seed(config.seed)
     try:
         # Weights, gradients, AdamW's two moments, and the EMA.
-        require_memory(device, 5 * weight_bytes(method, config), "training this network", "model.model_channels")
+        n_bytes, setting = 5 * weight_bytes(method, config), "score_model.model.model_channels"
+        require_memory(device, n_bytes, "training this network", setting)
         network = method.create_network(config.score_model)
         share = dist_util.shard(training.batch_size)
         if method.fit is None:
             losses, draws, schedule_sampler = create_losses(method, config, device, share)
             n_slices = share.stop - share.start
             n_bytes = n_slices * bytes_a_sample(method, config) * precision.itemsize // 4
-            require_memory(device, n_bytes, f"a training step of {n_slices} slices", "training.batch_size")
+            settings = "score_model.training.batch_size or --config.data.image_size"
+            require_memory(device, n_bytes, f"a training step of {n_slices} slices", settings)
         method.create_translator(network, config)  # fail now rather than at the first save
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -73,6 +75,9 @@ def train(args: argparse.Namespace, overrides: list[str], experiments: Folder) -
     dataset = BraTS2021Dataset(*slices, processes=dist_util.local_world_size(), progress=is_first)
     record["data"] = dataset.fingerprint
     require_same_start(args, directory, record)
+    if method.fit:  # to all slices at once, in double precision: about 64 bytes a pixel
+        n_bytes = 64 * len(dataset) * data.image_size**2
+        require_memory(torch.device("cpu"), n_bytes, "fitting all training slices", "data.image_size")
     with locked(directory, "--logdir", "give another --experiment_name") if is_first else nullcontext():
         if is_first and args.overwrite:
             experiments.remove(directory.name, *checkpoint.TRAINING_FILES, RECORD)

@@ -170,10 +170,10 @@ def evaluate_parts(
         mean), auroc, chance, lost_lesion_share, nan_scores (NaN pixels in the scored region), and `oracle`,
         `validation` and `healthy`, each with the threshold, the mean over slices and `*_interval` of every segmentation
         metric, and `undefined`, the number of slices excluded from each mean. `validation` is None without `val` or
-        without lesions in it, `healthy` without healthy pixels in it. by_subject: see `summarise_subjects`; also
-        `detection` by slice and by subject, and `froc`; None if each subject has one slice, with a lesion. Undefined
-        and infinite values are None. The columns per slice: lesion_area (px), auprc, oracle_*, validation_* and
-        healthy_* of every segmentation metric. The columns per subject: those of `score_volume`.
+        without lesions in its scored region, `healthy` without healthy pixels in it. by_subject: see
+        `summarise_subjects`; also `detection` by slice and by subject, and `froc`; None if each subject has one slice,
+        with a lesion. Undefined and infinite values are None. The columns per slice: lesion_area (px), auprc, oracle_*,
+        validation_* and healthy_* of every segmentation metric. The columns per subject: those of `score_volume`.
     """
     pixels = Pixels(parts, rim)
     subjects = [subject_of(name) for name in pixels.names]
@@ -245,9 +245,9 @@ SEGMENTATION = ("dice", "jaccard", "sensitivity", "precision", "assd", "hd95")  
 
 
 def validation_thresholds(val: Pixels, healthy_share: float) -> dict[str, float]:
-    """Return the thresholds of validation slices: `validation`, if there is a lesion, and `healthy`."""
-    thresholds, healthy = {}, val.healthy()
-    if val.n_lesion:
+    """Return the thresholds of validation slices: `validation`, if a lesion has a score to reach, and `healthy`."""
+    thresholds, healthy, (scores, truth) = {}, val.healthy(), val.pooled
+    if (scores[truth] > -np.inf).any():
         thresholds["validation"] = best_threshold(val.scores, val.truth)[0]
     if healthy.size:
         thresholds["healthy"] = healthy_threshold(healthy, healthy_share)

@@ -72,8 +72,8 @@ def score_maps(
     named = {name: evaluations[key] for key, name in names.items() if key in rims}
     per_slice, per_subject = dict(evaluations["scores"].per_slice), dict(evaluations["scores"].per_subject)
     if choices:
-        per_slice |= chosen_columns(evaluations["chosen"].per_slice, per_slice)
-        per_subject |= chosen_columns(evaluations["chosen"].per_subject, per_subject)
+        per_slice |= chosen_columns(evaluations["chosen"].per_slice)
+        per_subject |= chosen_columns(evaluations["chosen"].per_subject)
     write_scores(results, metrics, [name for part in maps["test"] for name in part["names"]], per_slice, per_subject)
     shown = {key: scored(maps["test"], scores[key]) for key in ("scores", "chosen") if key in rims}
     write_figures(results / "figures", draw_scores(maps["test"], shown, metrics, per_slice, per_subject, named))
@@ -114,10 +114,10 @@ def scored(parts: Sequence[Part], score: Callable[[Part], np.ndarray]) -> Parts[
     return Parts(load, len(parts))
 
 
-def chosen_columns(chosen: Mapping[str, np.ndarray], published: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def chosen_columns(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the columns of the chosen score under their names in the tables, without those that no score changes."""
     fixed = ("lesion_area", "subject", "healthy", "n_slices", "lesion_voxels", "n_lesions")
-    return {f"chosen_{key}": chosen[key] for key in published if key not in fixed}
+    return {f"chosen_{key}": values for key, values in columns.items() if key not in fixed}
 
 
 def choose_scores(run: Mapping[str, Any], maps: Maps, grid: Sequence[ScoreSettings], sign: int) -> dict[str, Choice]:

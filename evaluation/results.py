@@ -52,8 +52,9 @@ _RUN = object_of(
     trained_steps={"type": "object", "additionalProperties": {"type": ["integer", "null"]}},
     image_size=integer(1, 16_384),
 )
-# Scores are non-negative, and so are thresholds.
-_THRESHOLD = nullable({"allOf": [_AT_THRESHOLD, {"properties": {"threshold": {"minimum": 0}}}]})
+# Scores are non-negative and in single precision, and so are thresholds.
+_SINGLE = {"anyOf": [{"type": "null"}, {"const": 0}, {"type": "number", "minimum": 1e-45, "maximum": 3.4e38}]}
+_THRESHOLD = nullable({"allOf": [_AT_THRESHOLD, {"properties": {"threshold": _SINGLE}}]})
 _METRICS = object_of(
     **_RUN["properties"],
     **_BLOCK["properties"] | {"validation": _THRESHOLD},

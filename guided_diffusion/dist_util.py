@@ -33,11 +33,14 @@ def setup() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ and not _init_from_mpi():
         return
     try:
+        if not 0 <= int(os.environ.get("RANK", 0)) < int(os.environ.get("WORLD_SIZE", 1)):  # init would wait for long
+            raise ValueError("RANK is not below WORLD_SIZE")
         if local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
         # CPU tensors always use gloo, so that exchanging a value never waits for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    except ValueError as error:
+        local_world_size()
+    except (ValueError, dist.DistError) as error:
         remedy = "start with torchrun again, or unset TORCHELASTIC_RUN_ID for a single process"
         raise UserError(f"torchrun's environment variables are incomplete or damaged ({error}): {remedy}") from error
     if rank() > 0:

@@ -19,9 +19,9 @@ from evaluation.subjects import subject_of
 from guided_diffusion import checkpoint, dist_util
 from models import load_method
 from models.cycle import Cycle, anomaly_score, error_floor
-from models.training import bytes_a_sample
+from models.training import bytes_a_sample, weight_bytes
 from utils.cli import UserError
-from utils.device import autocast, available_memory, pick_precision, speed_up_passes
+from utils.device import autocast, available_memory, pick_precision, require_memory, speed_up_passes
 
 from .chain import Chain, network_name
 
@@ -51,14 +51,18 @@ class Scorer:
         if device.type == "cuda":  # out of memory, `in_batches` halves it
             self.batch_size = max(self.batch_size, GPU_BATCH)
         else:  # out of memory, the process would be killed
-            fitting = available_memory() // max(1, bytes_a_sample(self.method, self.config))
-            self.batch_size = max(1, min(self.batch_size, fitting))
+            sample = bytes_a_sample(self.method, self.config) * self.precision.itemsize // 4
+            # Without gradients, a pass takes a fifth to a seventh.
+            require_memory(device, sample // 8, "a network pass of one slice", "data.image_size")
+            self.batch_size = max(1, min(self.batch_size, available_memory() // max(1, sample)))
         self.steps = self.method.count_steps(self.forward)
         self.passes_per_sample = self.steps + bool(chain.backward)
 
     def _load(self, chain: Chain, direction: str, samples: Callable[[], int]) -> Any:
         """Return the translator of a direction; `samples()` will pass through its network."""
         method, translator = load_method(network_name(chain.model_name, direction)), chain.translators[direction]
+        n_bytes, setting = weight_bytes(method, translator.config), "score_model.model.model_channels"
+        require_memory(self.device, n_bytes, f"the network of {translator.checkpoint}", setting)
         network = method.create_network(translator.config.score_model)
         load_weights(network, translator.checkpoint)
         network = speed_up_passes(network, self.device, self.precision, samples)
@@ -191,7 +195,7 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dic
         None if there are no validation or training slices.
 
     Raises:
-        UserError: if there are no test slices, or a modality is missing.
+        UserError: if there are no test slices, a modality is missing, or (when loaded) no slice of a batch has brain.
     """
     data, first = chain.config.data, dist_util.rank() == 0
     if split != "test" and not any(Path(data.data_dir, split).glob("*/*.npy")):
@@ -208,6 +212,8 @@ def load_slices(chain: Chain, split: str, limit: int | None = None) -> Parts[dic
 
     def load(i: int) -> dict:
         batch = all_slices(Subset(dataset, parts[i]))
+        if not batch["brainmask"].any():
+            raise UserError(f"{data.data_dir}/{split} has no brain (every brain mask is 0): preprocess again")
         subjects = [subject_of(name) for name in batch["name"]]
         seen = {name for name, lesion in zip(subjects, batch["seg"], strict=True) if lesion.any()}
         return batch | {HEALTHY: np.array([not lesions.get(name, False) and name not in seen for name in subjects])}

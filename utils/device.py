@@ -73,11 +73,11 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 
 def require_memory(device: torch.device, n_bytes: int, purpose: str, setting: str) -> None:
-    """Raise a UserError, with a `setting` of score_model to reduce, if the device's memory is below `n_bytes`."""
+    """Raise a UserError, with a `setting` of the config to reduce, if the device's memory is below `n_bytes`."""
     available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
     if n_bytes > available:
         needs = f"{purpose} needs about {n_bytes / 1e9:,.1f} GB, but only {available / 1e9:,.1f} GB are available"
-        raise UserError(f"{needs}: reduce --config.score_model.{setting}")
+        raise UserError(f"{needs}: reduce --config.{setting}")
 
 
 def _pin_for(device: torch.device, tensor: Tensor) -> Tensor:

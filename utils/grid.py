@@ -99,7 +99,7 @@ def place_grid(
     steps = np.linalg.inv(nibabel.affines.from_matvec(axes, turned[:3, 3])) @ affine
     bottom, top = _bounds(steps, _corners(mask.shape))
     if (length := ((top - bottom) * geometry.spacing).max()) > MAX_LENGTH:
-        raise ValueError(f"its affine makes it {length:.0f} mm long")
+        raise ValueError(f"its affine makes it {length:.0f} mm long: use mm as the unit")
     parts, _ = label(mask)  # skull stripping leaves specks far from the brain
     low, high = _bounds(steps, np.argwhere(parts == np.bincount(parts[mask]).argmax()))
     keeps_slices = fits and turned_shape[:2] == geometry.shape

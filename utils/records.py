@@ -31,7 +31,7 @@ def nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
 # Settings of the network. Missing ones take their values from the config of `--dataset`.
 _MODEL = {
     "model_channels": integer(1, 4096),
-    "channel_mult": {"type": "array", "items": integer(1, 64), "minItems": 1, "maxItems": 10},
+    "channel_mult": {"type": "array", "items": integer(1, 64), "minItems": 1, "maxItems": 8},
     "num_res_blocks": integer(1, 64),
     "attention_resolutions": {"type": "array", "items": integer(1, 4096), "maxItems": 16},
     "num_heads": integer(1, 1024),

@@ -366,6 +366,20 @@ def test_validation_threshold_comes_from_the_validation_slices_alone():
     assert evaluate(scores, truth, brain, n_resamples=10).summary["oracle"] == found["oracle"]
 
 
+@pytest.mark.parametrize("where", ["outside the brain", "on the brain's rim", "without a score"])
+def test_validation_is_null_if_no_threshold_reaches_a_lesion(where):
+    scores, truth = random_case(0)
+    brain, lesions, val_scores = np.zeros_like(truth), np.zeros_like(truth), scores.copy()
+    brain[:, 2:-2, 2:-2] = True
+    lesions[:, 2 - (where == "outside the brain"), 4:6] = True
+    if where == "without a score":
+        lesions = metrics.scored_region(brain)
+        val_scores[lesions] = NAN
+    found = evaluate(scores, truth, brain, val=(val_scores, lesions, brain), n_resamples=10)
+    assert found.summary["validation"] is None
+    assert found.summary["healthy"]
+
+
 def test_validation_is_null_without_validation_slices():
     scores, truth = random_case(0)
     found = evaluate(scores, truth, np.ones_like(truth), n_resamples=10)

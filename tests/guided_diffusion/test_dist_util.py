@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,14 +131,22 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(dict.fromkeys(TORCHRUN), "RANK expected"), *[({name: "x"}, "'x'") for name in ("RANK", "LOCAL_RANK")]],
+    [
+        (dict.fromkeys(TORCHRUN), "RANK expected"),
+        *[({name: "x"}, "'x'") for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")],
+        *[({"RANK": rank}, "RANK is not below WORLD_SIZE") for rank in ("1", "-1")],
+        ({"MASTER_PORT": "in use"}, "address already in use"),
+    ],
 )
 def test_damaged_variables_of_torchrun_are_refused(monkeypatch, damage, message):
     """TORCHELASTIC_RUN_ID alone, for example, as a shell may keep it from an earlier job."""
-    for name, value in ({"TORCHELASTIC_RUN_ID": "none"} | TORCHRUN | damage).items():
-        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"incomplete or damaged .*{message}.* unset TORCHELASTIC_RUN_ID"):
-        dist_util.setup()
+    with socket.create_server(("localhost", 0)) as server:
+        for name, value in ({"TORCHELASTIC_RUN_ID": "none"} | TORCHRUN | damage).items():
+            value = str(server.getsockname()[1]) if value == "in use" else value
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"incomplete or damaged .*{message}.* unset TORCHELASTIC_RUN_ID"):
+            dist_util.setup()
+    dist_util.shut_down()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])

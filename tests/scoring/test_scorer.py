@@ -9,6 +9,7 @@ from models.training import bytes_a_sample
 from scoring import scorer
 from scoring.chain import Chain, TrainedTranslator
 from utils import recording
+from utils.cli import UserError
 from utils.compiling import Compilation
 
 CPU = torch.device("cpu")
@@ -42,6 +43,20 @@ def test_batch_size_is_limited_by_memory(chain, monkeypatch):
 def test_a_batch_size_that_fits_is_kept(chain):
     chain.config.score_model.sampling.batch_size = 2
     assert scorer.Scorer(chain, CPU).batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("image_size", "available", "message"),
+    [
+        (16, 10**3, "the network of .*ema.pt needs .* --config.score_model.model.model_channels"),
+        (2**14, 10**9, "a network pass of one slice needs .* --config.data.image_size"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_at_once(chain, monkeypatch, image_size, available, message):
+    monkeypatch.setattr("utils.device.available_memory", lambda: available)
+    chain.config.data.image_size = image_size
+    with pytest.raises(UserError, match=message):
+        scorer.Scorer(chain, CPU)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

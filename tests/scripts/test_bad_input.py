@@ -49,6 +49,10 @@ TRAINING = {
         ["training this network needs about", "GB", "--config.score_model.model.model_channels"],
     ),
     "blocks that take minutes to make": ([f"{SCORE_MODEL}.model.num_res_blocks=1000"], ["num_res_blocks: 1000", "64"]),
+    "levels of which a single slice fills the memory": (
+        [f"{SCORE_MODEL}.model.channel_mult=({'1, ' * 10})", "--config.data.image_size=1024"],
+        ["score_model.model.channel_mult", "too long"],
+    ),
     "noise finer than the image": (
         ["--model_name=dae", f"{SCORE_MODEL}.baselines.noise_size=100_000"],
         ["noise_size=100000", "between 1 and 32"],
@@ -63,7 +67,10 @@ TRAINING = {
     "seed": (["--seed=first"], ["--seed", "first"]),
     "seed too large": ([f"--seed={10**30}"], ["seed"]),
     "no data": (["--data_dir=nowhere"], ["nowhere", "brats_preprocess.py"]),
-    "a batch that no memory holds": ([f"{SCORE_MODEL}.training.batch_size={10**7}"], ["GB", "training.batch_size"]),
+    "a batch that no memory holds": (
+        [f"{SCORE_MODEL}.training.batch_size={10**7}"],
+        ["GB", "training.batch_size", "data.image_size"],
+    ),
     "a name that no system takes": ([f"--experiment_name={'x' * 300}"], ["xxx", "name too long"]),
     "a path that no system takes": ([f"--data_dir={'x' * 300}"], ["xxx", "name too long"]),
     "no iterations": ([f"{SCORE_MODEL}.training.iterations=0"], ["iterations=0", "at least 1"]),
@@ -218,7 +225,7 @@ def workdir(tmp_path_factory, in_process, tiny, short):
         ("complex", "flair/S1_flair_80.npy", np.ones((48, 48), np.complex64)),
     ):
         shutil.copytree(folder / "datasets/data", folder / "datasets" / name)
-        spoilt = np.zeros(shape, np.float32) if isinstance(shape, tuple) else shape
+        spoilt = np.random.default_rng(0).integers(-3, 3, shape).astype("f4") if isinstance(shape, tuple) else shape
         np.save(folder / "datasets" / name / "train" / file, spoilt)
     (folder / "datasets/note.txt").write_text("not a folder")
 
@@ -296,6 +303,17 @@ def test_testing_refuses_mistakes(workdir, in_process, tiny, mistake):
     assert listing(workdir) == before
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_slices_without_brain_are_refused_before_they_are_scored(workdir, in_process, tmp_path, split):
+    shutil.copytree(workdir / "datasets/data", tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / split / "brainmask").iterdir():
+        np.save(path, np.zeros((48, 48), np.uint8))
+    done = in_process(TEST, *DATA, f"--data_dir={tmp_path}", cwd=workdir)
+    expect_refusal(done, f"{tmp_path}/{split} has no brain", "preprocess again")
+    assert "scoring" not in done.stderr
+    (workdir / "experiments/results").rmdir()  # it is empty
+
+
 def test_commands_without_a_mistake_succeed(workdir, in_process):
     for flags in ((), (*RESPACING, "5")):
         done = in_process(TEST, *DATA, "--logdir=experiments", *flags, cwd=workdir)
@@ -319,6 +337,14 @@ def test_a_subprocess_exits_with_code_2_and_one_line(workdir, as_subprocess, rep
 def test_an_intact_experiment_has_a_complete_record(workdir):
     record = json.loads((workdir / "experiments" / FORWARD / "config.json").read_text())
     assert {"model_name", "training_process", "config"} <= set(record)
+
+
+def test_fitting_more_slices_than_memory_holds_is_refused(workdir, in_process, tiny, monkeypatch):
+    monkeypatch.setattr("utils.device.available_memory", lambda: 10**5)
+    before = listing(workdir)
+    done = in_process(TRAIN, *tiny, "--model_name=histogram", "--experiment_name=new", cwd=workdir)
+    expect_refusal(done, "fitting all training slices needs about", "reduce --config.data.image_size")
+    assert listing(workdir) == before
 
 
 def test_long_training_is_announced_before_its_first_step(workdir, in_process, tiny, short):

@@ -81,15 +81,17 @@ def test_every_method_scores_and_predicts(workdir, in_process, tmp_path, which):
     )
     assert done.code == 0, done.stderr
     assert (tmp_path / f"{case.name}_flair_report.png").is_file()
-    if which == "one way":  # the score depends on the target scan
-        done = in_process(
-            PREDICT,
-            *("--dataset=phantom", *flags, f"--scan={scans['flair']}", f"--scan_trans={scans['flair']}"),
-            *(f"--output_dir={tmp_path / 'itself'}", "--slices", 75, 77),
-            cwd=workdir,
-        )
+    if which == "one way":
+        flags = ("--dataset=phantom", *flags, f"--scan={scans['flair']}", f"--output_dir={tmp_path / 'other'}")
+        link = tmp_path / "t2.nii.gz"
+        link.symlink_to(scans["flair"])
+        done = in_process(PREDICT, *flags, f"--scan_trans={link}", "--slices", 75, 77, cwd=workdir)
+        expect_refusal(done, "t2.nii.gz is the same scan as", "name the other modality")
+        # The score depends on the target scan.
+        other = scans["t2"].with_name(f"{case.name}_t1.nii.gz")
+        done = in_process(PREDICT, *flags, f"--scan_trans={other}", "--slices", 75, 77, cwd=workdir)
         assert done.code == 0, done.stderr
-        one, another = (folder / f"{case.name}_flair_anomaly.nii.gz" for folder in (tmp_path, tmp_path / "itself"))
+        one, another = (folder / f"{case.name}_flair_anomaly.nii.gz" for folder in (tmp_path, tmp_path / "other"))
         assert one.read_bytes() != another.read_bytes()
 
 

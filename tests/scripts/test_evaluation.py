@@ -509,6 +509,24 @@ def test_uninformative_validation_slices(in_process, tmp_path, how):
     assert 0 <= chosen["auprc"] <= 1
 
 
+@pytest.mark.parametrize(("rim", "null"), [("0", "published"), ("16", "chosen")])
+def test_one_score_of_two_has_validation_lesions_in_its_region(in_process, tmp_path, rim, null):
+    """They are on the rim that this score leaves out, and the threshold `healthy` takes the place of `validation`."""
+    test, val = make_maps(N_TEST, 2.0, 0), make_maps(3, 2.0, 1)
+    val["truth"][:] = val["brainmask"]
+    val["truth"][:, 5:27, 5:27] = False
+    if null == "chosen":
+        val["truth"][:, 6, 6:26] = True
+    write_part(tmp_path / "error_maps.npz", RUN, {"test": test, "val": val})
+    done = in_process(TEST, "--rescore", tmp_path, *fixed(rim=rim), cwd=tmp_path, pictures=True)
+    assert done.code == 0, done.stderr
+    metrics = read_metrics(tmp_path)
+    blocks = {"published": metrics, "chosen": metrics["chosen"]}
+    assert [name for name, block in blocks.items() if block["validation"] is None] == [null]
+    assert all(block["healthy"] for block in blocks.values())
+    assert "no val lesions" in done.stdout
+
+
 def test_training_slices_calibrate_the_score_without_validation_slices(in_process, tmp_path):
     train = make_maps(5, 0.0, 3)
     train["truth"][:] = False

@@ -516,7 +516,7 @@ STALE = {
             ),
             ["metrics.json is damaged"],
         )
-        for value in (float("nan"), float("inf"), -1.0, True, "3")
+        for value in (float("nan"), float("inf"), -1.0, 1e-60, 1e60, True, "3")
     },
 }
 

@@ -301,7 +301,7 @@ def test_share_lost_of_a_brain_that_does_not_fit(scan):
             np.diag([0.001, 0.001, 0.003, 1]),
             "voxels 0.001 × 0.001 × 0.003 mm large, too small",
         ),
-        (np.ones((4, 4, 400), bool), np.diag([1.0, 1, 90, 1]), "35910 mm long"),
+        (np.ones((4, 4, 400), bool), np.diag([1.0, 1, 90, 1]), "35910 mm long: use mm as the unit"),
         (np.ones((4, 4, 4), bool), nibabel.affines.from_matvec([[4, -1e5, 0], [0, 4, 0], [0, 0, 4]]), "300012 mm long"),
     ],
 )
