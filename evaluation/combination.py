@@ -137,7 +137,7 @@ def describe_member(run: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         **{key: metrics[key] for key in ("input", "trans", "sampling_settings", "image_size")},
         "checkpoints": {} if is_intensity else metrics["checkpoints"],
         "trained_steps": {} if is_intensity else metrics["trained_steps"],
-        "weights": {} if is_intensity else metrics.get("weights", {}),
+        **{key: metrics[key] for key in ("weights", "precision") if key in metrics and not is_intensity},
         **{key: block[key] for key in ("settings", "constants")},
     }
 

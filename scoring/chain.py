@@ -147,6 +147,8 @@ def reload_chain(run: Mapping[str, Any], experiments: Folder) -> Chain:
         flags.append(f"--checkpoint_{direction}={experiments.local / name / file}")
     sampling = dict(run["sampling_settings"])
     overrides = [f"--config.seed={sampling.pop('seed')}"] if "seed" in sampling else []
+    if run.get("precision") == "float32":  # lower ones depend on the device
+        overrides.append("--config.precision=float32")
     if "noise_timestep" in sampling:
         overrides.append(f"--config.score_model.baselines.noise_timestep={sampling.pop('noise_timestep')}")
     overrides += [f"--config.score_model.sampling.{key}={value}" for key, value in sampling.items()]

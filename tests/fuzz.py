@@ -76,7 +76,7 @@ def make_place(folder: Path) -> None:
     volumes = {"t2": scan, "flair": scan // 2, "seg": seg}
     for (split, name), (kind, volume) in product(zip(SPLITS, "ABC", strict=True), volumes.items()):
         (folder / f"raw/{name}").mkdir(parents=True, exist_ok=True)
-        volume = volume if kind == "seg" else volume + ord(name) * (volume > 0)  # each subject has its own scan
+        volume = volume if kind == "seg" else volume + np.int16(ord(name)) * (volume > 0)
         nibabel.save(nibabel.Nifti1Image(volume, AFFINE), folder / f"raw/{name}/{name}_{kind}.nii.gz")
         (folder / f"raw/{LIST_NAMES[split]}").write_text(name)
     row = ("A", *(f"raw/A/A_{kind}.nii.gz" for kind in volumes), "no", "test")

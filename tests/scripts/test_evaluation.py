@@ -28,7 +28,7 @@ RUN = {
     "input": "flair",
     "trans": "t2",
     "image_size": 32,
-    "checkpoints": {"forward": "forward.pt", "backward": "backward.pt"},
+    "checkpoints": {"forward": "there/forward.pt", "backward": "back/backward.pt"},
     "trained_steps": {"forward": 4, "backward": None},
     "sampling_settings": {"smooth": "none"},
     "score": "errors",
@@ -366,6 +366,7 @@ def test_comparison_has_a_line_for_every_metric(runs, in_process):
 def test_comparison_pairs_slices_by_name_not_by_order(runs, in_process, tmp_path):
     lines = (runs / "poor/per_slice.csv").read_text(encoding="utf-8").splitlines()
     (tmp_path / "per_slice.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n", encoding="utf-8")
+    shutil.copy(runs / "poor/metrics.json", tmp_path)
     done, shuffled = (in_process(TEST, "--compare", runs / "good", b, cwd=runs) for b in ("poor", tmp_path))
     assert shuffled.stdout.splitlines()[2:] == done.stdout.splitlines()[2:]
 
@@ -392,7 +393,8 @@ def test_a_run_does_not_differ_from_itself(runs, in_process):
 def test_invalid_comparisons_are_refused(runs, in_process, tmp_path, spoil, phrase):
     for name in ("good", "spoilt"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "per_slice.csv").write_bytes((runs / "good/per_slice.csv").read_bytes())
+        for file in ("per_slice.csv", "metrics.json"):
+            shutil.copy(runs / "good" / file, tmp_path / name)
     spoil(tmp_path / "spoilt/per_slice.csv")
     expect_silent_refusal(in_process(TEST, "--compare", "good", "spoilt", cwd=tmp_path), phrase)
 
