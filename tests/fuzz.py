@@ -243,7 +243,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[tuple[s
     "combined.json": (f"{COMBINED}/metrics.json", spoil_json_file, (COMBINED_PREDICTION,)),
     "combined runs": (f"{RESULTS}/metrics.json", spoil_json_file, ((TEST, "--combine", RESULTS, "intensity"),)),
     "error_maps.npz": (f"{RESULTS}/error_maps.npz", spoil_npz, (RESCORE,)),
-    "slices": ("datasets/data/test/flair/S1_flair_80.npy", spoil_npy, ((TEST, *DATA),)),
+    "slices": ("datasets/data/test/flair/S4_flair_80.npy", spoil_npy, ((TEST, *DATA),)),
     "ema.pt": (f"experiments/{BACKWARD}/ema_0.5_000001.pt", spoil_pt, ((TEST, *DATA),)),
     "opt.pt": (
         f"experiments/{BACKWARD}/opt000001.pt",
