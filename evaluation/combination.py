@@ -13,18 +13,7 @@ from utils.cli import UserError
 
 from .choice import MAX_THRESHOLDS, slices_to_choose_on
 from .metrics import ranked_pixels, scored_region, weighted_auprc, within
-from .results import (
-    ERROR_MAPS,
-    HEALTHY,
-    MAPS,
-    Maps,
-    Part,
-    Parts,
-    chosen_score,
-    different_kinds,
-    read_maps,
-    read_metrics,
-)
+from .results import ERROR_MAPS, HEALTHY, MAPS, Maps, Part, Parts, changed_kinds, chosen_score, read_maps, read_metrics
 from .scores import anomaly_map, intensity_maps, reference_maps
 
 INTENSITY = "intensity"  # in place of a run: the input intensity of the first run
@@ -106,7 +95,7 @@ def require_same_slices(
     """
     if header["input"] != other_header["input"]:
         raise UserError(f"{first} and {other} have different inputs, {header['input']} and {other_header['input']}")
-    if kinds := different_kinds(header, other_header):
+    if kinds := changed_kinds(header, other_header):
         raise UserError(f"{first} and {other} differ in their {' and '.join(kinds)} slices: test both on the same data")
     for split in ("test", "val"):
         if (split in maps) != (split in other_maps):

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from .metrics import (
@@ -114,33 +113,6 @@ def volumes(part: ScoredSlices, rim: float) -> Iterator[Volume]:
         masks = (np.asarray(mask, dtype=bool)[rows] for mask in (part.truth, part.brainmask))
         healthy = bool(part.healthy[rows[0]])
         yield Volume(subject_of(part.names[rows[0]]), scores[rows], *masks, slice_numbers[rows], healthy)
-
-
-def evaluate(
-    scores: ArrayLike,
-    truth: ArrayLike,
-    brainmask: ArrayLike,
-    val: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
-    **options: Any,
-) -> Evaluation:
-    """Evaluate slices in memory, one per subject; see `evaluate_parts`.
-
-    Args:
-        scores: [N, H, W] float.
-        truth, brainmask: [N, H, W] bool.
-        val: the same of the validation slices.
-        options: keyword arguments of `evaluate_parts`.
-    """
-
-    def only_part(scores: ArrayLike, truth: ArrayLike, brainmask: ArrayLike) -> list[ScoredSlices]:
-        truth = np.asarray(truth, dtype=bool)
-        if truth.ndim != 3 or len(truth) == 0:
-            raise ValueError(f"truth must have shape [N, H, W] with at least one slice, got {truth.shape}")
-        names = [f"{i}_0" for i in range(len(truth))]
-        brainmask = np.asarray(brainmask, dtype=bool)
-        return [ScoredSlices(np.asarray(scores), truth, brainmask, names, ~truth.any(axis=(1, 2)))]
-
-    return evaluate_parts(only_part(scores, truth, brainmask), only_part(*val) if val else None, **options)
 
 
 def evaluate_parts(

@@ -338,7 +338,7 @@ def read_per_slice(results: Path) -> dict[tuple[str, str], dict[str, float]]:
     return slices
 
 
-def different_kinds(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def changed_kinds(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the kinds of test slices that two runs (contents of metrics.json) both scored, but with other contents."""
     first, second = run.get("test_set", {}), other.get("test_set", {})
     return [kind for kind in first if first[kind] != second.get(kind, first[kind])]

@@ -13,7 +13,7 @@ import numpy as np
 from utils.cli import ArgumentParser, UserError, run
 from utils.storage import local_path
 
-from .results import THRESHOLDS, TITLES, different_kinds, read_metrics, read_per_slice
+from .results import THRESHOLDS, TITLES, changed_kinds, read_metrics, read_per_slice
 
 DICE_COLUMNS = tuple(f"{choice} Dice" for choice in THRESHOLDS)
 
@@ -152,7 +152,7 @@ def comparison(run_a: Path, run_b: Path) -> str:
             f"{run_a} and {run_b} hold different slices ({len(set(a) - set(b))} of {len(a)} only in the first, "
             f"{len(set(b) - set(a))} of {len(b)} only in the second): test both on the same data"
         )
-    if kinds := different_kinds(read_metrics(run_a), read_metrics(run_b)):
+    if kinds := changed_kinds(read_metrics(run_a), read_metrics(run_b)):
         raise UserError(f"{run_a} and {run_b} differ in their {' and '.join(kinds)} slices: test both on the same data")
     names = sorted(a)
     if any(a[name]["lesion_area"] != b[name]["lesion_area"] for name in names):
@@ -210,7 +210,7 @@ def _value(value: float | None, spec: str = ".3f") -> str:
 
 def same_test_set(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether two runs were scored on the same test slices, as far as their metrics.json tell."""
-    return all(run[key] == other[key] for key in ("n_slices", "image_size")) and not different_kinds(run, other)
+    return all(run[key] == other[key] for key in ("n_slices", "image_size")) and not changed_kinds(run, other)
 
 
 def main() -> None:

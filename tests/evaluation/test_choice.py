@@ -5,8 +5,9 @@ import pytest
 from test_scores import make_maps
 
 from evaluation.choice import applicable, choose, grid_auprc, intensity_grid, most_robust, slices_to_choose_on
-from evaluation.metrics import auprc_error_bound, average_precision, ranked_scores, weighted_auprc
+from evaluation.metrics import average_precision, ranked_scores, weighted_auprc
 from evaluation.scores import ScoreSettings, anomaly_map, fit_constants, parse_grid
+from tests.evaluation.conftest import auprc_error_bound
 
 OPTIONS = {
     "sign": "bright,dark,both",

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from evaluation.evaluate import ScoredSlices, by_lesion_size, evaluate
+from evaluation.evaluate import ScoredSlices, by_lesion_size
 from evaluation.figures import (
     best_median_worst,
     dice_threshold_figure,
@@ -15,6 +15,7 @@ from evaluation.figures import (
     write_figures,
 )
 from evaluation.metrics import RIM, best_threshold, dice_curve, mask_scores
+from tests.evaluation.conftest import evaluate
 
 
 @pytest.fixture(scope="module")

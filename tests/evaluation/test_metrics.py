@@ -21,8 +21,9 @@ from sklearn.metrics import (
 )
 
 from evaluation import metrics
-from evaluation.evaluate import by_lesion_size, evaluate
+from evaluation.evaluate import by_lesion_size
 from evaluation.scores import smooth_scores
+from tests.evaluation.conftest import evaluate
 
 NAN = float("nan")
 

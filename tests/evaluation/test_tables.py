@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from evaluation.evaluate import evaluate
 from evaluation.metrics import ranked_scores, scored_region
 from evaluation.tables import table
+from tests.evaluation.conftest import evaluate
 
 
 def test_chance_is_the_fraction_of_lesions_in_ranked_pixels():

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluation.evaluate import evaluate
 from evaluation.results import MAPS, THRESHOLDS, chosen_score, write_maps
 from evaluation.scores import anomaly_map, intensity_maps
+from tests.evaluation.conftest import evaluate
 from tests.scripts.conftest import expect_refusal
 
 pytestmark = pytest.mark.xdist_group("evaluation")  # one process, so that the runs are scored once
