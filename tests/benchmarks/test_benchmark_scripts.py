@@ -254,7 +254,7 @@ def test_the_phantom_is_compared_with_patients(tmp_path):
     ("name", "flag", "said"),
     [
         ("scoring", "--repeats=0", "--repeats must be at least 1, got 0"),
-        ("metrics", "--image_size=8", "--image_size must be at least 16, got 8"),
+        ("subjects", "--image_size=8", "--image_size must be at least 32, got 8"),
         ("training", "--dataset=brat", "did you mean 'brats'?"),
         ("scoring", "--gpu_id=first", "neither a number nor cpu"),
     ],
