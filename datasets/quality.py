@@ -17,7 +17,7 @@ def require_background(volume: np.ndarray) -> None:
     Raises:
         ValueError: otherwise.
     """
-    faces = np.concatenate([volume.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    faces = np.concatenate([np.moveaxis(volume, axis, 0)[end].ravel() for axis in range(3) for end in (0, -1)])
     value = np.median(faces)  # of more than half of them, if they share it
     if value != 0 and np.mean(faces == value) > 0.5:
         remedy = "set all voxels outside the brain to 0 (in preprocessing, a brainmask does it)"

@@ -144,8 +144,8 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
         brain = brain | nonzero[modality]
         usable = usable & (image > BACKGROUND).any(axis=(0, 1))
     brain = brain if brainmask is None else brainmask
-    lesions, covered = read_lesions(reader, subject, brain)
-    usable = usable & ~(brain & ~covered).any(axis=(0, 1))
+    lesions, known = read_lesions(reader, subject, brain)
+    usable = usable & known
     stacks["brainmask"] = brain[:, :, window].astype(np.uint8)
     stacks["seg"] = lesions[:, :, window]
 
@@ -161,7 +161,7 @@ def slice_subject(settings: Settings, split: str, subject: Subject) -> SubjectSl
         nearest = min(others, key=lambda i: max(settings.start - i, i + 1 - settings.stop), default=None)
     made_with |= {"grid": reader.slice_geometry(), "lesion": bool(lesions.any())}
     warnings = [*reader.warnings, *coverage_warnings(nonzero, brain), *brain_warnings(brain, reader.grid.affine)]
-    if not covered.all() and (brain & ~covered).any():
+    if not known.all():
         warnings.append("seg ends before the brain, and slices that it does not cover are left out")
     return SubjectSlices(made_with, slices, warnings, nearest)
 
@@ -208,8 +208,8 @@ class VolumeReader:
         volume = volume if self.settings.shared_grid else resample_intensities(volume, grid.affine, self.grid)
         return volume if brainmask is None else np.where(brainmask, volume, 0)
 
-    def read_labels(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a mask on the common grid, uint8 [H, W, D], and where its volume covers the grid, bool [H, W, D].
+    def read_labels(self, kind: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return a mask on the common grid, uint8 [H, W, D], and where its volume covers this grid, None if everywhere.
 
         Raises:
             UserError: as in `read`, if it has labels beyond max_label, or if resampling loses all of them.
@@ -225,8 +225,8 @@ class VolumeReader:
             self.warnings.append(f"{kind}: labels are up to {MAX_ROUNDING} off whole numbers, which are used instead")
         labels = np.zeros(labels.shape, np.uint8)
         labels[marked] = whole
-        if self.settings.shared_grid:
-            return labels, np.ones_like(marked)
+        if grid.shape == self.grid.shape and np.allclose(grid.affine, self.grid.affine, atol=1e-3):
+            return labels, None
         numbers = resample(labels.astype(np.uint16) + 1, grid.affine, self.grid, order=0)  # 0 outside the volume
         covered = numbers > 0
         resampled = np.where(covered, numbers - 1, 0).astype(np.uint8)
@@ -258,7 +258,7 @@ def place_brats_grid(path: Path, brain: np.ndarray, grid: VoxelGrid) -> VoxelGri
 
 
 def read_lesions(reader: VolumeReader, subject: Subject, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the subject's lesion labels and where they are known, as from `read_labels`.
+    """Return the lesion labels, uint8 [H, W, D], and for each slice whether the seg covers its brain, bool [D].
 
     A subject that is declared healthy and has no seg has no lesion anywhere.
 
@@ -266,14 +266,14 @@ def read_lesions(reader: VolumeReader, subject: Subject, brain: np.ndarray) -> t
         UserError: as in `read_labels`, if a healthy subject has a lesion, or if all lesions are outside the brain.
     """
     if "seg" not in subject.volumes:
-        return np.zeros(brain.shape, np.uint8), np.ones_like(brain)
+        return np.zeros(brain.shape, np.uint8), np.ones(brain.shape[2], bool)
     path = subject.volumes["seg"]
     labels, covered = reader.read_labels("seg")
     if subject.healthy and labels.any():
         raise UserError(f"{path} has a lesion, but {subject.name} is declared healthy")
     if not reader.settings.shared_grid and labels.any() and not labels[brain].any():
         raise UserError(f"{path} has a lesion, but all of it is outside the brain of {reader.first.name}")
-    return labels, covered
+    return labels, np.ones(brain.shape[2], bool) if covered is None else ~(brain & ~covered).any(axis=(0, 1))
 
 
 def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: float) -> np.ndarray:
