@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -108,16 +109,17 @@ class BraTS2021Dataset(Dataset):
         item: dict[str, Any] = {"name": name}
         for kind, array in arrays.items():
             resize = resize_mask if kind in MASKS else resize_image
-            item[kind] = resize(torch.from_numpy(np.array(array, dtype=np.float32))[None], self.image_size)
+            item[kind] = resize(torch.from_numpy(array.astype(np.float32, copy=False))[None], self.image_size)
         return item
 
     def _open(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """Memory-map the arrays of a slice, and check that preprocessing can have made them."""
+        """Read the arrays of a slice, and check that preprocessing can have made them."""
         arrays = {}
         for kind in self.kinds:
             try:
+                content = BytesIO(Path(files[kind]).read_bytes())  # faster than mapping the file into memory
                 with PARSING:
-                    arrays[kind] = np.load(files[kind], mmap_mode="r")
+                    arrays[kind] = np.load(content)
                 require_normalised(kind, arrays[kind])
             except Exception as error:  # NumPy raises many types for damaged or foreign files
                 raise ValueError(f"{files[kind]}: {error}") from error
