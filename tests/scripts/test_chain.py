@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib.image
@@ -14,6 +15,7 @@ from scipy.ndimage import binary_erosion
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from datasets.brats2021 import BraTS2021Dataset
 from evaluation.results import THRESHOLDS
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one process, so that the chain runs once
@@ -74,6 +76,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def without_paths(metrics: dict) -> dict:
     return {key: value for key, value in metrics.items() if key != "checkpoints"}
+
+
+def test_a_test_run_records_the_contents_of_its_weights_and_slices(workspace, chain):
+    folder = workspace / "experiments/results" / UNETS
+    metrics, record = read_metrics(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for direction, path in metrics["checkpoints"].items():
+        assert metrics["weights"][direction] == sha256((workspace / path).read_bytes()).hexdigest()
+    kinds = ("flair", "seg", "brainmask")
+    expected = BraTS2021Dataset(workspace / "datasets/data", "test", kinds, 16).fingerprint
+    assert expected == record["data"]["test"]
+    assert expected["contents"] == metrics["test_set"]
 
 
 # ----------------------------------------------------------------------------------------------------------

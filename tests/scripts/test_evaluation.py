@@ -404,6 +404,20 @@ def test_runs_of_different_slices_are_not_compared(runs, in_process):
     expect_silent_refusal(done, "good and fewer", "different slices", "1 of 7", "0 of 6")
 
 
+@pytest.mark.parametrize("kind", ["flair", "seg"])
+def test_runs_of_slices_with_other_contents_are_neither_compared_nor_combined(in_process, tmp_path, kind):
+    contents = {"flair": "1", "seg": "2", "brainmask": "3"}
+    for name, changed in (("a", {}), ("b", {}), ("c", {kind: "4"})):
+        (tmp_path / name).mkdir()
+        maps = {"test": make_maps(N_TEST, 2.0, 0), "val": make_maps(3, 2.0, 1)}
+        write_part(tmp_path / name / "error_maps.npz", RUN | {"test_set": contents | changed}, maps)
+        assert in_process(TEST, "--rescore", name, cwd=tmp_path).code == 0
+    for flag in ("--compare", "--combine"):
+        assert in_process(TEST, flag, "a", "b", cwd=tmp_path).code == 0
+        done = in_process(TEST, flag, "a", "c", cwd=tmp_path)
+        expect_refusal(done, f"a and c differ in their {kind} slices: test both on the same data")
+
+
 def test_rescore_and_compare_exclude_each_other(runs, in_process):
     done = in_process(TEST, "--compare", "good", "poor", "--rescore", "good", cwd=runs)
     expect_silent_refusal(done, "--rescore", "--compare")

@@ -13,6 +13,7 @@ import matplotlib.image
 import nibabel
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.affines import apply_affine, from_matvec
@@ -295,6 +296,11 @@ def test_prediction_reproduces_the_scores_of_a_combined_run(workdir, in_process,
     found = voxels(load(tmp_path, "C_flair"))[:, :, number]
     np.testing.assert_allclose(found, maps["scores"][0], rtol=1e-4, atol=1e-4)
     assert found.any()
+    moved = shutil.copytree(workdir / "experiments", tmp_path / "moved")
+    replace_weights(moved)
+    flags = (f"--combined={folder}", f"--logdir={moved}")
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", *flags)
+    expect_refusal(done, "with other weights", f"{FORWARD}/ema_0.5_000004.pt", "combine the runs again")
     for flags, message in (
         ((f"--combined={runs[0]}",), "is not a combined run"),
         ((f"--combined={folder}", "--scoring=published"), "leave out --scoring published"),
@@ -466,6 +472,13 @@ def test_the_threshold_is_found_in_a_copy_of_the_experiments(experiments, predic
     assert done.code == 0, done.stderr
 
 
+def test_a_test_run_of_an_earlier_version_is_used_with_a_warning(experiments, predict, tmp_path):
+    rewrite(experiments, weights={})
+    done = predict("raw/C/C_flair.nii.gz", tmp_path / "out", f"--logdir={experiments}", "--slices", 7, 8)
+    assert done.code == 0, done.stderr
+    assert "metrics.json is from an earlier version, which did not record the weights" in done.stdout
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_the_healthy_threshold_by_name_or_without_a_validation_threshold(experiments, predict, tmp_path, by_name):
     path = experiments / "results" / RESULTS["cyclic_unet"] / "metrics.json"
@@ -482,6 +495,14 @@ def train_on(experiments: Path) -> None:
     shutil.copy(experiments / FORWARD / "ema_0.5_000004.pt", experiments / FORWARD / "ema_0.5_000006.pt")
 
 
+def replace_weights(experiments: Path, name: str = FORWARD) -> None:
+    """Write other weights under the name of those that were tested, as a training with --overwrite does."""
+    path = experiments / name / "ema_0.5_000004.pt"
+    state = torch.load(path)
+    state[next(iter(state))] *= 1.01
+    torch.save(state, path)
+
+
 def forget_the_test(experiments: Path) -> None:
     shutil.rmtree(experiments / "results")
 
@@ -494,6 +515,11 @@ def rewrite(experiments: Path, **changes: object) -> None:
 STALE = {
     "never tested": (forget_the_test, ["no metrics.json in", RESULTS["cyclic_unet"]]),
     "trained on since": (train_on, ["with other weights", "ema_0.5_000004.pt", f"{FORWARD}/ema_0.5_000006.pt"]),
+    "trained again": (replace_weights, ["with other weights than are now in", f"{FORWARD}/ema_0.5_000004.pt"]),
+    "backward trained again": (
+        lambda folder: replace_weights(folder, BACKWARD),
+        ["with other weights than are now in", f"{BACKWARD}/ema_0.5_000004.pt"],
+    ),
     "no validation slices": (
         lambda folder: rewrite(folder, validation=None, healthy=None),
         ["no validation or healthy threshold"],

@@ -34,6 +34,24 @@ def test_the_table_has_both_methods_and_one_baseline(workspace, chain, as_subpro
         assert str(folder / "figures") in done.stdout
 
 
+def test_runs_on_different_test_sets_have_separate_tables(workspace, chain, in_process, tmp_path):
+    folders = [tmp_path / name for name in ("same", "other", "smaller", "input")]
+    path = workspace / "experiments/results" / UNETS / "metrics.json"
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    assert set(metrics["test_set"]) == {"flair", "seg", "brainmask"}
+    changes = [{}, {"test_set": metrics["test_set"] | {"flair": "other"}}, {"n_slices": 2}, {"test_set": {"t2": "?"}}]
+    for folder, change in zip(folders, changes, strict=True):
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps(metrics | change), encoding="utf-8")
+    done = in_process("evaluation.tables", path.parent, *folders, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "warning: 3 different test sets, a table for each: do not compare scores between tables\n" in done.stdout
+    assert done.stdout.count("\nmethod  ") == 3  # that of a run that shares no kind of image is not known to differ
+    done = in_process("evaluation.tables", path.parent, folders[0], cwd=tmp_path)
+    assert "warning" not in done.stdout
+    assert done.stdout.count("method  ") == 1
+
+
 def test_results_of_an_earlier_version_are_refused(workspace, chain, in_process, tmp_path):
     """Its metrics.json lacks the score, the error floor and the unsmoothed metrics."""
     metrics = json.loads((workspace / "experiments/results" / UNETS / "metrics.json").read_text(encoding="utf-8"))

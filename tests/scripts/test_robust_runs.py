@@ -338,6 +338,12 @@ def test_the_data_may_move_but_not_change(in_process, workdir, copy, tmp_path):
     done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'more'}", cwd=workdir)
     expect_sentence(done, "data.slices=5, not 6", "data.sha256=", "--overwrite")
     assert contents(copy) == before
+    shutil.copytree(workdir / "data", tmp_path / "changed")
+    path = tmp_path / "changed/train/t2/S1_t2_80.npy"
+    np.save(path, np.load(path)[::-1])
+    done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'changed'}", cwd=workdir)
+    expect_sentence(done, "was started with data.contents.t2=", "--overwrite")
+    assert contents(copy) == before
     shutil.copytree(workdir / "data", tmp_path / "moved")
     done = in_process(TRAIN, *longer, f"--data_dir={tmp_path / 'moved'}", cwd=workdir)
     assert done.code == 0, done.stderr
