@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.contrib.concurrent import thread_map
 
 from datasets.cohorts import MASKS, SPLITS, suggest_modality
-from datasets.quality import BACKGROUND, MAX_INTENSITY
+from datasets.quality import require_normalised
 from datasets.records import read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
@@ -138,20 +138,6 @@ def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:
 def resize_mask(mask: torch.Tensor, size: int) -> torch.Tensor:
     """Resize labels [1, H, W] to bool [1, size, size], True where the nearest pixel has a label above 0."""
     return F.interpolate(mask[None], (size, size), mode="nearest-exact")[0] > 0
-
-
-def require_normalised(kind: str, array: np.ndarray) -> None:
-    """Raise a ValueError unless the values of an array can be those of a slice of this kind."""
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"values of type {array.dtype}")
-    low, high = float(array.min()), float(array.max())
-    if kind in MASKS:
-        most = 1 if kind == "brainmask" else 255
-        if not (low >= 0 and high <= most) or (array.dtype.kind == "f" and (array % 1).any()):
-            raise ValueError(f"a {kind} must hold whole numbers from 0 to {most}, not {low:g} to {high:g}")
-    elif not (abs(low - BACKGROUND) < 1e-3 and BACKGROUND < high <= MAX_INTENSITY):
-        expected = f"{BACKGROUND:g}, the background, to at most {MAX_INTENSITY:g}"
-        raise ValueError(f"its values range from {low:g} to {high:g}, but those of a slice from {expected}")
 
 
 def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:

@@ -1,8 +1,10 @@
-"""Checks of a scan's intensities and brain, the same in preprocessing and in prediction."""
+"""Checks of volumes, the same in preprocessing and in prediction, and of the slices made from them."""
 
 from collections.abc import Mapping
 
 import numpy as np
+
+from datasets.cohorts import MASKS
 
 BACKGROUND = -3.0  # normalised intensity of the background and the lower quantile
 MAX_INTENSITY = 1e3  # normalised; a training would diverge on single damaged voxels beyond it
@@ -61,3 +63,17 @@ def coverage_warnings(nonzero: Mapping[str, np.ndarray], brain: np.ndarray) -> l
         if len(indices) < indices[-1] - indices[0] + 1:
             warnings.append(f"{modality} has empty slices between others")
     return warnings
+
+
+def require_normalised(kind: str, array: np.ndarray) -> None:
+    """Raise a ValueError unless the values of an array can be those of a slice of this kind."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"values of type {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if kind in MASKS:
+        most = 1 if kind == "brainmask" else 255
+        if not (low >= 0 and high <= most) or (array.dtype.kind == "f" and (array % 1).any()):
+            raise ValueError(f"a {kind} must hold whole numbers from 0 to {most}, not {low:g} to {high:g}")
+    elif not (abs(low - BACKGROUND) < 1e-3 and BACKGROUND < high <= MAX_INTENSITY):
+        expected = f"{BACKGROUND:g}, the background, to at most {MAX_INTENSITY:g}"
+        raise ValueError(f"its values range from {low:g} to {high:g}, but those of a slice from {expected}")
