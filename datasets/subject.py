@@ -222,7 +222,7 @@ class VolumeReader:
         if unknown.size:
             raise UserError(f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}")
         if (found != whole).any():
-            self.warnings.append(f"{kind}: labels are up to {MAX_ROUNDING} off whole numbers, which are used instead")
+            self.warnings.append(f"{kind}: labels up to {MAX_ROUNDING} off whole numbers are rounded")
         labels = np.zeros(labels.shape, np.uint8)
         labels[marked] = whole
         if grid.shape == self.grid.shape and np.allclose(grid.affine, self.grid.affine, atol=1e-3):
