@@ -19,7 +19,6 @@ import pytest
 
 from datasets.brats2021 import find_slices
 from datasets.cohorts import read_brats
-from datasets.quality import coverage_warnings
 from datasets.records import find_complete, load_records, read_lesion_flags, store
 from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
 from datasets.subject import choose_slices, normalise
@@ -274,20 +273,6 @@ def test_summary_names_the_flag_that_keeps_subjects_without_a_tumour(tmp_path, s
     for _ in range(2):  # also if the subjects have already been preprocessed
         assert (line in preprocess(tmp_path / "raw", tmp_path / "out").stdout) is said
     assert line not in preprocess(tmp_path / "raw", tmp_path / "all", "--test_slices", "all").stdout
-
-
-def test_gaps_in_a_modality_give_warnings():
-    full = np.zeros((8, 8, 9), bool)
-    full[1:7, 1:7, 1:8] = True
-    thinner, gaps = full.copy(), full.copy()
-    thinner[1, 1:4] = False  # 3 of 36 columns
-    gaps[:, :, 2:7:2] = False
-    assert coverage_warnings({"t1": full, "t2": thinner}, full) == []
-    assert coverage_warnings({"t1": full, "t2": gaps}, full) == [
-        "t2 is 0 in more than 10% of the brain",
-        "t2 has empty slices between others",
-    ]
-    assert coverage_warnings({"t1": gaps}, gaps) == ["t1 has empty slices between others"]
 
 
 def test_brain_mask_is_the_union_of_the_requested_modalities(cohort, tmp_path):
