@@ -183,6 +183,8 @@ class VolumeReader:
         path = self.subject.volumes[kind]
         volume, grid = read_volume(path)
         self.warnings += [f"{kind}: {warning}" for warning in header_warnings(path)]
+        if kind not in MASKS and "brainmask" not in self.subject.volumes:
+            require_background(volume)  # before a grid is placed around all that is not 0
         if self.grid is None:
             self.first = path
             self.grid = grid if self.settings.shared_grid else place_brats_grid(path, volume != 0, grid)
@@ -203,8 +205,6 @@ class VolumeReader:
         """
         volume, grid = self.read(modality)
         self.warnings += [f"{modality}: {warning}" for warning in intensity_warnings(volume)]
-        if brainmask is None:
-            require_background(volume)
         volume = volume if self.settings.shared_grid else resample_intensities(volume, grid.affine, self.grid)
         return volume if brainmask is None else np.where(brainmask, volume, 0)
 
