@@ -1,6 +1,8 @@
 """Raw data sets and their preprocessing: both naming schemes of BraTS, and tables of other data sets."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -14,6 +16,7 @@ from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here
 from utils.cli import UserError
+from utils.grid import SliceGeometry
 
 pytestmark = pytest.mark.xdist_group("cohorts")  # one process, so that the scans are sliced once
 
@@ -169,6 +172,18 @@ def test_table_with_all_columns(tmp_path):
     assert cohort.list_folders == ()
 
 
+@pytest.mark.parametrize(("delimiter", "word"), [(",", None), (";", "semicolons"), ("\t", "tabs")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_separated_by_other_characters_are_read_and_said(tmp_path, capsys, delimiter, word, end):
+    cells = ("subject", "FLAIR", "seg"), ("A", '"a, b; and\tc.nii"', "s.nii"), ("B", "b.nii", "")
+    path = write_table(tmp_path, end.join(map(delimiter.join, cells)))
+    cohort = read_table(path)
+    volumes = {"FLAIR": tmp_path / "a, b; and\tc.nii", "seg": tmp_path / "s.nii"}
+    assert {name: subject.volumes for name, subject in cohort.subjects.items()} == {"A": volumes}
+    assert cohort.excluded == ("B",)
+    assert capsys.readouterr().out == (f"{path} is separated by {word}\n" if word else "")
+
+
 BAD_TABLES = {  # the text, parts of the message
     "no text": (b"subject,a\n\xff\xfe,x", "cannot be read", "save it as UTF-8"),
     "no CSV": ('subject,a,seg\n"A"x,a,s', "cannot be read"),
@@ -244,6 +259,62 @@ def test_flags_that_do_not_fit_a_table_are_refused(tmp_path, args, fragments):
     done = run_script("--output_dir", tmp_path / "out", *args, cwd=tmp_path)
     expect_refusal(done, *fragments)
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The same scan twice
+
+WAYS = {  # that one file can be another
+    "copy": shutil.copy,
+    "symbolic link": lambda source, target: target.symlink_to(source),
+    "hard link": lambda source, target: target.hardlink_to(source),
+    "gunzipped": lambda source, target: target.write_bytes(gzip.decompress(source.read_bytes())),
+    "gzipped again": lambda source, target: target.write_bytes(gzip.compress(gzip.decompress(source.read_bytes()), 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory) -> Path:
+    """Write three small subjects, and a table of their files. Shared: copy the folder to change it."""
+    folder = tmp_path_factory.mktemp("brats")
+    names = [make_brats(folder, number, named_2023=False) for number in range(3)]
+    kinds = ("flair", "t1", "seg")
+    rows = [",".join((name, *(f"{name}/{name}_{kind}.nii.gz" for kind in kinds))) for name in names]
+    write_table(folder, "\n".join(("subject,flair,t1,seg", *rows)))
+    return folder
+
+
+@pytest.mark.parametrize("source", ["--data_dir", "--csv"])
+@pytest.mark.parametrize("target", ["BraTS2021_00001/BraTS2021_00001_flair", "BraTS2021_00002/BraTS2021_00002_t1"])
+@pytest.mark.parametrize("way", WAYS)
+def test_scans_given_twice_are_refused_before_anything_is_written(brats, tmp_path, source, target, way):
+    """The copy is the flair of another subject, or the other modality of the same."""
+    data_dir, out = Path(shutil.copytree(brats, tmp_path / "raw")), tmp_path / "out"
+    original, copy = data_dir / "BraTS2021_00002/BraTS2021_00002_flair.nii.gz", data_dir / f"{target}.nii.gz"
+    copy.unlink()
+    WAYS[way](original, copy)
+    place = data_dir if source == "--data_dir" else data_dir / "cohort.csv"
+    args = (source, place, "--modality", "flair,t1", "--slices", 4, 7, "--output_dir", out)
+    expect_refusal(run_script(*args, cwd=tmp_path), str(original), str(copy), "are the same scan: give each")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("replaced", "spelt"),
+    [
+        ("BraTS2021_00002/BraTS2021_00002_t1.nii.gz", "BraTS2021_00001/../{}"),
+        ("BraTS2021_00001/BraTS2021_00001_flair.nii.gz", "{}"),
+        ("BraTS2021_00001/BraTS2021_00001_flair.nii.gz", "{folder}/{}"),
+    ],
+)
+def test_one_file_in_two_spellings_is_refused(brats, tmp_path, replaced, spelt):
+    folder, out = Path(shutil.copytree(brats, tmp_path / "raw")), tmp_path / "out"
+    original = "BraTS2021_00002/BraTS2021_00002_flair.nii.gz"
+    path = folder / "cohort.csv"
+    path.write_text(path.read_text().replace(replaced, spelt.format(original, folder=folder)))
+    done = run_script("--csv", path, "--output_dir", out, cwd=tmp_path)
+    expect_refusal(done, str(folder / original), str(folder / spelt.format(original, folder=folder)), "same scan")
+    assert not out.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -474,6 +545,99 @@ def test_second_run_writes_nothing_and_a_changed_table_is_refused(scans, sliced,
     table.write_text("\n".join(good).replace("masked/brainmask.nii", ""))
     done = run_script(*args, "FLAIR,T2-w")
     expect_refusal(done, "masked, made from a different brainmask")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Unusual masks in a table
+
+SMALL_DEPTH = 44
+AFFINE, SPACE, MIDDLE = GEOMETRIES["coarse"]
+EVERY = ("--slices", 0, SMALL_DEPTH, "--test_slices", "all")
+
+
+@pytest.fixture
+def small_grid(monkeypatch) -> None:
+    """Replace the BraTS grid by one with the coarse voxels, which takes a fraction of the time."""
+    monkeypatch.setattr("datasets.subject.BRATS_SLICES", SliceGeometry("LPS", (4.0, 4.0, 4.0), (60, 60)))
+    monkeypatch.setattr("datasets.subject.DEPTH", SMALL_DEPTH)
+
+
+def write_two(folder: Path, **volumes: tuple[np.ndarray, np.ndarray]) -> Path:
+    """Write a training and a test subject with a FLAIR and these other volumes, [*shape] with their affines."""
+    flair = volumes.pop("FLAIR", (head(AFFINE, SPACE, MIDDLE, "FLAIR"), AFFINE))
+    rows = [",".join(("subject", "split", "FLAIR", *volumes))]
+    for factor, part in enumerate(("train", "test"), start=1):
+        save(folder / f"{part}/FLAIR.nii", flair[0] * np.float32(factor), flair[1])
+        for kind, (volume, affine) in volumes.items():
+            save(folder / f"{part}/{kind}.nii", volume, affine)
+        rows.append(",".join((f"{part}er", part, *(f"{part}/{kind}.nii" for kind in ("FLAIR", *volumes)))))
+    return write_table(folder, "\n".join(rows))
+
+
+def numbers(out: Path, part: str) -> list[int]:
+    """Return the numbers of a split's slices."""
+    return sorted(int(path.stem.rpartition("_")[2]) for path in (out / part / "seg").iterdir())
+
+
+def test_slices_that_the_segmentation_does_not_cover_are_left_out(tmp_path, small_grid):
+    """The segmentation ends below the top of the brain; one on a finer grid covers all of it."""
+    seg = head(AFFINE, SPACE, MIDDLE, "seg") // 7 * np.uint8(255)
+    fine = nibabel.affines.from_matvec(np.diag([-3, 3, 3]), (110, -100, 0))
+    masks = {
+        "whole": (seg, AFFINE),
+        "cropped": (seg[:, :, :28], AFFINE),
+        "finer": (head(fine, (74, 74, 60), MIDDLE, "seg") // 7 * np.uint8(255), fine),
+    }
+    found, printed = {}, {}
+    for name, mask in masks.items():
+        table, out = write_two(tmp_path / name, seg=mask), tmp_path / name / "out"
+        printed[name] = preprocess("--csv", table, "--output_dir", out, *EVERY)
+        found[name] = {part: numbers(out, part) for part in ("train", "test")}
+        labels = np.concatenate([np.load(path) for path in (out / "test/seg").iterdir()])
+        assert (labels.dtype, set(np.unique(labels))) == (np.uint8, {0, 255})
+    uncovered = np.flatnonzero(head(AFFINE, SPACE, MIDDLE, "brainmask").any(axis=(0, 1)))[-5:]
+    assert uncovered.tolist() == [28, 29, 30, 31, 32]
+    assert found["finer"] == found["whole"]
+    assert found["cropped"] == {part: whole[:-5] for part, whole in found["whole"].items()}
+    sentence = "warning: seg ends before the brain, and slices that it does not cover are left out: 2 (tester, trainer)"
+    assert sentence in printed["cropped"]
+    assert "warning" not in printed["whole"] + printed["finer"]
+
+
+def test_labels_a_hair_off_whole_numbers_are_rounded_and_said(tmp_path, small_grid):
+    seg = head(AFFINE, SPACE, MIDDLE, "seg")
+    labels, near = ((seg * 1.0).astype(np.float32) for _ in range(2))
+    for whole, value in ((1, 0.9882), (2, 2.0235), (3, 3.00003), (255, 254.96)):
+        place = tuple(np.argwhere(seg)[whole % 100])
+        labels[place], near[place] = whole, value
+    slices, said = {}, "warning: seg: labels are up to 0.05 off whole numbers, which are used instead: 2 (tester, "
+    for name, mask in {"labels": labels, "near": near}.items():
+        table, out = write_two(tmp_path / name, seg=(mask, AFFINE)), tmp_path / name / "out"
+        assert (said in preprocess("--csv", table, "--output_dir", out, *EVERY)) is (name == "near")
+        slices[name] = written(out)
+    assert slices["near"] == slices["labels"]
+    for value in (0.94, 3.5, 255.6):
+        table = write_two(tmp_path / "far", seg=(np.where(seg, np.float32(value), 0), AFFINE))
+        done = run_script("--csv", table, "--output_dir", tmp_path / f"out{value}", *EVERY)
+        assert done.code == 1
+        assert done.stderr.count(f"must hold labels, whole numbers from 0 to 255, but holds {value}; ") == 2
+
+
+def test_a_brain_mask_replaces_any_background(tmp_path, small_grid):
+    """With one, a background of -1024 gives the same slices as one of 0; without, the subjects are left out."""
+    flair = head(AFFINE, SPACE, MIDDLE, "FLAIR")
+    mask, seg = ((head(AFFINE, SPACE, MIDDLE, kind), AFFINE) for kind in ("brainmask", "seg"))
+    slices = {}
+    for background in (0, -1024):
+        volume = np.where(flair == 0, background, flair), AFFINE
+        table, out = write_two(tmp_path, FLAIR=volume, brainmask=mask, seg=seg), tmp_path / f"out{background}"
+        assert "warning" not in preprocess("--csv", table, "--output_dir", out, *EVERY)
+        slices[background] = written(out)
+    assert slices[-1024] == slices[0] != {}
+    bare = write_two(tmp_path, FLAIR=volume, seg=seg)
+    done = run_script("--csv", bare, "--output_dir", tmp_path / "bare", *EVERY)
+    assert (done.code, done.stderr.count("FLAIR.nii cannot be normalised: its background is -")) == (1, 2)
+    assert not written(tmp_path / "bare")
 
 
 # ----------------------------------------------------------------------------------------------------------

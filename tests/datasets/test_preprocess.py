@@ -17,9 +17,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from datasets.brats2021 import find_slices
+from datasets.brats2021 import BraTS2021Dataset, find_slices
 from datasets.cohorts import read_brats
-from datasets.records import find_complete, load_records, read_lesion_flags, store
+from datasets.records import find_complete, load_records, read_lesion_flags, read_preprocessing, store
 from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
 from datasets.subject import choose_slices, normalise
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here, run_process
@@ -315,6 +315,63 @@ def test_scaled_and_uncompressed_volumes_are_read(cohort, tmp_path):
     assert (tmp_path / "scaled" / seg).read_bytes() == (tmp_path / "plain" / seg).read_bytes()
 
 
+def rename(path: Path, suffix: str) -> None:
+    """Give a gzipped volume another suffix, without changing the file."""
+    path.rename(path.with_name(path.name.replace(".nii.gz", suffix)))
+
+
+UNUSUAL = {  # the kind, the change, the sentence
+    "trailing axes": (
+        "t1",
+        lambda path: save(path, np.asarray(nibabel.load(path).dataobj)[..., None, None]),
+        "t1: the volume has trailing axes of length 1, which are left out",
+    ),
+    "gzipped, by its name not": (
+        "t1",
+        lambda path: rename(path, ".nii"),
+        "t1: the file is gzipped, unlike its name says",
+    ),
+    "not gzipped, by its name so": (
+        "flair",
+        lambda path: path.write_bytes(gzip.decompress(path.read_bytes())),
+        "flair: the file is not gzipped, unlike its name says",
+    ),
+    "labels nearly whole": (
+        "seg",
+        lambda path: save(path, np.asarray(nibabel.load(path).dataobj) * np.float32(1.00588)),
+        "seg: labels are up to 0.05 off whole numbers, which are used instead",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_volumes_give_the_same_slices_and_a_warning(cohort, finished, tmp_path, case):
+    kind, change, sentence = UNUSUAL[case]
+    data_dir, out = Path(shutil.copytree(cohort, tmp_path / "raw")), tmp_path / "out"
+    change(data_dir / f"P_val/P_val_{kind}.nii.gz")
+    assert f"warning: {sentence}: 1 (P_val); check these volumes\n" in preprocess(data_dir, out).stdout
+    slices = {name: data for name, data in contents(finished).items() if name.endswith(".npy")}
+    assert {name: data for name, data in contents(out).items() if name.endswith(".npy")} == slices
+
+
+def test_slices_where_a_modality_shows_no_brain_are_left_out(cohort, tmp_path):
+    """In two slices one modality is 0, and in one it is as dark as the lower quantile."""
+    data_dir = Path(shutil.copytree(cohort, tmp_path / "raw"))
+    for subject, modality, z, change in (
+        ("P_train", "t2", 6, lambda brain: 0 * brain),
+        ("P_train", "t1", 7, lambda brain: 0 * brain - 30),  # the darkest voxels elsewhere
+        ("P_val", "flair", 6, lambda brain: 0 * brain),
+    ):
+        volume = raw(data_dir, subject, modality).copy()
+        volume[..., z] = np.where(volume[..., z], change(volume[..., z]), 0)
+        save(data_dir / subject / f"{subject}_{modality}.nii.gz", volume)
+    stdout = preprocess(data_dir, tmp_path / "out").stdout
+    written = sorted(path.name for path in tmp_path.glob("out/*/seg/*"))
+    # 7 has the same number of tumour pixels as 6.
+    assert written == [f"P_{which}.npy" for which in ("test_seg_8", "train_seg_4", "train_seg_8", "val_seg_7")]
+    assert "warning: t2 has empty slices between others: 1 (P_train)" in stdout
+
+
 def test_files_depend_neither_on_workers_nor_on_an_earlier_run(cohort, tmp_path):
     preprocess(cohort, tmp_path / "one", "--workers", 1)
     preprocess(cohort, tmp_path / "two", "--workers", 2)
@@ -441,7 +498,7 @@ def edit_records(output_dir: Path, edit: Callable[[dict], object], subject: str 
 
 
 def test_records_of_earlier_versions_count_as_the_largest_slices(cohort, output_dir):
-    edit_records(output_dir, lambda made_with: [made_with.pop(key) for key in ("test_slices", "lesion")])
+    edit_records(output_dir, lambda made_with: [made_with.pop(key) for key in ("test_slices", "lesion", "rules")])
     before = listing(output_dir)
     assert "already preprocessed: 5 of 5 subjects\n" in preprocess(cohort, output_dir).stdout
     assert read_lesion_flags(output_dir) == {}
@@ -451,6 +508,48 @@ def test_records_of_earlier_versions_count_as_the_largest_slices(cohort, output_
     assert listing(output_dir) == before
     edit_records(output_dir, lambda made_with: made_with.update(test_slices="all"))
     expect_refusal(run_script(*args), "--test_slices all, not largest", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now"),
+    [
+        ("percentage_lower", 0.02, 0.1),
+        ("percentage_upper", 0.9, 0.8),
+        ("test_slices", "largest", "all"),
+        ("rules", 1, 2),
+    ],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_slices_of_different_runs_are_neither_trained_nor_tested_on(output_dir, key, before, now, recorded):
+    """Records of earlier versions lack some of the keys."""
+    if not recorded and key in ("test_slices", "rules"):
+        edit_records(output_dir, lambda made_with: made_with.pop(key))
+    edit_records(output_dir, lambda made_with: made_with.update({key: before}), "P_train")
+    read_preprocessing(output_dir)
+    edit_records(output_dir, lambda made_with: made_with.update({key: now}), "P_val")
+    for part in ("train", "test"):
+        with pytest.raises(UserError, match="mixes slices that do not belong together") as refused:
+            BraTS2021Dataset(output_dir, part, ["t1", "seg"], 16, progress=False)
+        [other] = {name for name in TUMOURS if f"{name} with {key} {before}" in str(refused.value)}
+        assert other != "P_val"
+        assert f"P_val with {key} {now}" in str(refused.value)
+        assert f"{output_dir} " in str(refused.value)
+        assert "--overwrite" in str(refused.value)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_slices_of_other_rules_are_replaced_with_overwrite_only(cohort, finished, output_dir, recorded):
+    """Records without rules count as the first version of them."""
+    if not recorded:
+        edit_records(output_dir, lambda made_with: made_with.pop("rules"))
+        assert "already preprocessed: 5 of 5 subjects\n" in preprocess(cohort, output_dir).stdout
+    edit_records(output_dir, lambda made_with: made_with.update(rules=2), "P_val")
+    before = listing(output_dir)
+    result = run_script("--data_dir", cohort, "--output_dir", output_dir, "--slices", 4, 9)
+    expect_refusal(result, f"{output_dir} contains P_val, made by another version", "pass --overwrite")
+    assert listing(output_dir) == before
+    preprocess(cohort, output_dir, "--overwrite")
+    assert contents(output_dir) == contents(finished)
 
 
 def test_overwrite_removes_the_earlier_slices(cohort, output_dir, tmp_path):
@@ -808,6 +907,8 @@ BAD_VOLUMES = {  # the kind, the damage, parts of the message
     "label 5": ("seg", voxels(lambda seg: seg + np.uint8(5)), "must hold labels", "holds 5"),
     "label outside the slices": ("seg", voxels(lambda seg: seg + np.uint8([9] + 11 * [0])), "must hold labels"),
     "label between": ("seg", voxels(lambda seg: seg + 0.5), "must hold labels", "0.5"),
+    "label near none": ("seg", voxels(lambda seg: seg * 0.94), "must hold labels", "holds 0.94"),
+    "label between high ones": ("seg", voxels(lambda seg: seg * 3.5), "must hold labels", "holds 3.5"),
     "label below 0": ("seg", voxels(lambda seg: seg.astype(np.int16) - 1), "must hold labels", "-1"),
     "label NaN": ("seg", voxels(lambda seg: seg * np.nan), "must hold labels", "nan"),
 }
@@ -850,6 +951,22 @@ def test_bad_subjects_do_not_affect_the_others(damaged_cohort, finished):
     assert f"train: left out, bad volumes: {n_train} (B00, B02, B04, B06, B08 and " in result.stdout
     lists = set(LIST_NAMES.values())
     assert contents(output_dir) == {name: data for name, data in contents(finished).items() if name not in lists}
+
+
+def test_empty_and_damaged_duplicates_are_left_out_one_by_one(cohort, tmp_path):
+    """The damaged file has the size and the stored checksum of the other."""
+    data_dir, out = Path(shutil.copytree(cohort, tmp_path / "raw")), tmp_path / "out"
+    for name in ("P_sick", "P_well"):
+        save(data_dir / name / f"{name}_t1.nii.gz", np.zeros(SHAPE, np.int16))
+    data = bytearray((data_dir / "P_val/P_val_t1.nii.gz").read_bytes())
+    data[len(data) // 2] ^= 255
+    (data_dir / "P_test/P_test_t1.nii.gz").write_bytes(data)
+    result = run_script("--data_dir", data_dir, "--output_dir", out, "--slices", 4, 9)
+    assert (result.code, result.stderr.count("\n")) == (1, 3)
+    for name, reason in (("sick", "every voxel is 0"), ("well", "every voxel is 0"), ("test", "cannot be read")):
+        [line] = [line for line in result.stderr.splitlines() if f"P_{name}_t1.nii.gz" in line]
+        assert reason in line
+    assert sorted(find_complete(out)) == ["P_train", "P_val"]
 
 
 def test_rerun_makes_a_subject_whose_file_was_replaced(cohort, finished, tmp_path):
