@@ -1,14 +1,20 @@
 """The dataset of preprocessed slices, and the batches for training and testing."""
 
+import io
+import json
 import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.brats2021 import BraTS2021Dataset, find_slices
@@ -40,6 +46,12 @@ def arrays() -> dict[str, dict[tuple[str, int], np.ndarray]]:
 def data_dir(tmp_path, arrays, write_slices):
     write_slices(tmp_path, "train", arrays)
     return tmp_path
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Set the available memory, in bytes."""
+    return lambda n: monkeypatch.setattr("datasets.brats2021.available_memory", lambda: n)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,13 +178,257 @@ def test_split_without_slices(tmp_path, write_slices):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Slices that preprocessing cannot have made
+
+
+def put(value: float, dtype: type | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Convert to another dtype, and set one pixel of the brain."""
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.astype(dtype or array.dtype)
+        array[20, 20] = value
+        return array
+
+    return change
+
+
+FOREIGN = {  # the kind, the change, a part of the reason
+    "negative labels": ("seg", put(-1, np.int16), "whole numbers from 0 to 255, not -1 to "),
+    "labels that are not finite": ("seg", put(np.nan, np.float32), "whole numbers from 0 to 255, not nan"),
+    "infinite labels": ("seg", put(np.inf, np.float32), "whole numbers from 0 to 255, not 0 to inf"),
+    "half labels": ("seg", put(0.5, np.float32), "whole numbers from 0 to 255"),
+    "labels above 255": ("seg", put(256, np.uint16), "whole numbers from 0 to 255, not 0 to 256"),
+    "brain of 2": ("brainmask", put(2), "whole numbers from 0 to 1, not 0 to 2"),
+    "brain of 255": ("brainmask", lambda mask: mask * np.uint8(255), "whole numbers from 0 to 1, not 0 to 255"),
+    "probable brain": ("brainmask", put(0.7, np.float32), "whole numbers from 0 to 1"),
+    "complex labels": ("seg", lambda seg: seg.astype(np.complex64), "values of type complex64"),
+    "raw intensities": ("t2", lambda image: (image + 3) * 150, "its values range from 0 to "),
+    "too bright": ("t2", put(1001), "its values range from -3 to 1001"),
+    "too dark": ("flair", put(-3.1), "its values range from -3.1 to "),
+    "another background": ("flair", lambda image: image + 0.1, "its values range from -2.9 to "),
+    "one NaN": ("flair", put(np.nan), "its values range from nan"),
+    "infinite": ("flair", put(np.inf), "its values range from -3 to inf"),
+    "all background": ("t2", lambda image: np.full_like(image, -3), "its values range from -3 to -3"),
+    "no pixels": ("t2", lambda image: image[:0], "zero-size array"),
+    "text": ("t2", lambda image: image.astype("U3"), "values of type <U3"),
+}
+
+
+def rewrite(data_dir: Path, kind: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """Change one slice of a kind; return its path."""
+    path = data_dir / f"train/{kind}/BraTS2021_00007_{kind}_70.npy"
+    np.save(path, change(np.load(path)))
+    return path
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_slices_are_refused_by_name(data_dir, case, keep):
+    kind, change, reason = FOREIGN[case]
+    path = rewrite(data_dir, kind, change)
+    with pytest.raises(UserError) as refused:
+        BraTS2021Dataset(data_dir, "train", KINDS, 16, progress=False, keep=keep)
+    message = str(refused.value)
+    assert message.startswith(f"a slice in {data_dir / 'train'} cannot be read ({path}: ")
+    assert reason in message
+    assert message.endswith("): preprocess again with --overwrite")
+    others = [other for other in KINDS if other != kind]
+    assert len(BraTS2021Dataset(data_dir, "train", others, 16, progress=False)) == 3
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE + 1), (SIZE - 1, SIZE - 1)])
+def test_slices_of_another_shape_than_the_others_are_refused(data_dir, shape):
+    for kind in KINDS:
+        rewrite(data_dir, kind, lambda array: np.resize(np.pad(array, 1, mode="edge"), shape))
+    with pytest.raises(UserError) as refused:
+        BraTS2021Dataset(data_dir, "train", KINDS, 16, progress=False)
+    assert f"BraTS2021_00007_70 {shape}" in str(refused.value)
+    assert f"BraTS2021_00007_71 {(SIZE, SIZE)}" in str(refused.value)
+    assert str(refused.value).endswith("preprocess again with --overwrite")
+
+
+OTHER_FORMS = {  # the kinds, another form of the same pixels, whether the bytes are the same
+    "double precision": (("flair", "t2"), lambda image: image.astype(np.float64), False),
+    "bool": (("brainmask",), lambda mask: mask.astype(bool), True),
+    "16-bit labels": (("seg",), lambda seg: seg.astype(np.int16), False),
+    "labels as floats": (("seg", "brainmask"), lambda mask: mask.astype(np.float32), False),
+    "columns first": (KINDS, np.asfortranarray, True),
+    "big-endian": (("flair",), lambda image: image.astype(">f4"), False),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FORMS)
+def test_the_same_pixels_in_another_form_are_accepted(data_dir, case):
+    kinds, change, same_bytes = OTHER_FORMS[case]
+    expected = BraTS2021Dataset(data_dir, "train", KINDS, 16, progress=False)
+    for kind in kinds:
+        rewrite(data_dir, kind, change)
+    found = BraTS2021Dataset(data_dir, "train", KINDS, 16, progress=False)
+    for item, other in zip(found, expected, strict=True):
+        assert all(torch.equal(item[kind], other[kind]) for kind in KINDS)
+        assert all(item[kind].dtype == other[kind].dtype for kind in KINDS)
+    assert (found.fingerprint == expected.fingerprint) is same_bytes
+
+
+@pytest.mark.parametrize(("asked", "other"), [("train", "test"), ("test", "train"), ("train", "val")])
+def test_subjects_in_two_splits_are_refused(data_dir, asked, other):
+    """One slice of a subject is copied into another split, under the number of another slice."""
+    (data_dir / "train").rename(data_dir / asked)
+    for kind in KINDS:
+        (data_dir / other / kind).mkdir(parents=True)
+        one = data_dir / asked / kind / f"BraTS2021_00007_{kind}_70.npy"
+        shutil.copy(one, data_dir / other / kind / f"BraTS2021_00007_{kind}_3.npy")
+    for part in (asked, other):
+        with pytest.raises(UserError, match=r"BraTS2021_00007 is both in .*: preprocess again with") as refused:
+            BraTS2021Dataset(data_dir, part, KINDS, 16, progress=False)
+        assert {str(data_dir / part) in str(refused.value) for part in (asked, other)} == {True}
+
+
+def valid_slice(kind: str) -> np.ndarray:
+    """Return a small slice of a kind."""
+    values = np.random.default_rng(0).uniform(-2.9, 4, (6, 7)).astype(np.float32)
+    inside = np.pad(np.ones((4, 5), bool), 1)
+    if kind == "flair":
+        return np.where(inside, values, np.float32(-3))
+    return (inside * (4 if kind == "seg" else 1)).astype(np.uint8)
+
+
+DTYPES = ("u1", "i1", "i2", ">i4", "i8", "u8", "f2", "<f4", ">f8", "g", "?", "c8", "S3", "U2", "O", "M8[s]")
+VALUES = (-3, -3.0005, -3.01, -2, 0, -0.0, 0.5, 1, 2, 3.5, 255, 256, 1000, 1001, -1e30, 1e39, np.nan, np.inf, -np.inf)
+SHAPINGS = {
+    "same": lambda array: array,
+    "turned": lambda array: array.T,
+    "a line": lambda array: array[:1],
+    "fewer lines": lambda array: array[:-1],
+    "none": lambda array: array[:0],
+    "a volume": lambda array: array[None],
+    "flat": lambda array: array.ravel(),
+    "a number": lambda array: array[0, 0],
+    "columns first": np.asfortranarray,
+}
+
+
+@st.composite
+def slice_files(draw, kind: str) -> bytes:
+    """Draw the bytes of a slice whose type, values, shape or file may be wrong."""
+    array, how = valid_slice(kind), draw(st.sets(st.sampled_from(("dtype", "values", "shape", "bytes"))))
+    if "values" in how:
+        for index, value in draw(st.dictionaries(st.integers(0, 41), st.sampled_from(VALUES), max_size=3)).items():
+            array = array.astype(np.float64)
+            array.flat[index] = value
+    if "dtype" in how:
+        with np.errstate(all="ignore"):
+            array = np.nan_to_num(array).astype(draw(st.sampled_from(DTYPES)))
+    if "shape" in how:
+        array = SHAPINGS[draw(st.sampled_from(list(SHAPINGS)))](array)
+    np.save(file := io.BytesIO(), array)
+    data = bytearray(file.getvalue())
+    if "bytes" in how:
+        end = draw(st.sampled_from(("cut", "add", "change")))
+        if end == "cut":
+            return bytes(data[: draw(st.integers(0, len(data)))])
+        if end == "add":
+            return bytes(data) + draw(st.binary(min_size=1, max_size=20))
+        for place in draw(st.lists(st.integers(0, 127) | st.integers(0, len(data) - 1), min_size=1, max_size=3)):
+            data[place] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+def test_any_file_is_refused_or_gives_a_valid_slice(tmp_path, write_slices):
+    kinds, outcomes = ("flair", "seg", "brainmask"), {"read": 0, "refused": 0}
+    write_slices(tmp_path, "test", {kind: {("A", 1): valid_slice(kind)} for kind in kinds})
+    paths = {kind: tmp_path / f"test/{kind}/A_{kind}_1.npy" for kind in kinds}
+    valid = {kind: path.read_bytes() for kind, path in paths.items()}
+
+    @settings(max_examples=500, deadline=None, derandomize=True, database=None)
+    @given(data=st.data(), kind=st.sampled_from(kinds), alone=st.booleans(), keep=st.booleans())
+    def check(data, kind, alone, keep):
+        paths[kind].write_bytes(data.draw(slice_files(kind)))
+        asked = (kind,) if alone else kinds
+        try:
+            dataset, refusal = BraTS2021Dataset(tmp_path, "test", asked, 16, progress=False, keep=keep), ""
+        except UserError as error:
+            refusal = str(error)
+        outcomes["refused" if refusal else "read"] += 1
+        if refusal:
+            assert refusal.startswith(f"a slice in {tmp_path / 'test'} cannot be read (")
+            assert f"A_{kind}_1.npy: " in refusal or "slice A_1 has shapes" in refusal
+            assert refusal.endswith("preprocess again with --overwrite")
+            assert "\n" not in refusal
+        else:
+            [item] = dataset
+            assert {kind: (item[kind].dtype, tuple(item[kind].shape)) for kind in asked} == {
+                kind: (torch.float32 if kind == "flair" else torch.bool, (1, 16, 16)) for kind in asked
+            }
+            assert "flair" not in asked or -3.001 <= item["flair"].min() <= item["flair"].max() <= 1000.001
+        paths[kind].write_bytes(valid[kind])
+
+    check()
+    assert min(outcomes.values()) > 100, f"one-sided examples: {outcomes}"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+def fingerprint(data_dir: Path, kinds: tuple[str, ...] = KINDS, **options: bool) -> dict:
+    return BraTS2021Dataset(data_dir, "train", kinds, 16, progress=False, **options).fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_byte_changes_the_fingerprint_of_its_kind_only(data_dir, kind):
+    before = fingerprint(data_dir)
+
+    def change(array: np.ndarray) -> np.ndarray:
+        array.view(np.uint8)[20, 20 * array.itemsize] ^= 1  # the byte of a pixel that matters least
+        return array
+
+    rewrite(data_dir, kind, change)
+    after = fingerprint(data_dir)
+    assert sorted(before["contents"]) == sorted(KINDS)
+    assert {other for other in KINDS if before["contents"][other] != after["contents"][other]} == {kind}
+    assert before | {"contents": None} == after | {"contents": None}
+
+
+def test_the_fingerprint_depends_on_the_slices_only(data_dir, tmp_path_factory, memory):
+    """It depends neither on the folder, nor on the order of kinds, nor on where the slices are kept."""
+    before = fingerprint(data_dir)
+    assert before["slices"] == 3
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "x"
+    shutil.copytree(data_dir, elsewhere)
+    assert fingerprint(elsewhere) == before
+    assert json.dumps(fingerprint(data_dir, KINDS[::-1]), sort_keys=True) == json.dumps(before, sort_keys=True)
+    assert fingerprint(data_dir, keep=False) == before
+    memory(0)
+    assert fingerprint(data_dir) == before
+    one = data_dir / "train/flair/BraTS2021_00007_flair_70.npy"
+    other = one.with_name("BraTS2021_00007_flair_71.npy")
+    pixels = one.read_bytes(), other.read_bytes()
+    one.write_bytes(pixels[1])
+    other.write_bytes(pixels[0])
+    assert fingerprint(data_dir)["contents"]["flair"] != before["contents"]["flair"]
+
+
+def test_other_names_and_kinds_have_other_fingerprints(data_dir):
+    before = fingerprint(data_dir, ("flair", "seg"))
+    assert fingerprint(data_dir, ("flair",))["sha256"] != before["sha256"]
+    for kind in ("flair", "seg"):
+        path = data_dir / f"train/{kind}/BraTS2021_00007_{kind}_70.npy"
+        path.rename(path.with_name(path.name.replace("_70", "_69")))
+    after = fingerprint(data_dir, ("flair", "seg"))
+    assert after["sha256"] != before["sha256"]
+    assert after["contents"] == before["contents"]
+
+
+def test_kinds_given_twice_count_once(data_dir):
+    assert fingerprint(data_dir, ("flair", "flair")) == fingerprint(data_dir, ("flair",))
+    dataset = BraTS2021Dataset(data_dir, "train", ["flair", "flair"], 16, progress=False)
+    assert dataset.kinds == ["flair"]
+    assert set(dataset[0]) == {"flair", "name"}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # In memory, or read on demand
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """Set the available memory, in bytes."""
-    return lambda n: monkeypatch.setattr("datasets.brats2021.available_memory", lambda: n)
 
 
 @pytest.fixture
