@@ -76,7 +76,7 @@ def header_warnings(path: Path) -> list[str]:
         warned.append("the volume has trailing axes of length 1, which are left out")
     found = {name: _orientation(header, name) for name in ("sform", "qform") if header[f"{name}_code"] > 0}
     if not found:
-        axcodes = "".join(map(str, nibabel.aff2axcodes(header.get_best_affine())))
+        axcodes = _orientation(header, "best_affine")
         warned.append(f"the header has no orientation (sform and qform codes are 0); assuming {axcodes}")
     elif len(set(found.values()) - {None}) > 1:
         said = " and ".join(f"{name} {axcodes}" for name, axcodes in found.items())
@@ -85,8 +85,8 @@ def header_warnings(path: Path) -> list[str]:
 
 
 def _orientation(header: nibabel.Nifti1Header, name: str) -> str | None:
-    """Return the directions of the axes in a header's sform or qform, None if they are undefined."""
-    with suppress(ValueError, HeaderDataError, np.linalg.LinAlgError):
+    """Return the directions of the axes in a header's sform, qform or best_affine, None if they are undefined."""
+    with suppress(ValueError, HeaderDataError, np.linalg.LinAlgError), np.errstate(all="ignore"):
         axcodes = nibabel.aff2axcodes(getattr(header, f"get_{name}")())
         return None if None in axcodes else "".join(axcodes)
 
@@ -113,13 +113,16 @@ def checksum(path: Path) -> int:
     Raises:
         UserError: if the file cannot be read.
     """
-    with explain_errors(path), path.open("rb") as file:
-        if is_gzipped(path):  # at the end, before the size
+    with explain_errors(path):
+        with path.open("rb") as file:
             file.seek(-min(8, path.stat().st_size), 2)
-            return int.from_bytes(file.read(4), "little")
+            stored, n_bytes = file.read(4), file.read(4)
+        if is_gzipped(path) and any(n_bytes):  # 0 at the end of a padded .gz and of one that consists of blocks
+            return int.from_bytes(stored, "little")
         crc = 0
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
+        with open_volume(path) as file:
+            while chunk := file.read(CHUNK):
+                crc = zlib.crc32(chunk, crc)
         return crc
 
 
