@@ -17,7 +17,16 @@ from datasets.cohorts import read_brats
 from datasets.records import find_complete, store
 from datasets.subject import Settings, normalise, slice_subject
 from utils.cli import UserError
-from utils.nifti import MAX_BYTES, checksum, explain_errors, read_header, read_volume, write_like
+from utils.nifti import (
+    MAX_BYTES,
+    checksum,
+    explain_errors,
+    find_copies,
+    header_warnings,
+    read_header,
+    read_volume,
+    write_like,
+)
 
 SHAPE = (6, 5, 4)
 MEMORY = 8 * 2**20  # bytes: the limit for reading a volume of a few hundred bytes; a few chunks
@@ -50,11 +59,27 @@ def numbers(dtype: np.dtype) -> st.SearchStrategy:
     return st.sampled_from([*sensible, int(info.min), int(info.max)]) | st.integers(info.min, info.max)
 
 
+ORIENTATION = ("sform_code", "qform_code", "srow_x", "srow_z", "quatern_b", "quatern_d", "qoffset_y")
+
+
+@st.composite
+def unusual_header(draw, data: bytes, version: str) -> bytes:
+    """Add trailing axes, mostly of length 1, and set the affines and their codes: valid, but for some lengths."""
+    header = HEADERS[version](data[: HEADERS[version].sizeof_hdr], check=False)
+    for length in draw(st.lists(st.sampled_from((1, 1, 1, 1, 1, 1, 2, 0)), max_size=4)):
+        header["dim"][0] += 1
+        header["dim"][header["dim"][0]] = length
+    for name in draw(st.sets(st.sampled_from(("sform", "qform")))):
+        signs = draw(st.lists(st.sampled_from((1, -1)), min_size=3, max_size=3))
+        getattr(header, f"set_{name}")(np.diag([*signs, 1]), draw(st.integers(0, 4)))
+    return header.binaryblock + data[len(header.binaryblock) :]
+
+
 @st.composite
 def corrupt_header(draw, data: bytes, version: str, dtype: np.dtype) -> bytes:
     """Overwrite some fields of the header, or elements of them."""
     header = HEADERS[version](data[: HEADERS[version].sizeof_hdr], check=False)
-    known = ["dim", "datatype", "vox_offset", "scl_slope", "scl_inter", "pixdim", "srow_x", "sform_code", "magic"]
+    known = ["dim", "datatype", "vox_offset", "scl_slope", "scl_inter", "pixdim", "magic", *ORIENTATION]
     for name in draw(st.lists(st.sampled_from(known + list(header.keys())), min_size=1, max_size=3)):
         field = header.structarr[name]
         if field.dtype.kind == "S":
@@ -82,19 +107,21 @@ def corrupt_bytes(draw, data: bytes, much: int) -> bytes:
 
 @st.composite
 def files(draw) -> tuple[str, bytes]:
-    """Draw the suffix and the bytes of a file that is corrupted in zero or more ways."""
+    """Draw the suffix and the bytes of a file that is unusual or corrupted in zero or more ways."""
     version = draw(st.sampled_from(list(HEADERS)))
     dtype = np.dtype(draw(st.sampled_from(DTYPES)))
     data = volume_bytes(version, dtype)
-    how = draw(st.sets(st.sampled_from(["header", "bytes", "gzip"])))
+    how = draw(st.sets(st.sampled_from(["unusual", "header", "bytes", "gzip"])))
+    suffix = draw(st.sampled_from([".nii", ".nii.gz"]))
+    if "unusual" in how:
+        data = draw(unusual_header(data, version))
     if "header" in how:
         data = draw(corrupt_header(data, version, dtype))
     if "bytes" in how:
         data = draw(corrupt_bytes(data, 2**24))
     if "gzip" not in how:
-        suffix = draw(st.sampled_from([".nii", ".nii.gz"]))
-        return suffix, gzip.compress(data, mtime=0) if suffix == ".nii.gz" else data
-    return ".nii.gz", draw(corrupt_bytes(gzip.compress(data, 1, mtime=0), 2**12))
+        return suffix, gzip.compress(data, mtime=0) if draw(st.booleans()) else data
+    return suffix, draw(corrupt_bytes(gzip.compress(data, 1, mtime=0), 2**12))
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +137,10 @@ def raw(tmp_path_factory) -> Path:
 SETTINGS = Settings(Path("out"), ("flair",), 0.1, 0.9, 0, 3, max_label=4, shared_grid=True)
 
 
-outcomes = {"read": 0, "refused": 0, "made": 0}
+outcomes = {"read": 0, "refused": 0, "made": 0, "warned of": 0, "copied": 0}
 
 
-@settings(max_examples=400, deadline=2000, derandomize=True, database=None)
+@settings(max_examples=350, deadline=2000, derandomize=True, database=None)
 @given(file=files())
 def check_a_file(raw: Path, file: tuple[str, bytes]) -> None:
     suffix, data = file
@@ -122,6 +149,8 @@ def check_a_file(raw: Path, file: tuple[str, bytes]) -> None:
         old.unlink()
     path.write_bytes(data)
     expected = expect_volume(path)
+    check_warnings(path, expected is not None)
+    check_copies(raw.parent, path, expected)
     check_subject(raw, path, expected)
 
 
@@ -140,15 +169,78 @@ def expect_volume(path: Path) -> np.ndarray | None:
         assert "\n" not in refusal
         outcomes["refused"] += 1
         return None
-    image = nibabel.load(path)
-    expected = np.asarray(image.dataobj)
+    image = load(path)
+    expected = np.asarray(image.dataobj).reshape(image.shape[:3])
     np.testing.assert_array_equal(voxels, expected)
     np.testing.assert_array_equal(grid.affine, image.affine)
     assert voxels.dtype == expected.dtype
-    assert grid.shape == image.shape == read_header(path).get_data_shape()
+    assert image.shape == read_header(path).get_data_shape()
+    assert grid.shape == image.shape[:3]
+    assert set(image.shape[3:]) <= {1}
     assert np.isfinite(grid.affine).all()
     outcomes["read"] += 1
     return expected
+
+
+def plain(path: Path) -> bytes:
+    """Return the uncompressed bytes of a readable file, whatever its name."""
+    data = path.read_bytes()
+    return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+
+
+def load(path: Path) -> nibabel.Nifti1Image:
+    """Read a file by nibabel, which relies on the name, from a copy with the right one."""
+    copy = path.with_name("copy.nii")
+    copy.write_bytes(plain(path))
+    image = nibabel.load(copy, mmap=False)
+    np.asarray(image.dataobj)
+    return image
+
+
+def check_warnings(path: Path, is_read: bool) -> None:
+    """Check that the warnings of a volume that is read name all that is unusual, and that others are refused if any."""
+    try:
+        warned, refusal = header_warnings(path), ""
+    except UserError as error:
+        refusal = str(error)
+    assert not refusal or refusal.startswith(str(path))
+    assert not (refusal and is_read)
+    if not is_read:
+        return
+    header = load(path).header
+    expected = {
+        "gzipped, unlike its name": path.read_bytes().startswith(b"\x1f\x8b") != (path.suffix == ".gz"),
+        "trailing axes of length 1": len(header.get_data_shape()) > 3,
+        "no orientation": header["sform_code"] <= 0 and header["qform_code"] <= 0,
+        "contradicts itself": contradicts_itself(header),
+    }
+    assert {part: sum(part in warning for warning in warned) for part in expected} == expected
+    assert len(warned) == sum(expected.values())
+    outcomes["warned of"] += bool(warned)
+
+
+def contradicts_itself(header: nibabel.Nifti1Header) -> bool:
+    """Return whether both affines of a header are declared and define directions, and these differ."""
+    if min(header["sform_code"], header["qform_code"]) <= 0:
+        return False
+    try:
+        codes = [nibabel.aff2axcodes(affine) for affine in (header.get_sform(), header.get_qform())]
+    except Exception:  # nibabel and NumPy raise many types for damaged affines
+        return False
+    return codes[0] != codes[1] and None not in codes[0] + codes[1]
+
+
+def check_copies(folder: Path, path: Path, expected: np.ndarray | None) -> None:
+    """Check that a copy of a volume is found, gzipped or not, if it can be read and is not 0 everywhere."""
+    other, data = folder / "other.nii", path.read_bytes()
+    other.write_bytes(data if expected is None else plain(path))
+    is_scan = expected is not None and expected.any() and not np.isnan(expected).any()
+    # A few bytes of padding hide the checksum at the end of a .gz.
+    hidden = data.startswith(b"\x1f\x8b") and int.from_bytes(data[-4:], "little") not in (0, other.stat().st_size)
+    found = find_copies([path, folder / "missing.nii", other])
+    assert found == ((path, other) if is_scan and not hidden else None)
+    assert find_copies([path, folder / "raw/A/A_seg.nii"]) is None
+    outcomes["copied"] += found is not None
 
 
 def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
@@ -202,6 +294,10 @@ CLAIMS = {
     "voxels behind much": (claiming((6, 5, 4), bytes(2**20), vox_offset=2**29), "is truncated"),
     "less than there is": (claiming((6, 5, 4), bytes(2**27)), "data after"),
     "a little less": (claiming((2, 2, 2), bytes(17)), "data after"),
+    "trailing axes that overflow": (claiming((6, 5, 4, 32767, 32767, 32767, 32767)), "one 3D volume"),
+    "trailing axes of 1": (claiming((6, 5, 4, 1, 1, 1, 1)), "truncated: it has 352 of the 592 bytes"),
+    "trailing axes of 0": (claiming((6, 5, 4, 1, 0)), "one 3D volume"),
+    "trailing axes behind axes of 1": (claiming((512, 1, 1, 512, 512)), "one 3D volume"),
     "long extension": (claiming((6, 5, 4), vox_offset=2**29)[:348] + b"\1\0\0\0\xf0\xff\xff\x7f", "is truncated"),
 }
 
@@ -239,6 +335,36 @@ def test_decompression_stops_at_the_size_in_the_header(tmp_path, monkeypatch):
     assert sum(reads) <= 2**20
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["pixdim", "quatern_b", "srow_x"])
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_warnings_of_a_damaged_header_raise_no_other_error(tmp_path, wrong, field, codes):
+    fields = dict(zip(("sform_code", "qform_code"), codes, strict=True)) | {field: wrong}
+    (tmp_path / "A.nii").write_bytes(claiming((6, 5, 4), bytes(240), **fields))
+    warned = header_warnings(tmp_path / "A.nii")
+    assert sum("no orientation" in warning for warning in warned) == (codes == (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "said"),
+    [
+        (None, None, "the header has no orientation (sform and qform codes are 0); assuming LAS"),
+        ((-1, -1, 1), (1, -1, 1), "the header contradicts itself (sform LPS and qform RPS): left and right may be"),
+        ((-1, -1, 1), (-1, -1, 1), None),
+        ((-1, -1, 1), None, None),
+        (None, (1, -1, 1), None),
+    ],
+)
+def test_headers_without_a_clear_orientation_are_warned_about(tmp_path, sform, qform, said):
+    image = nibabel.Nifti1Image(np.ones(SHAPE, np.int16), None)
+    for name, signs in {"sform": sform, "qform": qform}.items():
+        getattr(image, f"set_{name}")(np.diag([*signs, 1]) if signs else None, 1 if signs else 0)
+    nibabel.save(image, tmp_path / "A.nii")
+    warned = header_warnings(tmp_path / "A.nii")
+    assert len(warned) == bool(said)
+    assert not said or warned[0].startswith(said)
+
+
 def test_the_size_limit_allows_the_largest_scans():
     assert 512**3 * 8 < MAX_BYTES < 2**31
 
@@ -260,6 +386,17 @@ def test_valid_volumes_are_read(tmp_path, version, dtype):
         assert found.dtype == np.dtype(dtype)
         np.testing.assert_array_equal(grid.affine, np.diag([1, 2, 3, 1]))
         assert checksum(tmp_path / name) == zlib.crc32(data)
+
+
+@pytest.mark.parametrize("end", [bytes(512), gzip.compress(b"", mtime=0)], ids=["padded", "blocks"])
+def test_padded_files_and_files_of_blocks_have_the_same_checksum(tmp_path, end):
+    """The last bytes of such a .gz are 0, not the checksum of its content; bgzip appends an empty block."""
+    data = volume_bytes("nifti1", np.int16)
+    (tmp_path / "A.nii.gz").write_bytes(gzip.compress(data[:400]) + gzip.compress(data[400:]) + end)
+    (tmp_path / "B.nii").write_bytes(data)
+    np.testing.assert_array_equal(*(read_volume(tmp_path / name)[0] for name in ("A.nii.gz", "B.nii")))
+    assert checksum(tmp_path / "A.nii.gz") == checksum(tmp_path / "B.nii") == zlib.crc32(data)
+    assert find_copies(sorted(tmp_path.iterdir())) == (tmp_path / "A.nii.gz", tmp_path / "B.nii")
 
 
 def test_a_header_with_an_extension_is_read(tmp_path):
