@@ -134,7 +134,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         except SystemExit as end:
             code = end.code or 0
         except UserError as error:
-            code, message = 2, str(error)
+            code, message = 2, " ".join(str(error).splitlines())  # of a path, say
         except OSError as error:
             if error.errno not in FILE_SYSTEM_ERRORS:
                 raise

@@ -89,9 +89,10 @@ def parse(text: str, schema: Mapping[str, Any]) -> Any:
         found = json.loads(
             text, parse_int=lambda n: int(_finite(n)), parse_float=lambda n: float(_finite(n)), parse_constant=_finite
         )
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(found)):
+        error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(found))
+    except RecursionError as cause:
+        raise ValueError("nested too deeply") from cause
+    if error:
         message = error.message if len(error.message) < 150 else f"{error.message[:70]} … {error.message[-70:]}"
         raise ValueError(f"{error.json_path.removeprefix('$.')}: {' '.join(message.split())}")
     return found
