@@ -1,6 +1,9 @@
 """Raw data sets and their preprocessing: both naming schemes of BraTS, and tables of other data sets."""
 
+import contextlib
+import csv
 import gzip
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +11,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets.brats2021 import find_slices
-from datasets.cohorts import read_brats, read_table, suggest_modality
+from datasets.cohorts import COLUMNS, Cohort, read_brats, read_table, suggest_modality
 from datasets.records import RECORDS, read_lesion_flags, read_preprocessing
 from datasets.splits import LIST_NAMES, read_list, split_subjects
 from datasets.subject import DEPTH, normalise
@@ -213,6 +218,9 @@ BAD_TABLES = {  # the text, parts of the message
     "no part": ("subject,a,seg,split\nA,a,s,train\nB,a,s,", "line 3: split is ''", "train or val or test"),
     "unknown health": ("subject,a,seg,healthy\nA,a,s,maybe", "healthy is 'maybe'", "yes or no"),
     "all excluded": ("subject,a\nA,a", "no subject with a seg or healthy=yes"),
+    "column with a line break": ('"a\nb",seg\nA,s', "(it has a b, seg)"),
+    "one file twice, with a line break": ('subject,a,b,seg\nA,"x\ny","x\ny",s', "line 4: x y is both a and b"),
+    "path with a line break": ('subject,a,seg,split\nA,"x\ny",s,train', "x y is missing"),
     "path missing": ("subject,a,seg,split\nA,a,no.nii,train", "no.nii is missing"),
     "brain mask missing": ("subject,a,seg,brainmask,split\nA,a,s,no.nii,train", "no.nii is missing"),
     "cell without a path": ("subject,a,b,seg,split\nA,a,,s,train", "has no b for A", "--modality"),
@@ -230,6 +238,108 @@ def test_bad_tables_are_refused_before_anything_is_written(tmp_path, case):
     done = run_script("--csv", path, "--output_dir", out, *flags, cwd=tmp_path)
     expect_refusal(done, *(fragment for fragment in fragments if fragment not in flags))
     assert not out.exists()
+
+
+TABLE = (
+    ("subject", "FLAIR", "T2", "seg", "brainmask", "healthy", "split"),
+    ("A", "a1.nii", "a2.nii", "a3.nii", "", "no", "train"),
+    ("B", "b,1.nii", "b2.nii", "", "b4;.nii", "yes", "test"),
+    ("C.1", "c1.nii", "c2.nii", "c3.nii", "", "", "val"),
+    ("D", "d1.nii", "d2.nii", "", "", "", "val"),
+)
+CELLS = (
+    *("", " ", "x", "../x", '"', '""', "a\nb", "a\rb", "\x00", "yes", "Train", "subject", "Seg", "name", "\ufeff", "A"),
+    *(
+        "a1.nii",
+        "é",
+        "\u2028",
+        "ſplit",
+        "İ",
+        "x" * 101,
+        "a;b",
+        "a\tb",
+        ",,,,",
+        "-x",
+        "\U0001f9e0",
+        "healthy",
+        "/",
+        "nan",
+    ),
+)
+# Bytes that are inserted into the file.
+PIECES = [*(cell.encode() for cell in CELLS), b",", b";", b"\t", b"\r", b"\n", b"\xff", b"\xef\xbb\xbf", b'"' * 200_000]
+
+
+@st.composite
+def tables(draw) -> bytes:
+    """Draw the bytes of a table in some dialect, with changed cells, rows and bytes."""
+    rows = [list(row) for row in TABLE]
+    for _ in range(draw(st.integers(0, 2))):
+        row = draw(st.sampled_from(rows))
+        row[draw(st.integers(0, len(row) - 1))] = draw(st.sampled_from(CELLS) | st.text(max_size=3))
+    if draw(st.integers(0, 3)) == 0:
+        change = draw(st.sampled_from(("drop a row", "repeat a row", "drop a column", "drop a cell", "blank line")))
+        row, column = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 6))
+        if change == "drop a column":
+            rows = [cells[:column] + cells[column + 1 :] for cells in rows]
+        elif change == "drop a cell":
+            del rows[row][column]
+        else:
+            rows[row : row + 1] = {"drop a row": [], "blank line": [rows[row], []]}.get(change, [rows[row]] * 2)
+    dialect = {
+        "delimiter": draw(st.sampled_from(",;\t|")),
+        "quoting": draw(st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))),
+        "lineterminator": draw(st.sampled_from(("\n", "\r\n", "\r", "\n\n"))),
+    }
+    csv.writer(text := io.StringIO(newline=""), **dialect).writerows(rows)
+    encoding = draw(st.sampled_from(("utf-8", "utf-8", "utf-8-sig", "utf-8-sig", "latin-1", "utf-16")))
+    data = text.getvalue().encode(encoding, "replace")
+    if draw(st.integers(0, 3)) == 0:
+        place = draw(st.integers(0, len(data)))
+        end = draw(st.sampled_from((place, place, place + 3, len(data))))
+        data = data[:place] + draw(st.sampled_from(PIECES) | st.just(b"")) + data[end:]
+    return data
+
+
+def test_any_table_is_refused_or_read(tmp_path):
+    path, outcomes = tmp_path / "cohort.csv", {"read": 0, "refused": 0}
+
+    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @given(tables())
+    def check(data):
+        path.write_bytes(data)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                cohort, refusal = read_table(path), ""
+        except UserError as error:
+            refusal = str(error)
+        outcomes["refused" if refusal else "read"] += 1
+        if refusal:
+            assert str(path) in refusal
+        else:
+            check_cohort(cohort)
+
+    check()
+    assert min(outcomes.values()) > 200, f"one-sided examples: {outcomes}"
+
+
+def check_cohort(cohort: Cohort) -> None:
+    """Check that a table's subjects have unmistakable names, volumes that exist or not, and a split or none."""
+    names = [*cohort.subjects, *cohort.excluded]
+    assert cohort.subjects
+    assert len(set(names)) == len(names)
+    assert cohort.modalities
+    for name in (*names, *cohort.modalities):
+        assert Path(f"{name}.npy").name == f"{name}.npy"
+        assert name.isprintable()
+        assert name.strip() == name
+    assert not {name.lower() for name in cohort.modalities} & {*COLUMNS, "name"}
+    for subject in cohort.subjects.values():
+        assert subject.healthy or "seg" in subject.volumes
+        assert len(set(subject.volumes.values())) == len(subject.volumes)
+        assert [path.is_file() for path in subject.volumes.values()] == [False] * len(subject.volumes)
+    if cohort.splits:
+        assert sorted(name for names in cohort.splits.values() for name in names) == list(cohort.subjects)
 
 
 GOOD = "subject,a,seg\nA,a,s\nB,a,s\nC,a,s"

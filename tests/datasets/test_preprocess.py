@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,12 +17,15 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datasets.brats2021 import BraTS2021Dataset, find_slices
 from datasets.cohorts import read_brats
 from datasets.records import find_complete, load_records, read_lesion_flags, read_preprocessing, store
 from datasets.splits import LIST_NAMES, read_list, split_off_validation, split_subjects
 from datasets.subject import choose_slices, normalise
+from tests.fuzz import spoil_json
 from tests.scripts.conftest import REPOSITORY, Done, expect_refusal, run_here, run_process
 from utils.cli import UserError
 
@@ -535,6 +539,37 @@ def test_slices_of_different_runs_are_neither_trained_nor_tested_on(output_dir, 
         assert f"P_val with {key} {now}" in str(refused.value)
         assert f"{output_dir} " in str(refused.value)
         assert "--overwrite" in str(refused.value)
+
+
+def test_any_record_is_read_left_out_or_refused_in_one_sentence(output_dir):
+    """Damage one of five records. Its settings are those of the others, or the folder is refused."""
+    shared = read_preprocessing(output_dir)
+    path, outcomes = output_dir / "subjects/P_val.json", dict.fromkeys(("read", "left out", "refused"), 0)
+    text = path.read_text()
+
+    @settings(max_examples=500, deadline=None, derandomize=True, database=None)
+    @given(st.randoms(use_true_random=False))
+    def check(rng):
+        path.write_bytes(spoil_json(text, rng).encode("utf-8", "replace"))
+        others = set(TUMOURS) - {"P_val"}
+        assert others <= set(find_complete(output_dir)) <= set(TUMOURS)
+        assert others <= set(read_lesion_flags(output_dir)) <= set(TUMOURS)
+        try:
+            found, refusal = read_preprocessing(output_dir), ""
+        except UserError as error:
+            refusal = str(error)
+        if refusal:
+            assert re.fullmatch(
+                rf"{output_dir} mixes slices .* P_\w+ with \w+ .* and P_val with \w+ .*: pass .*", refusal
+            )
+            outcomes["refused"] += 1
+            return
+        assert found["normalisation"] == shared["normalisation"]
+        assert found["grid"] in (shared["grid"], None)
+        outcomes["read" if load_records(output_dir)["P_val"] else "left out"] += 1
+
+    check()
+    assert min(outcomes.values()) > 15, f"one-sided examples: {outcomes}"
 
 
 @pytest.mark.parametrize("recorded", [True, False])
