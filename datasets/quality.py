@@ -14,11 +14,13 @@ MAX_JUMPS = 0.002  # share of neighbouring voxels of an integer type that may di
 
 
 def require_background(volume: np.ndarray) -> None:
-    """Check that the background is 0, as after skull stripping: most voxels of the six faces must not share a value.
+    """Check that all voxels are finite, and that the background is 0, as after skull stripping.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if any is not finite, or most voxels of the six faces share another value than 0.
     """
+    if not np.isfinite(volume).all():
+        raise ValueError("some voxels are not finite")
     faces = np.concatenate([np.moveaxis(volume, axis, 0)[end].ravel() for axis in range(3) for end in (0, -1)])
     value = np.median(faces)  # of more than half of them, if they share it
     if value != 0 and np.mean(faces == value) > 0.5:

@@ -201,7 +201,7 @@ class VolumeReader:
 
         Raises:
             UserError: as in `read`.
-            ValueError: if the background is not 0 and there is no brain mask.
+            ValueError: as from `require_background`, if there is no brain mask.
         """
         volume, grid = self.read(modality)
         self.warnings += [f"{modality}: {warning}" for warning in intensity_warnings(volume)]

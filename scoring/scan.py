@@ -93,8 +93,6 @@ def read_scan(
     volume, grid = read_volume(path)
     brain = volume != 0
     try:
-        if not np.isfinite(volume).all():
-            raise ValueError("some voxels are not finite")
         require_background(volume)
         training_grid, cut_off = place_grid(geometry, brain, grid.affine)
         resampled = resample_intensities(volume, grid.affine, training_grid)
@@ -139,8 +137,6 @@ def read_reference(path: Path, training_grid: VoxelGrid, quantiles: dict[str, fl
     """
     volume, grid = read_volume(path)
     try:
-        if not np.isfinite(volume).all():
-            raise ValueError("some voxels are not finite")
         require_background(volume)
         resampled = resample_intensities(volume, grid.affine, training_grid)
         if np.count_nonzero(brain & (resampled != 0)) < np.count_nonzero(brain) / 2:

@@ -65,6 +65,13 @@ def test_a_background_other_than_0_is_refused(volume, value):
         require_background(volume)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_refused(value):
+    for volume in (with_outlier(value), np.where(brain(), brain(), value)):
+        with pytest.raises(ValueError, match="some voxels are not finite"):
+            require_background(volume)
+
+
 @pytest.mark.parametrize(
     "volume",
     [
@@ -196,6 +203,11 @@ JUDGED = {  # the scan, and the verdict: whether it is refused, and a part of th
     "constant": (scan(np.full(SHAPE, 7, np.int16)), True, "its background is 7, not 0"),
     "constant brain": (scan((brain() > 0).astype(np.uint8)), True, "its 0.02 and 0.9 quantiles are both 1"),
     "not finite": (scan(with_outlier(np.nan)), True, "some voxels are not finite"),
+    "not finite beyond the training grid": (
+        scan(np.pad(brain(), 20, constant_values=np.nan)),
+        True,
+        "some voxels are not finite",
+    ),
     "an outlier": (scan(with_outlier(5000)), True, "orders of magnitude above the others"),
     "a skull": (scan(brain(3.0)), False, "more than 2.2 litres are non-zero"),
     "too small": (scan(brain(0.05)), False, "less than 0.1 litres are non-zero"),
