@@ -364,7 +364,7 @@ def test_any_file_is_refused_or_gives_a_valid_slice(tmp_path, write_slices):
         paths[kind].write_bytes(valid[kind])
 
     check()
-    assert min(outcomes.values()) > 100, f"one-sided examples: {outcomes}"
+    assert min(outcomes.values()) > 50, f"one-sided examples: {outcomes}"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -541,15 +542,22 @@ def test_slices_of_different_runs_are_neither_trained_nor_tested_on(output_dir, 
         assert "--overwrite" in str(refused.value)
 
 
+SETTINGS = {"percentage_lower": 0.1, "percentage_upper": 0.8, "test_slices": "all", "rules": 2}  # other ones
+
+
 def test_any_record_is_read_left_out_or_refused_in_one_sentence(output_dir):
     """Damage one of five records. Its settings are those of the others, or the folder is refused."""
     shared = read_preprocessing(output_dir)
     path, outcomes = output_dir / "subjects/P_val.json", dict.fromkeys(("read", "left out", "refused"), 0)
-    text = path.read_text()
+    record = json.loads(path.read_text())
+    del record["made_with"]["volumes"]  # else most damage is to checksums, and to sizes of files
+    record["files"] = dict([record["files"].popitem()])
 
     @settings(max_examples=500, deadline=None, derandomize=True, database=None)
-    @given(st.randoms(use_true_random=False))
+    @given(st.integers(0, 10**9).map(random.Random))
     def check(rng):
+        changed = dict(rng.sample(sorted(SETTINGS.items()), rng.randrange(2)))
+        text = json.dumps(record | {"made_with": record["made_with"] | changed})
         path.write_bytes(spoil_json(text, rng).encode("utf-8", "replace"))
         others = set(TUMOURS) - {"P_val"}
         assert others <= set(find_complete(output_dir)) <= set(TUMOURS)
@@ -559,9 +567,8 @@ def test_any_record_is_read_left_out_or_refused_in_one_sentence(output_dir):
         except UserError as error:
             refusal = str(error)
         if refusal:
-            assert re.fullmatch(
-                rf"{output_dir} mixes slices .* P_\w+ with \w+ .* and P_val with \w+ .*: pass .*", refusal
-            )
+            pair = r"P_\w+ with (\w+) .* and P_val with \1 .*"
+            assert re.fullmatch(rf"{output_dir} mixes slices .*, {pair}: pass --overwrite to .*", refusal)
             outcomes["refused"] += 1
             return
         assert found["normalisation"] == shared["normalisation"]
@@ -569,7 +576,7 @@ def test_any_record_is_read_left_out_or_refused_in_one_sentence(output_dir):
         outcomes["read" if load_records(output_dir)["P_val"] else "left out"] += 1
 
     check()
-    assert min(outcomes.values()) > 15, f"one-sided examples: {outcomes}"
+    assert min(outcomes.values()) > 20, f"one-sided examples: {outcomes}"
 
 
 @pytest.mark.parametrize("recorded", [True, False])

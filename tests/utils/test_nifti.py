@@ -268,7 +268,7 @@ def check_subject(raw: Path, path: Path, expected: np.ndarray | None) -> None:
 
 def test_any_file_is_refused_or_read_as_by_nibabel(raw):
     check_a_file(raw)
-    assert min(outcomes.values()) > 50, f"one-sided examples: {outcomes}"
+    assert min(outcomes.values()) > 30, f"one-sided examples: {outcomes}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -442,6 +442,16 @@ def test_write_like_preserves_the_geometry(tmp_path, version, dtype):
         np.testing.assert_array_equal(found.header[key], image.header[key])
     assert found.header["cal_max"] == 0
     assert found.header.get_slope_inter() in ((1, 0), (None, None))
+
+
+def test_write_like_leaves_out_trailing_axes(tmp_path):
+    path = tmp_path / "A.nii"
+    nibabel.save(nibabel.Nifti1Image(np.ones((*SHAPE, 1, 1), np.int16), np.diag([1, 2, 3, 1])), path)
+    voxels = np.random.default_rng(0).uniform(size=SHAPE).astype(np.float32)
+    write_like(read_header(path), voxels, read_volume(path)[1].affine, tmp_path / "B.nii")
+    found = nibabel.load(tmp_path / "B.nii")
+    assert found.header["dim"].tolist() == [3, *SHAPE, 1, 1, 1, 1]
+    np.testing.assert_array_equal(found.get_fdata(dtype=np.float32), voxels)
 
 
 def test_multiline_errors_become_one_line():
