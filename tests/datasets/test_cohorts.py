@@ -720,7 +720,7 @@ def test_labels_a_hair_off_whole_numbers_are_rounded_and_said(tmp_path, small_gr
     for whole, value in ((1, 0.9882), (2, 2.0235), (3, 3.00003), (255, 254.96)):
         place = tuple(np.argwhere(seg)[whole % 100])
         labels[place], near[place] = whole, value
-    slices, said = {}, "warning: seg: labels are up to 0.05 off whole numbers, which are used instead: 2 (tester, "
+    slices, said = {}, "warning: seg: labels up to 0.05 off whole numbers are rounded: 2 (tester, "
     for name, mask in {"labels": labels, "near": near}.items():
         table, out = write_two(tmp_path / name, seg=(mask, AFFINE)), tmp_path / name / "out"
         assert (said in preprocess("--csv", table, "--output_dir", out, *EVERY)) is (name == "near")

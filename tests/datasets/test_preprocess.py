@@ -334,17 +334,17 @@ UNUSUAL = {  # the kind, the change, the sentence
     "gzipped, by its name not": (
         "t1",
         lambda path: rename(path, ".nii"),
-        "t1: the file is gzipped, unlike its name says",
+        "t1: the file is gzipped, contrary to its name",
     ),
     "not gzipped, by its name so": (
         "flair",
         lambda path: path.write_bytes(gzip.decompress(path.read_bytes())),
-        "flair: the file is not gzipped, unlike its name says",
+        "flair: the file is not gzipped, contrary to its name",
     ),
     "labels nearly whole": (
         "seg",
         lambda path: save(path, np.asarray(nibabel.load(path).dataobj) * np.float32(1.00588)),
-        "seg: labels are up to 0.05 off whole numbers, which are used instead",
+        "seg: labels up to 0.05 off whole numbers are rounded",
     ),
 }
 

@@ -209,7 +209,7 @@ def check_warnings(path: Path, is_read: bool) -> None:
         return
     header = load(path).header
     expected = {
-        "gzipped, unlike its name": path.read_bytes().startswith(b"\x1f\x8b") != (path.suffix == ".gz"),
+        "gzipped, contrary to its name": path.read_bytes().startswith(b"\x1f\x8b") != (path.suffix == ".gz"),
         "trailing axes of length 1": len(header.get_data_shape()) > 3,
         "no orientation": header["sform_code"] <= 0 and header["qform_code"] <= 0,
         "contradicts itself": contradicts_itself(header),
