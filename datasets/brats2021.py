@@ -91,7 +91,7 @@ class BraTS2021Dataset(Dataset):
             "slices": len(self.files),
             "sha256": sha256(names.encode()).hexdigest(),
             "contents": {
-                kind: sha256(str(of_kind).encode()).hexdigest()
+                kind: sha256(f"{shapes[0]} {of_kind}".encode()).hexdigest()
                 for kind, of_kind in zip(kinds, zip(*checksums, strict=True), strict=True)
             },
             **read_preprocessing(Path(data_dir)),

@@ -276,7 +276,8 @@ def restore(folder: Path, files: dict[str, bytes]) -> None:
 
 def complaint(done: Done, before: dict[str, bytes], after: dict[str, bytes]) -> str:
     """Return a description of the failure, or "" if the command worked or refused with one error line."""
-    lines = [line for line in done.stderr.split("\n") if line and not line.startswith("\r")]
+    # An error may follow a progress bar, which ends with a carriage return.
+    lines = [line for line in (line.rpartition("\r")[2] for line in done.stderr.split("\n")) if line.strip()]
     errors = [line for line in lines if ": error: " in line]
     if done.code not in (0, 1, 2) or "Traceback" in done.stderr:  # 1: a subject was skipped, the others were processed
         return f"exit code {done.code}: {done.stderr[-2000:]}"
