@@ -215,16 +215,15 @@ class VolumeReader:
             UserError: as in `read`, if it has labels beyond max_label, or if resampling loses all of them.
         """
         labels, grid = self.read(kind)
-        path, highest, marked = self.subject.volumes[kind], self.settings.max_label, labels != 0
-        found = labels[marked]  # few voxels, quick to search
-        whole = np.round(found)
+        path, highest = self.subject.volumes[kind], self.settings.max_label
+        found = labels[labels != 0]  # few voxels, quick to search
+        whole = np.rint(found)
         unknown = found[~(np.abs(found - whole) <= MAX_ROUNDING) | ~np.isin(whole, range(highest + 1))]
         if unknown.size:
             raise UserError(f"{path} must hold labels, whole numbers from 0 to {highest}, but holds {unknown[0]:g}")
         if (found != whole).any():
             self.warnings.append(f"{kind}: labels up to {MAX_ROUNDING} off whole numbers are rounded")
-        labels = np.zeros(labels.shape, np.uint8)
-        labels[marked] = whole
+        labels = (np.rint(labels) if labels.dtype.kind == "f" else labels).astype(np.uint8)
         if grid.shape == self.grid.shape and np.allclose(grid.affine, self.grid.affine, atol=1e-3):
             return labels, None
         numbers = resample(labels.astype(np.uint16) + 1, grid.affine, self.grid, order=0)  # 0 outside the volume
@@ -292,6 +291,8 @@ def normalise(volume: np.ndarray, percentage_lower: float, percentage_upper: flo
     Raises:
         ValueError: if all voxels are 0, any is not finite, the quantiles are equal, or a result exceeds MAX_INTENSITY.
     """
+    if volume.flags.fnc:  # as NIfTI volumes are: masks are much slower across the order of memory
+        return normalise(volume.T, percentage_lower, percentage_upper).T
     brain = volume != 0
     voxels = volume[brain]
     if voxels.size == 0:
