@@ -163,12 +163,12 @@ def require_tested_weights(chain: Chain, run: Mapping[str, Any], source: Any, re
     Raises:
         UserError: otherwise, because scores and thresholds do not carry over to other weights.
     """
-    if not run.get("weights"):
-        print(f"warning: {source} is from an earlier version, which did not record the weights; assuming the same")
-    elif changed := [
-        str(chain.checkpoints[key]) for key, hash in chain.weights.items() if run["weights"].get(key) != hash
-    ]:
+    tested, current = run.get("weights"), chain.weights
+    changed = [str(path) for key, path in chain.checkpoints.items() if tested and tested.get(key) != current[key]]
+    if changed:
         raise UserError(f"{source} was computed with other weights than are now in {' and '.join(changed)}: {remedy}")
+    if not tested:
+        print(f"warning: {source} is from an earlier version, which did not record the weights; assuming the same")
 
 
 def network_name(model_name: str, direction: str) -> str:
