@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from datasets.cohorts import MASKS, SPLITS, suggest_modality
 from datasets.quality import require_normalised
-from datasets.records import read_preprocessing
+from datasets.records import load_records, read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
@@ -72,9 +73,9 @@ class BraTS2021Dataset(Dataset):
         print(f"{split}: {len(self.files)} slices{storage}")
 
         def load(files: Mapping[str, str]) -> tuple[dict | None, tuple[int, ...], list[int]]:
-            arrays = self._open(files)
+            arrays, contents = self._open(files)
             item = self._resize(files["name"], arrays) if fits and keep else None
-            return item, arrays[kinds[0]].shape, [zlib.crc32(np.ascontiguousarray(array)) for array in arrays.values()]
+            return item, arrays[kinds[0]].shape, [zlib.crc32(content) for content in contents]
 
         # Read every file even if none is kept, so that damaged and foreign files are found at the start.
         try:
@@ -91,11 +92,16 @@ class BraTS2021Dataset(Dataset):
             "slices": len(self.files),
             "sha256": sha256(names.encode()).hexdigest(),
             "contents": {
-                kind: sha256(f"{shapes[0]} {of_kind}".encode()).hexdigest()
+                kind: sha256(str(of_kind).encode()).hexdigest()
                 for kind, of_kind in zip(kinds, zip(*checksums, strict=True), strict=True)
             },
-            **read_preprocessing(Path(data_dir)),
+            **read_preprocessing(Path(data_dir), records := load_records(Path(data_dir))),
         }
+        written = {path: crc for record in records.values() if record for path, crc in record.crc32.items()}
+        paths = [f"{split}/{kind}/{Path(files[kind]).name}" for files in self.files for kind in kinds]
+        changed = [path for path, crc in zip(paths, chain(*checksums), strict=True) if written.get(path, crc) != crc]
+        if changed and progress:
+            print(f"warning: slices changed since they were preprocessed: {len(changed)}, first {changed[0]}")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -103,7 +109,7 @@ class BraTS2021Dataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._in_memory:
             return dict(self._in_memory[index])
-        return self._resize(self.files[index]["name"], self._open(self.files[index]))
+        return self._resize(self.files[index]["name"], self._open(self.files[index])[0])
 
     def _resize(self, name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         item: dict[str, Any] = {"name": name}
@@ -112,14 +118,14 @@ class BraTS2021Dataset(Dataset):
             item[kind] = resize(torch.from_numpy(array.astype(np.float32, copy=False))[None], self.image_size)
         return item
 
-    def _open(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """Read the arrays of a slice, and check that preprocessing can have made them."""
-        arrays = {}
+    def _open(self, files: Mapping[str, str]) -> tuple[dict[str, np.ndarray], list[bytes]]:
+        """Return the arrays of a slice and its files' contents, and check that preprocessing can have made them."""
+        arrays, contents = {}, []
         for kind in self.kinds:
             try:
-                content = BytesIO(Path(files[kind]).read_bytes())  # faster than mapping the file into memory
+                contents.append(Path(files[kind]).read_bytes())  # faster than mapping the file into memory
                 with PARSING:
-                    arrays[kind] = np.load(content)
+                    arrays[kind] = np.load(BytesIO(contents[-1]))
                 require_normalised(kind, arrays[kind])
             except Exception as error:  # NumPy raises many types for damaged or foreign files
                 raise ValueError(f"{files[kind]}: {error}") from error
@@ -127,7 +133,7 @@ class BraTS2021Dataset(Dataset):
         if len(shapes) > 1 or len(*shapes) != 2:
             listed = ", ".join(f"{kind} {array.shape}" for kind, array in arrays.items())
             raise ValueError(f"slice {files['name']} has shapes {listed}")
-        return arrays
+        return arrays, contents
 
 
 def resize_image(image: torch.Tensor, size: int) -> torch.Tensor:

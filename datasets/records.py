@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ class Record:
 
     made_with: dict  # provenance of the slices, as in `SubjectSlices`
     files: dict[str, int]  # size in bytes by path in the output folder
+    crc32: dict[str, int]  # of each file, empty in records of earlier versions
 
 
 def load_records(output_dir: Path) -> dict[str, Record | None]:
@@ -46,7 +48,7 @@ def load_records(output_dir: Path) -> dict[str, Record | None]:
     for path in sorted(output_dir.glob(f"{RECORDS}/*.json")):
         try:
             content = parse(path.read_text(encoding="utf-8"), SUBJECT)
-            records[path.stem] = Record(content["made_with"], content["files"])
+            records[path.stem] = Record(content["made_with"], content["files"], content.get("crc32", {}))
         except (OSError, ValueError):
             records[path.stem] = None
     return records
@@ -63,8 +65,10 @@ def find_complete(output_dir: Path) -> dict[str, Record]:
     return {subject: record for subject, record in records.items() if record and is_complete(record)}
 
 
-def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
-    """Return the preprocessing that all slices in a folder share, for config.json.
+def read_preprocessing(
+    output_dir: Path, records: Mapping[str, Record | None] | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """Return the preprocessing that all slices in a folder share, for config.json, given its records if at hand.
 
     Returns:
         `normalisation`, the quantiles by the names in NORMALISATION, and `grid`, a `SliceGeometry` as JSON. Either is
@@ -73,7 +77,7 @@ def read_preprocessing(output_dir: Path) -> dict[str, dict[str, Any] | None]:
     Raises:
         UserError: if the records differ in anything else that all subjects must share.
     """
-    records = load_records(output_dir)
+    records = load_records(output_dir) if records is None else records
     made_with = [record.made_with if record else {} for record in records.values()]
     for key in (*NORMALISATION, *EARLIER):
         found = {made.get(key, EARLIER.get(key)): name for name, made in zip(records, made_with, strict=True) if made}
@@ -184,14 +188,14 @@ def store(output_dir: Path, split: str, subject: str, made_with: dict, slices: M
     with writing(output_dir, "--output_dir"), ExitStack() as on_failure:
         partial.mkdir(exist_ok=True)
         on_failure.callback(shutil.rmtree, partial, ignore_errors=True)
-        files = {}
+        files, crc32 = {}, {}
         for name, image in slices.items():
             path = partial / Path(name).name
             np.save(npy := BytesIO(), image)  # written to a file directly, a full disk gives no reason in the error
             path.write_bytes(npy.getbuffer())
-            files[f"{split}/{name}"] = path.stat().st_size
+            files[f"{split}/{name}"], crc32[f"{split}/{name}"] = path.stat().st_size, zlib.crc32(npy.getbuffer())
         for name in slices:
             (partial / Path(name).name).replace(output_dir / split / name)
-        record = Record(made_with, files)
+        record = Record(made_with, files, crc32)
         write_atomically(output_dir / RECORDS / f"{subject}.json", json.dumps(asdict(record), indent=1) + "\n")
     return record

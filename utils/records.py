@@ -77,6 +77,7 @@ SUBJECT = object_of(
     made_with={"type": "object", "properties": _MADE_WITH | _NORMALISATION["properties"]},
     files={"type": "object", "additionalProperties": integer(0, 2**60)},
 )
+SUBJECT["properties"]["crc32"] = {"type": "object"}  # its values are compared with those of files
 
 
 def parse(text: str, schema: Mapping[str, Any]) -> Any:

@@ -247,19 +247,19 @@ def test_slices_of_another_shape_than_the_others_are_refused(data_dir, shape):
     assert str(refused.value).endswith("preprocess again with --overwrite")
 
 
-OTHER_FORMS = {  # the kinds, another form of the same pixels, whether the bytes are the same
-    "double precision": (("flair", "t2"), lambda image: image.astype(np.float64), False),
-    "bool": (("brainmask",), lambda mask: mask.astype(bool), True),
-    "16-bit labels": (("seg",), lambda seg: seg.astype(np.int16), False),
-    "labels as floats": (("seg", "brainmask"), lambda mask: mask.astype(np.float32), False),
-    "columns first": (KINDS, np.asfortranarray, True),
-    "big-endian": (("flair",), lambda image: image.astype(">f4"), False),
+OTHER_FORMS = {  # the kinds, another form of the same pixels
+    "double precision": (("flair", "t2"), lambda image: image.astype(np.float64)),
+    "bool": (("brainmask",), lambda mask: mask.astype(bool)),
+    "16-bit labels": (("seg",), lambda seg: seg.astype(np.int16)),
+    "labels as floats": (("seg", "brainmask"), lambda mask: mask.astype(np.float32)),
+    "columns first": (KINDS, np.asfortranarray),
+    "big-endian": (("flair",), lambda image: image.astype(">f4")),
 }
 
 
 @pytest.mark.parametrize("case", OTHER_FORMS)
 def test_the_same_pixels_in_another_form_are_accepted(data_dir, case):
-    kinds, change, same_bytes = OTHER_FORMS[case]
+    kinds, change = OTHER_FORMS[case]
     expected = BraTS2021Dataset(data_dir, "train", KINDS, 16, progress=False)
     for kind in kinds:
         rewrite(data_dir, kind, change)
@@ -267,7 +267,8 @@ def test_the_same_pixels_in_another_form_are_accepted(data_dir, case):
     for item, other in zip(found, expected, strict=True):
         assert all(torch.equal(item[kind], other[kind]) for kind in KINDS)
         assert all(item[kind].dtype == other[kind].dtype for kind in KINDS)
-    assert (found.fingerprint == expected.fingerprint) is same_bytes
+    before, after = expected.fingerprint["contents"], found.fingerprint["contents"]
+    assert {kind for kind in KINDS if after[kind] != before[kind]} == set(kinds)
 
 
 @pytest.mark.parametrize(("asked", "other"), [("train", "test"), ("test", "train"), ("train", "val")])

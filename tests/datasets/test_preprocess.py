@@ -515,6 +515,24 @@ def test_records_of_earlier_versions_count_as_the_largest_slices(cohort, output_
     expect_refusal(run_script(*args), "--test_slices all, not largest", "--overwrite")
 
 
+def test_a_slice_that_changed_since_it_was_written_is_named_when_it_is_loaded(finished, tmp_path, capsys):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    kinds = ("flair", "t2")
+    BraTS2021Dataset(out, "train", kinds, 16)
+    assert "warning" not in capsys.readouterr().out
+    path = out / "train/t2/P_train_t2_6.npy"
+    np.save(path, np.load(path)[::-1])  # of the same size
+    BraTS2021Dataset(out, "train", kinds, 16)
+    warning = "warning: slices changed since they were preprocessed: 1, first train/t2/P_train_t2_6.npy\n"
+    assert warning in capsys.readouterr().out
+    for record in (out / "subjects").iterdir():  # as in earlier versions
+        content = json.loads(record.read_text())
+        del content["crc32"]
+        record.write_text(json.dumps(content))
+    BraTS2021Dataset(out, "train", kinds, 16)
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("key", "before", "now"),
     [
