@@ -226,7 +226,9 @@ def main() -> None:
     if len(groups) > 1:
         print(f"warning: {len(groups)} different test sets, a table for each: do not compare scores between tables\n")
     for i, runs in enumerate(groups):
-        print("\n" * (i > 0) + table(runs))
+        if i > 0:
+            print()
+        print(table(runs))
         if with_subjects := [metrics for metrics in runs if metrics.get("by_subject")]:
             print(f"\n{subject_table(with_subjects)}")
     for folder in folders:

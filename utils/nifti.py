@@ -69,9 +69,9 @@ def header_warnings(path: Path) -> list[str]:
     Raises:
         UserError: as from `read_header`.
     """
-    header, warned = read_header(path), []
-    if is_gzipped(path) != (path.suffix == ".gz"):
-        warned.append(f"the file is {'' if is_gzipped(path) else 'not '}gzipped, contrary to its name")
+    header, gzipped, warned = read_header(path), is_gzipped(path), []
+    if gzipped != (path.suffix == ".gz"):
+        warned.append(f"the file is {'' if gzipped else 'not '}gzipped, contrary to its name")
     if len(header.get_data_shape()) > 3:
         warned.append("the volume has trailing axes of length 1, which are left out")
     found = {name: _orientation(header, name) for name in ("sform", "qform") if header[f"{name}_code"] > 0}
