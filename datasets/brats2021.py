@@ -17,13 +17,12 @@ from tqdm.contrib.concurrent import thread_map
 
 from datasets.cohorts import MASKS, SPLITS, suggest_modality
 from datasets.quality import require_normalised
-from datasets.records import load_records, read_preprocessing
+from datasets.records import AGAIN, load_records, read_preprocessing
 from utils.cli import UserError
 from utils.device import available_cores, available_memory
 
 # NumPy reads headers with Python's parser, which can fail with a SystemError in two threads at a time (Python 3.11).
 PARSING = Lock()
-REMEDY = "preprocess again with --overwrite"
 
 
 class BraTS2021Dataset(Dataset):
@@ -43,7 +42,7 @@ class BraTS2021Dataset(Dataset):
         keep: keep the slices in memory if they fit. Otherwise all are read once, to check them, and again on demand.
 
     Attributes:
-        fingerprint: `slices`, their number; `sha256`, a hash of their names; `contents`, one of their pixels for each
+        fingerprint: `slices`, their number; `sha256`, a hash of their names; `contents`, one of the files of each
             kind; and their `normalisation` and `grid`, as from `read_preprocessing`.
 
     Raises:
@@ -85,7 +84,7 @@ class BraTS2021Dataset(Dataset):
                 listed = ", ".join(f"{files['name']} {shape}" for shape, files in different.items())
                 raise ValueError(f"shapes differ: {listed}")
         except ValueError as error:
-            raise UserError(f"a slice in {folder} cannot be read ({error}): {REMEDY}") from error
+            raise UserError(f"a slice in {folder} cannot be read ({error}): {AGAIN}") from error
         self._in_memory = items if fits and keep else None
         names = "\n".join(f"{files['name']} {' '.join(sorted(files))}" for files in self.files)
         self.fingerprint = {
@@ -168,10 +167,10 @@ def find_slices(folder: Path, kinds: Sequence[str]) -> list[dict[str, str]]:
             raise UserError(f"slice {name} in {folder} has no {', '.join(sorted(missing))}: preprocess it again")
     if not names:
         raise UserError(f"no slices in {folder}: preprocess again with subjects for this split")
-    subjects = {subject for subject, *_ in list_slices(folder, kinds[0])}
+    subjects = {name.rpartition("_")[0] for name in names}
     for other in (folder.with_name(split) for split in SPLITS if split != folder.name):
         if shared := sorted(subjects.intersection(subject for subject, *_ in list_slices(other, kinds[0]))):
-            raise UserError(f"{shared[0]} is both in {folder} and in {other}: {REMEDY}, or remove it from one")
+            raise UserError(f"{shared[0]} is both in {folder} and in {other}: {AGAIN}, or remove it from one")
     return [{"name": name, **names[name]} for name in sorted(names)]
 
 

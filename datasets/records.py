@@ -31,6 +31,7 @@ NORMALISATION = {"percentage_lower": 0.02, "percentage_upper": 0.9}  # the paper
 TEST_SLICES = ("largest", "all")  # of val and test subjects
 EARLIER = {"test_slices": "largest", "rules": 1}  # settings of records from before these keys existed
 START_OVER = "pass --overwrite to start over, or choose another --output_dir"
+AGAIN = "preprocess again with --overwrite"  # in messages of the other scripts, whose --overwrite has another meaning
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read_preprocessing(
         found = {made.get(key, EARLIER.get(key)): name for name, made in zip(records, made_with, strict=True) if made}
         if len(found) > 1:
             which = " and ".join(f"{name} with {key} {value}" for value, name in found.items())
-            raise UserError(f"{output_dir} mixes slices that do not belong together, {which}: {START_OVER}")
+            raise UserError(f"{output_dir} mixes slices that do not belong together, {which}: {AGAIN}")
     first = next(filter(None, made_with), {})
     quantiles = {key: first[key] for key in NORMALISATION} if first.keys() >= NORMALISATION.keys() else None
     grids = [provenance.get("grid") for provenance in made_with]

@@ -586,7 +586,7 @@ def test_any_record_is_read_left_out_or_refused_in_one_sentence(output_dir):
             refusal = str(error)
         if refusal:
             pair = r"P_\w+ with (\w+) .* and P_val with \1 .*"
-            assert re.fullmatch(rf"{output_dir} mixes slices .*, {pair}: pass --overwrite to .*", refusal)
+            assert re.fullmatch(rf"{output_dir} mixes slices .*, {pair}: preprocess again with --overwrite", refusal)
             outcomes["refused"] += 1
             return
         assert found["normalisation"] == shared["normalisation"]
